@@ -1,0 +1,103 @@
+"""The two protocols behind which every model hides, and the scripted policy.
+
+`TokenPolicy` takes ids and returns ids with log-probabilities and versions: only its output can be
+trained on. `ChatPolicy` takes messages and returns a message: evaluation, judges and summarisers.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+
+class Finish(enum.StrEnum):
+    """Why a completion ended."""
+
+    STOP = "stop"  # a stop id was sampled (it is the last id of the completion)
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to sample. `temperature=0` is greedy. Log-probabilities are those of temperature 1."""
+
+    temperature: float = 1.0
+    stop_ids: tuple[int, ...] = ()
+    seed: tuple[int, ...] = (0,)  # folded into the key one by one, then the token index
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """One completion wanted. `rid` ends with a delimiter: engines abort by prefix."""
+
+    rid: str
+    prompt_ids: np.ndarray  # i32[P]
+    max_new_tokens: int
+    params: SamplingParams = field(default_factory=SamplingParams)
+    deadline: float | None = None  # seconds from submission; None: no limit
+
+
+@dataclass(frozen=True)
+class Completion:
+    """ids i32[N], logprobs f32[N] under the policy that sampled, versions i32[N]."""
+
+    ids: np.ndarray
+    logprobs: np.ndarray
+    versions: np.ndarray
+    finish: Finish
+    error: str = ""
+
+
+class TokenPolicy(Protocol):
+    """Token in, token out."""
+
+    async def sample(self, request: SampleRequest) -> Completion: ...
+
+
+@dataclass(frozen=True)
+class AssistantMessage:
+    """A chat endpoint's reply; its text cannot be trained on."""
+
+    content: str
+    tool_calls: tuple[Mapping[str, Any], ...] = ()
+    finish: Finish = Finish.STOP
+    error: str = ""
+
+
+class ChatPolicy(Protocol):
+    """Messages in, message out."""
+
+    async def reply(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
+    ) -> AssistantMessage: ...
+
+
+class Scripted:
+    """A `TokenPolicy` that plays a script: the loop's test double and the oracle demonstrator.
+
+    `script(request) -> ids` sees the whole prompt. Log-probabilities are 0 (probability 1).
+    """
+
+    def __init__(self, script: Callable[[SampleRequest], Sequence[int]], version: int = 0) -> None:
+        self._script = script
+        self.version = version
+
+    async def sample(self, request: SampleRequest) -> Completion:
+        ids = np.asarray(self._script(request), np.int32)
+        finish = Finish.STOP
+        if len(ids) > request.max_new_tokens:
+            ids, finish = ids[: request.max_new_tokens], Finish.LENGTH
+        elif not len(ids) or ids[-1] not in request.params.stop_ids:
+            finish = Finish.LENGTH if len(ids) == request.max_new_tokens else Finish.STOP
+        return Completion(
+            ids=ids,
+            logprobs=np.zeros(len(ids), np.float32),
+            versions=np.full(len(ids), self.version, np.int32),
+            finish=finish,
+        )
