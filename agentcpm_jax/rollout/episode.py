@@ -1,0 +1,329 @@
+"""One trajectory: prompt, sample, call tools, append, again; token in, token out.
+
+The loop of AgentCPM-Explore's sampler with the following deviations:
+1. one segment grows by sampled ids, verbatim, and by template deltas; nothing is rendered twice;
+2. the context limit is checked before a generation is paid for, and no observation that does not
+   fit is appended;
+3. a turn with neither call nor answer gets a short nudge; an unclosed call is a typed error;
+4. every malformed call gets its own error observation and its own token span, its good neighbours
+   run, and flags of a turn add up instead of overwriting one another;
+5. a turn cut at its token budget is kept and flagged but never acted on;
+6. a failing engine or tool server ends the episode as unknown, never as a wrong answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from agentcpm_jax.dock.protocol import Toolbox
+from agentcpm_jax.rollout.chat import ChatFormat, Message
+from agentcpm_jax.rollout.parse import ParsedTurn, parse_completion
+from agentcpm_jax.rollout.policy import (
+    Completion,
+    Finish,
+    SampleRequest,
+    SamplingParams,
+    TokenPolicy,
+)
+from agentcpm_jax.rollout.tape import Tape
+from agentcpm_jax.types import (
+    Provenance,
+    StopReason,
+    Task,
+    ToolCall,
+    ToolResult,
+    ToolStatus,
+    Trajectory,
+    Turn,
+    TurnFlag,
+    UserError,
+)
+
+#: ids i32[N] and provenance u8[N]
+_Tokens: TypeAlias = tuple[np.ndarray, np.ndarray]
+#: why to stop, or the messages that answer the turn
+_Next: TypeAlias = tuple[StopReason | None, list[Message]]
+
+
+@dataclass(frozen=True)
+class EpisodeConfig:
+    """Limits are counts of turns, tokens (max_context, max_new_tokens, reserve) or characters."""
+
+    system_prompt: str = ""
+    max_turns: int = 100
+    max_context: int = 32768
+    max_new_tokens: int = 4096
+    reserve: int = 64  # room that must be left for a generation to be worth starting
+    temperature: float = 1.0
+    repetition_stop: int = 4  # times the same assistant text may stand in the context
+    no_progress_stop: int = 20  # consecutive turns with neither call nor answer
+    truncated_stop: int = 1  # turns cut at max_new_tokens
+    turn_deadline: float | None = None  # seconds for one generation
+    max_tool_chars: int = 20_000  # of one observation
+    nudge: str = (
+        "Your message held neither a tool call nor an answer. "
+        "Call a tool, or give the final answer between <answer> and </answer>."
+    )
+    nudge_truncated: str = "Your message was cut off because it was too long. Be brief."
+
+
+async def run_episode(
+    task: Task,
+    policy: TokenPolicy,
+    toolbox: Toolbox,
+    chat: ChatFormat,
+    cfg: EpisodeConfig,
+    *,
+    issue_id: int,
+    sample: int,
+    attempt: int,
+    seed: int,
+) -> Trajectory:
+    """Play one task to its end; the answer is filled, verdict and reward are the grader's.
+
+    The caller opens and closes `toolbox`. Cancellation propagates (see `cancelled_trajectory`).
+    Raises UserError when the system prompt and the tools alone do not fit into `max_context`.
+    """
+    began = time.monotonic()
+    episode = _Episode(policy, toolbox, chat, cfg, (issue_id, sample, attempt), seed)
+    stop = episode.open(task.question)
+    while stop is None:
+        stop = await episode.step()
+    return Trajectory(
+        segments=(episode.tape.segment(),),
+        turns=tuple(episode.turns),
+        stop=stop,
+        issue_id=issue_id,
+        sample=sample,
+        attempt=attempt,
+        answer=episode.answer,
+        error=episode.error,
+        seconds=time.monotonic() - began,
+    )
+
+
+def cancelled_trajectory(issue_id: int, sample: int, attempt: int, error: str = "") -> Trajectory:
+    """What the caller of a cancelled `run_episode` records: nothing of it is kept."""
+    return Trajectory(
+        segments=(),
+        turns=(),
+        stop=StopReason.CANCELLED,
+        issue_id=issue_id,
+        sample=sample,
+        attempt=attempt,
+        error=error,
+    )
+
+
+class _Episode:
+    """The state of one trajectory: what has been written, the turns, and the stop counters."""
+
+    def __init__(
+        self,
+        policy: TokenPolicy,
+        toolbox: Toolbox,
+        chat: ChatFormat,
+        cfg: EpisodeConfig,
+        key: tuple[int, int, int],
+        seed: int,
+    ) -> None:
+        self._policy, self._toolbox, self._chat, self._cfg = policy, toolbox, chat, cfg
+        self._key, self._seed = key, seed
+        self._schemas = toolbox.schemas()
+        self._names = frozenset(_name_of(schema) for schema in self._schemas)
+        self._texts: Counter[str] = Counter()
+        self._idle = self._truncated = 0
+        self._pending: _Tokens = (np.zeros(0, np.int32), np.zeros(0, np.uint8))
+        self.tape = Tape()
+        self.turns: list[Turn] = []
+        self.answer: str | None = None
+        self.error = ""
+
+    def open(self, question: str) -> StopReason | None:
+        """Render the prompt; a stop when it leaves no room to say anything."""
+        cfg = self._cfg
+        prompt = self._chat.prompt_ids(_messages(cfg, question), self._schemas)
+        self._pending = (prompt, np.full(len(prompt), Provenance.TEMPLATE, np.uint8))
+        if len(prompt) + cfg.reserve <= cfg.max_context:
+            return None
+        fixed = len(self._chat.prompt_ids(_messages(cfg, ""), self._schemas))
+        if fixed + cfg.reserve > cfg.max_context:  # no task could ever fit: the user's mistake
+            raise UserError(
+                f"the system prompt and the tools take {fixed} tokens, max_context is "
+                f"{cfg.max_context} with {cfg.reserve} in reserve; raise max_context"
+            )
+        self.error = f"the prompt has {len(prompt)} tokens, max_context is {cfg.max_context}"
+        return StopReason.MAX_CONTEXT
+
+    async def step(self) -> StopReason | None:
+        """One turn: show what is pending, sample, act, and prepare what comes next."""
+        cfg, start = self._cfg, len(self.tape)
+        self.tape.append(*self._pending)
+        shown = len(self.tape)
+        request = self._request(shown)
+        completion = await _sample(self._policy, request)
+        self.tape.append_sampled(completion)
+        self.turns.append(Turn(segment=0, start=start, sample_start=shown, end=len(self.tape)))
+        if completion.finish in (Finish.ERROR, Finish.ABORT):
+            self.error = completion.error or str(completion.finish)
+            return StopReason.ENGINE_ERROR
+        if completion.finish is Finish.LENGTH and not _ended(completion, self._chat):
+            stop, appended = self._cut(by_context=request.max_new_tokens < cfg.max_new_tokens)
+        else:
+            stop, appended = await self._act(completion)
+        if stop is None and self._idle >= cfg.no_progress_stop:
+            stop = StopReason.NO_PROGRESS
+        if stop is None and len(self.turns) >= cfg.max_turns:
+            stop = StopReason.MAX_TURNS
+        if stop is not None:
+            return stop
+        self._pending = self._delta(completion, appended)
+        if len(self.tape) + len(self._pending[0]) + cfg.reserve > cfg.max_context:
+            return StopReason.MAX_CONTEXT
+        return None
+
+    def _request(self, shown: int) -> SampleRequest:
+        cfg, turn = self._cfg, len(self.turns)
+        issue_id, sample, attempt = self._key
+        return SampleRequest(
+            rid=f"{issue_id}-{sample}-{attempt}/{turn}/",
+            prompt_ids=self.tape.ids(),
+            max_new_tokens=min(cfg.max_new_tokens, cfg.max_context - shown),
+            params=SamplingParams(
+                temperature=cfg.temperature,
+                stop_ids=self._chat.stop_ids,
+                seed=(self._seed, *self._key, turn),
+            ),
+            deadline=cfg.turn_deadline,
+        )
+
+    def _cut(self, *, by_context: bool) -> _Next:
+        """A turn that hit its token budget: kept, flagged, never acted on."""
+        self._update(flags=(TurnFlag.TRUNCATED,))
+        self._truncated += 1
+        self._idle += 1
+        if by_context:
+            return StopReason.MAX_CONTEXT, []
+        if self._truncated >= self._cfg.truncated_stop:
+            return StopReason.TRUNCATED, []
+        return None, [{"role": "user", "content": self._cfg.nudge_truncated}]
+
+    async def _act(self, completion: Completion) -> _Next:
+        """Read a whole turn: the answer wins, then the repetition stop, then the calls run."""
+        cfg, chat = self._cfg, self._chat
+        text = chat.decode(completion.ids[:-1] if _ended(completion, chat) else completion.ids)
+        parsed = parse_completion(text, self._names, in_thought=chat.in_thought)
+        called = any(call.error != "unfinished_thought" for call in parsed.calls)
+        progress = called or parsed.answer is not None
+        self._idle = 0 if progress else self._idle + 1
+        self._texts[text] += 1
+        calls = _located(parsed, completion, chat, self.turns[-1].sample_start)
+        flags = {
+            TurnFlag.FORMAT_ERROR: bool(parsed.errors),
+            TurnFlag.REPEATED: self._texts[text] > 1,
+            TurnFlag.NO_CALL: not progress,
+        }
+        self._update(calls=calls, flags=tuple(flag for flag, holds in flags.items() if holds))
+        if parsed.answer is not None:
+            self.answer = parsed.answer
+            return StopReason.ANSWERED, []
+        if self._texts[text] >= cfg.repetition_stop:
+            return StopReason.REPETITION, []
+        if not called:
+            return None, [{"role": "user", "content": cfg.nudge}]
+        if len(self.turns) >= cfg.max_turns:  # nobody would read the results
+            return StopReason.MAX_TURNS, []
+        results = await _run_calls(self._toolbox, calls, cfg.max_tool_chars)
+        self._update(results=results)
+        if results[-1].status is ToolStatus.INFRA_ERROR:
+            self.error = results[-1].content[:500]
+            return StopReason.INFRA_ERROR, []
+        return None, [{"role": "tool", "content": result.content} for result in results]
+
+    def _delta(self, completion: Completion, appended: Sequence[Message]) -> _Tokens:
+        """The environment's tokens; it closes a message that the policy left open."""
+        ids, provenance = self._chat.delta_tokens(appended)
+        if len(completion.ids) and int(completion.ids[-1]) == self._chat.im_end_id:
+            return ids, provenance
+        return (
+            np.concatenate([np.asarray([self._chat.im_end_id], np.int32), ids]),
+            np.concatenate([np.asarray([Provenance.TEMPLATE], np.uint8), provenance]),
+        )
+
+    def _update(self, **changes: Any) -> None:
+        self.turns[-1] = dataclasses.replace(self.turns[-1], **changes)
+
+
+def _messages(cfg: EpisodeConfig, question: str) -> list[Message]:
+    user = {"role": "user", "content": question}
+    if not cfg.system_prompt:
+        return [user]
+    return [{"role": "system", "content": cfg.system_prompt}, user]
+
+
+async def _sample(policy: TokenPolicy, request: SampleRequest) -> Completion:
+    """The policy's completion; running into the deadline is an engine error."""
+    if request.deadline is None:
+        return await policy.sample(request)
+    try:
+        async with asyncio.timeout(request.deadline):
+            return await policy.sample(request)
+    except TimeoutError:
+        none = np.zeros(0, np.int32)
+        error = f"no completion within {request.deadline} s"
+        return Completion(none, none.astype(np.float32), none, Finish.ERROR, error)
+
+
+def _ended(completion: Completion, chat: ChatFormat) -> bool:
+    """Whether the last sampled id is a stop id."""
+    return len(completion.ids) > 0 and int(completion.ids[-1]) in chat.stop_ids
+
+
+def _located(
+    parsed: ParsedTurn, completion: Completion, chat: ChatFormat, offset: int
+) -> tuple[ToolCall, ...]:
+    """The calls with their token spans in the segment; `offset` = where the completion starts."""
+    spans = chat.token_spans(completion.ids, parsed.spans)
+    return tuple(
+        dataclasses.replace(call, span=(offset + start, offset + end))
+        for call, (start, end) in zip(parsed.calls, spans, strict=True)
+    )
+
+
+async def _run_calls(
+    toolbox: Toolbox, calls: Sequence[ToolCall], max_chars: int
+) -> tuple[ToolResult, ...]:
+    """Results in the order of the calls, one after the other; the first infra error is the last."""
+    results: list[ToolResult] = []
+    for call in calls:
+        if call.error is not None or call.arguments is None:
+            content = json.dumps({"error": call.error, "detail": call.message}, ensure_ascii=False)
+            result = ToolResult(ToolStatus.BAD_ARGUMENTS, content)
+        else:
+            result = await toolbox.call(call.name, call.arguments)
+        results.append(_shortened(result, max_chars))
+        if result.status is ToolStatus.INFRA_ERROR:
+            break
+    return tuple(results)
+
+
+def _shortened(result: ToolResult, max_chars: int) -> ToolResult:
+    left_out = len(result.content) - max_chars
+    if left_out <= 0:
+        return result
+    content = f"{result.content[:max_chars]}\n[{left_out} more characters left out]"
+    return dataclasses.replace(result, content=content)
+
+
+def _name_of(schema: Message) -> str:
+    """OpenAI's form {type, function: {name}} or the bare function."""
+    return str(schema.get("function", schema).get("name", ""))
