@@ -1,0 +1,228 @@
+"""From scores to the advantage of every sampled token.
+
+Estimators over the n scores s of one group:
+    leave_one_out  A_i = s_i - mean_{j != i} s_j = n/(n-1) (s_i - mean s)   (RLOO; AgentCPM-Explore)
+    grpo           A_i = (s_i - mean s) / (std s + 1e-6), std with n - 1    (GRPO)
+    grpo_no_std    A_i = s_i - mean s                                      (Dr.GRPO)
+
+AgentCPM-Explore's rule then shapes it, per turn: A <- min(preset, A) where a turn carries a preset
+(0 for malformed and repeated turns: blame stays, credit goes), A <- min(A, 0) when s <= 0.5 and
+max(A, 0) otherwise (sign clamp), A <- scale A, and what is 0 leaves the loss.
+
+Deviations from the original:
+1. The baseline holds the scores of valid samples only; the original also counts environment
+   failures, as 0 (`denoise` removes them first).
+2. A malformed call loses the credit of its own tokens; the original mutes the whole turn, well
+   formed calls included. Only when the call cannot be located is it the whole turn.
+3. The preset of a repeated turn and that of a malformed call do not overwrite each other.
+4. A group of equal scores has advantages of exactly 0, whatever the rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
+
+import numpy as np
+
+from agentcpm_jax.types import Trajectory, TrajectoryGroup, Turn, TurnFlag, UserError
+
+
+@dataclass(frozen=True)
+class AdvantageConfig:
+    """Which estimator, and how its result is shaped (defaults: the original's released recipe)."""
+
+    estimator: str = "leave_one_out"  # leave_one_out | grpo | grpo_no_std
+    scale: float = 2.0
+    sign_clamp: bool = True
+    right_above: float = 0.5  # the sign clamp's threshold: a score above it is right
+    drop_zero: bool = True
+    minimal: float | None = None  # tokens whose advantage is below leave the loss
+    singleton: str = "zero"  # "raw": a group of one has its score as advantage (grpo only)
+
+    def __post_init__(self) -> None:
+        for key, allowed in (
+            ("estimator", ("leave_one_out", "grpo", "grpo_no_std")),
+            ("singleton", ("zero", "raw")),
+        ):
+            value = getattr(self, key)
+            if value not in allowed:
+                raise UserError(f"unknown advantage {key} {value!r}; use {' or '.join(allowed)}")
+
+
+@dataclass(frozen=True)
+class TokenCredit:
+    """Of one segment: advantage f32[T] (0 where not kept), keep bool[T] = the token is trained."""
+
+    advantage: np.ndarray
+    keep: np.ndarray
+
+
+def credit_group(
+    group: TrajectoryGroup,
+    cfg: AdvantageConfig,
+    scores: Sequence[float] | None = None,
+    muted_turns: Set[tuple[int, int]] = frozenset(),
+    presets: Mapping[tuple[int, int], float] | None = None,
+) -> list[list[TokenCredit]]:
+    """The credit of every token of a group.
+
+    Every sampled token carries its trajectory's advantage, except: a malformed call's tokens and
+    a repeated turn's get min(0, A); a turn's with a preset a, min(a, A). Truncated and muted turns
+    are not trained, nor is what a fork shares with its parent.
+
+    Args:
+      group: its trajectories are the ones to train; each has a reward.
+      scores: the baseline's scores, those of the trajectories among them (samples that are valid
+        but not trained count too); None: the rewards of the trajectories.
+      muted_turns: (sample, turn index) of turns that are not trained.
+      presets: (sample, turn index) -> upper bound of the turn's advantage before scaling.
+    Returns:
+      One list per trajectory, with one `TokenCredit` per segment.
+    Raises:
+      ValueError: a trajectory without a finite reward, or with a reward that `scores` lacks.
+    """
+    rewards = [_reward(t) for t in group.trajectories]
+    scores = rewards if scores is None else [float(s) for s in scores]
+    by_score = dict(zip(scores, estimate(scores, cfg).tolist(), strict=True))
+    credits = []
+    for trajectory, reward in zip(group.trajectories, rewards, strict=True):
+        if reward not in by_score:
+            raise ValueError(f"reward {reward} of sample {trajectory.sample} is not in {scores}")
+        credits.append(
+            _credit_trajectory(
+                trajectory, by_score[reward], reward, cfg, muted_turns, presets or {}
+            )
+        )
+    return credits
+
+
+def estimate(scores: Sequence[float] | np.ndarray, cfg: AdvantageConfig) -> np.ndarray:
+    """f64[n] of the configured estimator, before shaping."""
+    if cfg.estimator == "leave_one_out":
+        return leave_one_out(scores)
+    return grpo(scores, std=cfg.estimator == "grpo", singleton=cfg.singleton)
+
+
+def leave_one_out(scores: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Each score minus the mean of the others: f64[n], summing to 0; 0 for a group of one."""
+    s = np.asarray(scores, np.float64)
+    if len(s) < 2 or np.ptp(s) == 0:
+        return np.zeros(len(s))
+    return s - (s.sum() - s) / (len(s) - 1)
+
+
+def grpo(
+    scores: Sequence[float] | np.ndarray,
+    std: bool = True,
+    eps: float = 1e-6,
+    singleton: str = "zero",
+) -> np.ndarray:
+    """Scores centred on the group's mean, over (std + eps) unless `std` is off: f64[n].
+
+    A group of one has advantage 0, or its score with `singleton="raw"`.
+    """
+    s = np.asarray(scores, np.float64)
+    if len(s) == 1 and singleton == "raw":
+        return s / (1.0 + eps) if std else s.copy()
+    if len(s) < 2 or np.ptp(s) == 0:
+        return np.zeros(len(s))
+    centred = s - s.mean()
+    return centred / (s.std(ddof=1) + eps) if std else centred
+
+
+def shape(
+    advantage: float, score: float, cfg: AdvantageConfig, preset: float | None = None
+) -> float:
+    """An estimator's advantage -> that of a span: preset bound, sign clamp, scale."""
+    if preset is not None:
+        advantage = min(preset, advantage)
+    if cfg.sign_clamp:
+        right = score > cfg.right_above
+        advantage = max(advantage, 0.0) if right else min(advantage, 0.0)
+    return advantage * cfg.scale
+
+
+def is_trained(advantage: float, cfg: AdvantageConfig) -> bool:
+    """Whether tokens of this (shaped) advantage stay in the loss."""
+    if cfg.minimal is not None and advantage < cfg.minimal:
+        return False
+    return not (cfg.drop_zero and advantage == 0.0)
+
+
+def turn_advantage(
+    scores: Sequence[float],
+    own_score: float,
+    cfg: AdvantageConfig,
+    preset: float | None = None,
+) -> float | None:
+    """The advantage of one turn of the sample that scored `own_score`; None: it leaves the loss."""
+    own = list(scores).index(own_score)
+    advantage = shape(float(estimate(scores, cfg)[own]), own_score, cfg, preset)
+    return advantage if is_trained(advantage, cfg) else None
+
+
+def _reward(trajectory: Trajectory) -> float:
+    if trajectory.reward is None or not np.isfinite(trajectory.reward):
+        raise ValueError(
+            f"sample {trajectory.sample} has reward {trajectory.reward}: samples of unknown "
+            "verdict leave the group before credit is given (rewards.denoise)"
+        )
+    return float(trajectory.reward)
+
+
+def _credit_trajectory(
+    trajectory: Trajectory,
+    raw: float,
+    score: float,
+    cfg: AdvantageConfig,
+    muted_turns: Set[tuple[int, int]],
+    presets: Mapping[tuple[int, int], float],
+) -> list[TokenCredit]:
+    bounds = [np.full(len(s), np.inf) for s in trajectory.segments]  # upper bound of A, per token
+    kept = [s.sampled & trajectory.trainable for s in trajectory.segments]
+    for segment, keep in zip(trajectory.segments, kept, strict=True):
+        keep[: segment.shared_prefix_len] = False
+    for index, turn in enumerate(trajectory.turns):
+        span = slice(turn.sample_start, turn.end)
+        key = (trajectory.sample, index)
+        if key in muted_turns or TurnFlag.TRUNCATED in turn.flags:
+            kept[turn.segment][span] = False
+        if key in presets:
+            _lower(bounds[turn.segment], span, presets[key])
+        for without_credit in _spans_without_credit(turn):
+            _lower(bounds[turn.segment], without_credit, 0.0)
+    return [
+        _credit_segment(keep, bound, raw, score, cfg)
+        for keep, bound in zip(kept, bounds, strict=True)
+    ]
+
+
+def _lower(bounds: np.ndarray, span: slice, value: float) -> None:
+    bounds[span] = np.minimum(bounds[span], value)
+
+
+def _spans_without_credit(turn: Turn) -> list[slice]:
+    """Where A is bounded by 0: malformed calls, or the whole turn."""
+    whole = [slice(turn.sample_start, turn.end)]
+    malformed = [c for c in turn.calls if c.error is not None]
+    if TurnFlag.REPEATED in turn.flags or any(c.span[0] < 0 for c in malformed):
+        return whole
+    if TurnFlag.FORMAT_ERROR in turn.flags and not malformed:
+        return whole
+    return [slice(*c.span) for c in malformed]
+
+
+def _credit_segment(
+    keep: np.ndarray, bounds: np.ndarray, raw: float, score: float, cfg: AdvantageConfig
+) -> TokenCredit:
+    advantage = np.zeros(len(keep), np.float32)
+    keep = keep.copy()
+    for bound in np.unique(bounds):
+        here = keep & (bounds == bound)
+        value = shape(raw, score, cfg, float(bound))
+        if is_trained(value, cfg):
+            advantage[here] = value
+        else:
+            keep[here] = False
+    return TokenCredit(advantage, keep)
