@@ -1,0 +1,296 @@
+"""One experiment = one frozen dataclass, composed from those beside the code that reads them.
+
+At the edge it is an ml_collections `ConfigDict` (`configs/*.py`, `--config.a.b=value`); inside it
+is `ExperimentConfig`. `from_config_dict` is the only door: it rejects unknown keys and wrong types
+by their full path.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from agentcpm_jax.data.sft import SFTDataConfig
+from agentcpm_jax.engine.local import EngineConfig
+from agentcpm_jax.model.config import TINY, ModelConfig
+from agentcpm_jax.rewards.advantages import AdvantageConfig
+from agentcpm_jax.rewards.denoise import DenoiseConfig
+from agentcpm_jax.rollout.episode import EpisodeConfig
+from agentcpm_jax.rollout.stream import StreamConfig
+from agentcpm_jax.sharding import MeshConfig
+from agentcpm_jax.tasks.world import WorldTasks
+from agentcpm_jax.train.loss import LossConfig
+from agentcpm_jax.train.optimizer import OptimizerConfig
+from agentcpm_jax.types import UserError
+from agentcpm_jax.world.skills import SkillMix
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class TrainShape:
+    """Rows of `row_length` tokens; `rows` of them make a batch, fed `micro_rows` at a time."""
+
+    row_length: int = 256
+    rows: int = 8
+    micro_rows: int = 0  # 0: the whole batch at once
+    steps: int = 100
+    checkpoint_every: int = 50
+    log_every: int = 1
+
+
+@dataclass(frozen=True)
+class PretrainPhase:
+    """One leg of next-token training: a document mix at one row length."""
+
+    mix: SkillMix = SkillMix()
+    row_length: int = 144
+    rows: int = 14
+    steps: int = 1000
+    optimizer: OptimizerConfig = OptimizerConfig()
+    prompt_weight: float = 0.1  # loss weight of tokens that are not an answer
+
+
+@dataclass(frozen=True)
+class PretrainStage:
+    """Next-token training on the world's pages and the general skills."""
+
+    phases: tuple[PretrainPhase, ...] = (PretrainPhase(),)
+
+
+@dataclass(frozen=True)
+class Demonstrations:
+    """Oracle trajectories of the offline world, with the faults a noisy teacher makes."""
+
+    count: int = 3000
+    wrong_pick: float = 0.2  # share of visits that go to a look-alike page first
+    stop_early: float = 0.65  # share of multi-hop demonstrations that answer the inner hop
+
+
+@dataclass(frozen=True)
+class SFTStage:
+    """SFT; `data.path` names a JSONL file, empty = the offline world's demonstrations."""
+
+    data: SFTDataConfig = SFTDataConfig()
+    demonstrations: Demonstrations = Demonstrations()
+    shape: TrainShape = TrainShape()
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+
+@dataclass(frozen=True)
+class MergeStage:
+    """alpha * stage + (1 - alpha) * general, through the merge package."""
+
+    method: str = "linear"  # linear | task_arithmetic
+    general: str = "stage:base"
+    alpha: float = 0.8
+    sweep: tuple[float, ...] = ()  # alphas that are measured beside it, for the report
+
+
+@dataclass(frozen=True)
+class RLStage:
+    """Asynchronous RL on the world's training tasks, or on a JSONL of tasks."""
+
+    tasks_path: str = ""
+    shape: TrainShape = TrainShape()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    loss: LossConfig = LossConfig()
+    advantages: AdvantageConfig = AdvantageConfig()
+    denoise: DenoiseConfig = DenoiseConfig()
+    stream: StreamConfig = StreamConfig()
+    engine: EngineConfig = EngineConfig()
+
+
+@dataclass(frozen=True)
+class EvalStage:
+    """Held-out tasks for each model named in `models` (stage names)."""
+
+    models: tuple[str, ...] = ()
+    tasks_path: str = ""
+    tasks: int = 400
+    hops: tuple[int, ...] = (1, 2)
+    samples: int = 4
+    k: tuple[int, ...] = (1, 2, 4)
+    skill_tasks: int = 200  # documents per general skill
+    engine: EngineConfig = EngineConfig()
+
+
+SECTIONS: dict[str, type] = {
+    "pretrain": PretrainStage,
+    "sft": SFTStage,
+    "merge": MergeStage,
+    "rl": RLStage,
+    "eval": EvalStage,
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the pipeline: of the five sections, the one named after `kind` is set.
+
+    In a `ConfigDict` a stage is flat: `stage.<name>.{kind, init_from, <keys of the section>}`.
+    """
+
+    kind: str = "sft"
+    name: str = ""
+    init_from: str = "random"  # 'random' | a Hugging Face directory | 'stage:<name>'
+    pretrain: PretrainStage | None = None
+    sft: SFTStage | None = None
+    merge: MergeStage | None = None
+    rl: RLStage | None = None
+    eval: EvalStage | None = None
+
+
+@dataclass(frozen=True)
+class ExperimentConfig:
+    """Everything a run depends on."""
+
+    name: str = "experiment"
+    workdir: str = "runs/experiment"
+    seed: int = 0
+    stages: tuple[Stage, ...] = ()
+    base: str = "scratch"  # 'scratch' trains the base stage; a directory replaces it
+    model: ModelConfig = TINY
+    mesh: MeshConfig = MeshConfig()
+    tokenizer: str = ""  # directory; empty = the offline world's own tokenizer
+    template: str = "qwen3-instruct-2507"  # used with the world's tokenizer
+    train_tasks: WorldTasks = field(default_factory=WorldTasks)
+    test_tasks: WorldTasks = field(default_factory=lambda: WorldTasks(split="test"))
+    episode: EpisodeConfig = EpisodeConfig()
+    log_url: str = ""  # PostgreSQL URL; empty = workdir/experience.db
+    schema_version: int = SCHEMA_VERSION
+
+
+def to_config_dict(config: Any) -> ConfigDict:
+    """A mutable `ConfigDict` of a dataclass: what `configs/*.py` return."""
+    return ConfigDict(_plain(config))
+
+
+def default_config() -> ConfigDict:
+    """Every top-level key with its default; stages are added with `stage_dict`."""
+    config = to_config_dict(ExperimentConfig())
+    config.stages = ()
+    config.stage = ConfigDict()
+    return config
+
+
+def stage_dict(kind: str, init_from: str = "random", **section: Any) -> ConfigDict:
+    """A stage of `kind`: its section's defaults updated with `section`, beside kind and source."""
+    chosen = dataclasses.replace(SECTIONS[kind](), **section)
+    return ConfigDict({"kind": kind, "init_from": init_from} | _plain(chosen))
+
+
+def from_config_dict(config: Mapping[str, Any]) -> ExperimentConfig:
+    """Checked conversion. `stages` lists names in order; `stage.<name>` holds each one.
+
+    Raises:
+        UserError: unknown key (with the nearest known one), wrong type, unknown stage or kind.
+    """
+    raw = dict(config.to_dict() if isinstance(config, ConfigDict) else config)
+    sections = dict(raw.pop("stage", {}))
+    stages = []
+    for name in raw.pop("stages", ()):
+        if name not in sections:
+            known = ", ".join(sorted(sections)) or "none"
+            raise UserError(f"stages: no section stage.{name}; defined: {known}")
+        stages.append(_stage(name, dict(sections[name])))
+    _check_order(stages)
+    built = _build(ExperimentConfig, raw, "config")
+    if built.schema_version > SCHEMA_VERSION:
+        raise UserError(
+            f"config.schema_version={built.schema_version} is newer than {SCHEMA_VERSION}; "
+            "update agentcpm_jax"
+        )
+    return dataclasses.replace(built, stages=tuple(stages))
+
+
+def to_json(config: ExperimentConfig) -> dict[str, Any]:
+    """A JSON-able dict, for config.json and checkpoints."""
+    return _plain(config)
+
+
+def _stage(name: str, raw: dict[str, Any]) -> Stage:
+    path = f"config.stage.{name}"
+    kind, init_from = raw.pop("kind", None), raw.pop("init_from", "random")
+    if kind not in SECTIONS:
+        raise UserError(f"{path}.kind={kind!r}; one of {', '.join(SECTIONS)}")
+    section = _build(SECTIONS[kind], raw, path)
+    source = _value(str, init_from, f"{path}.init_from")
+    return Stage(kind=kind, name=name, init_from=source, **{kind: section})
+
+
+def _check_order(stages: list[Stage]) -> None:
+    seen: set[str] = set()
+    for stage in stages:
+        sources = [stage.init_from]
+        if stage.merge is not None:
+            sources.append(stage.merge.general)
+        if stage.eval is not None:
+            sources += [f"stage:{m}" for m in stage.eval.models]
+        for source in sources:
+            if source.startswith("stage:") and source[6:] not in seen:
+                raise UserError(
+                    f"config.stage.{stage.name} reads {source!r}, which does not run before it; "
+                    f"order of config.stages: {', '.join(s.name for s in stages)}"
+                )
+        if stage.name in seen:
+            raise UserError(f"config.stages names {stage.name!r} twice")
+        seen.add(stage.name)
+
+
+def _build(cls: type, raw: Mapping[str, Any], path: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]
+    for key in raw:
+        if key not in names:
+            near = difflib.get_close_matches(key, names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
+            raise UserError(f"unknown config key {path}.{key}; {hint}")
+    return cls(**{k: _value(hints[k], v, f"{path}.{k}") for k, v in raw.items()})
+
+
+def _value(hint: Any, value: Any, path: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        inner = [a for a in args if a is not type(None)]
+        return _value(inner[0], value, path)
+    if origin is typing.Literal:
+        if value not in args:
+            raise UserError(f"{path}={value!r}; one of {', '.join(map(repr, args))}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise UserError(f"{path}={value!r} is not a list")
+        element = args[0]
+        return tuple(_value(element, v, f"{path}[{i}]") for i, v in enumerate(value))
+    if dataclasses.is_dataclass(hint):
+        if isinstance(value, hint):  # type: ignore[arg-type]
+            return value
+        if not isinstance(value, Mapping):
+            raise UserError(f"{path}={value!r}; expected a section with keys")
+        return _build(hint, value, path)  # type: ignore[arg-type]
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type) and (
+        not isinstance(value, hint) or (hint is int and isinstance(value, bool))
+    ):
+        found = type(value).__name__
+        raise UserError(f"{path}={value!r} is of type {found}; expected {hint.__name__}")
+    return value
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, tuple | list):
+        return tuple(_plain(v) for v in value)
+    return value

@@ -1,0 +1,82 @@
+"""`--config=file.py:variant --config.a.b=value --workdir=dir` -> a checked configuration.
+
+absl and ml_collections raise while they parse; here every such mistake becomes one `UserError`.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from absl import flags
+from ml_collections import config_flags
+
+from agentcpm_jax.config import ExperimentConfig, from_config_dict
+from agentcpm_jax.types import UserError
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+class Command(NamedTuple):
+    """What the command line asks for."""
+
+    config: ExperimentConfig
+    workdir: Path
+
+
+def parse(argv: Sequence[str]) -> Command:
+    """Raises `UserError` for a missing file, an unknown flag or key, or a wrong type."""
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values)
+    flags.DEFINE_string("workdir", "", "where the run lives", flag_values=values)
+    first, rest = _config_first(argv)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # absl logs what it then raises
+            positional = values(["train", first, *rest])
+    except flags.UnrecognizedFlagError as error:
+        raise UserError(f"{error}; known: --config, --config.<key>=..., --workdir") from None
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        text = str(error).strip("\"'").split("\n")[0]
+        raise UserError(f"{text}; look the key up in {first.removeprefix('--config=')}") from None
+    if positional[1:]:
+        raise UserError(f"unexpected argument {positional[1]!r}; overrides are --config.a.b=value")
+    config = from_config_dict(values["config"].value)
+    return Command(config, Path(values["workdir"].value or config.workdir))
+
+
+def find_config(path: str) -> Path:
+    """A config file: relative paths are tried against the working directory, then the checkout."""
+    tried = [Path(path)] if Path(path).is_absolute() else [Path.cwd() / path, CHECKOUT / path]
+    for candidate in tried:
+        if candidate.is_file():
+            return candidate
+    where = " and ".join(str(p) for p in tried)
+    known = ", ".join(sorted(f"configs/{p.name}" for p in (CHECKOUT / "configs").glob("*.py")))
+    raise UserError(f"no config file {path!r}: tried {where}; there are {known}")
+
+
+def _config_first(argv: Sequence[str]) -> tuple[str, list[str]]:
+    """(--config=<absolute path>[:variant], the other flags): overrides may stand before it."""
+    given = [a for a in argv if a.startswith(("--config=", "-config="))]
+    rest = [a for a in argv if a not in given]
+    if len(given) != 1:
+        raise UserError(
+            "give one --config=FILE, e.g. --config=configs/quickstart.py"
+            + (f"; got {len(given)}" if given else "")
+        )
+    path, _, variant = given[0].partition("=")[2].partition(":")
+    found = find_config(path)
+    _check_syntax(found)
+    return f"--config={found}" + (f":{variant}" if variant else ""), rest
+
+
+def _check_syntax(path: Path) -> None:
+    try:
+        ast.parse(path.read_text())
+    except (SyntaxError, UnicodeDecodeError) as error:
+        line = getattr(error, "lineno", "?")
+        raise UserError(f"{path}:{line} is not Python: {error}; mend the config file") from None

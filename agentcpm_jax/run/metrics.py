@@ -1,0 +1,93 @@
+"""Metric writers and progress: JSON lines on disk, a bar for people. Nothing is printed here."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class Bar(Protocol):
+    """A progress bar (tqdm fits)."""
+
+    def update(self, n: int = 1) -> Any: ...
+
+    def set_postfix_str(self, s: str) -> Any: ...
+
+    def close(self) -> Any: ...
+
+
+class Progress(Protocol):
+    """Opens a bar of `total` steps, of which `initial` are done."""
+
+    def __call__(self, description: str, total: int, initial: int = 0) -> Bar: ...
+
+
+class _Silent:
+    def update(self, n: int = 1) -> None: ...
+
+    def set_postfix_str(self, s: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def silent(description: str, total: int, initial: int = 0) -> Bar:
+    """A `Progress` that shows nothing."""
+    return _Silent()
+
+
+class MetricsWriter:
+    """Appends one JSON line per step to `metrics.jsonl`.
+
+    Opened at `start_step`, it first removes lines of later steps (they are about to be recomputed)
+    and a torn last line, so the file of a resumed run equals that of an uninterrupted one.
+    """
+
+    def __init__(self, path: Path, start_step: int = 0) -> None:
+        self._path = path
+        kept = [row for row in read_metrics(path) if row["step"] <= start_step]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(_line(row) for row in kept))
+        os.replace(temporary, path)
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """`values` are scalars named `group/name`; NaN and infinities become null."""
+        row = {"step": step} | {k: _scalar(v) for k, v in sorted(values.items())}
+        with self._path.open("a") as file:
+            file.write(_line(row))
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics file; none when it does not exist; a torn last line is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text().split("\n"):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def series(path: Path) -> dict[str, list[tuple[int, float]]]:
+    """metric name -> [(step, value)], for charts."""
+    out: dict[str, list[tuple[int, float]]] = {}
+    for row in read_metrics(path):
+        for key, value in row.items():
+            if key != "step" and value is not None:
+                out.setdefault(key, []).append((row["step"], value))
+    return out
+
+
+def _scalar(value: Any) -> float | int | None:
+    number = value.item() if hasattr(value, "item") else value
+    return number if math.isfinite(number) else None
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row) + "\n"

@@ -1,0 +1,86 @@
+"""The list of stages: run in order, skip those with DONE, resume the first without."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from agentcpm_jax.config import ExperimentConfig, Stage
+from agentcpm_jax.merge.methods import linear, task_arithmetic
+from agentcpm_jax.run.context import RunContext, open_context, write_atomically
+from agentcpm_jax.run.evaluation import run_eval
+from agentcpm_jax.run.interrupt import StopSignal
+from agentcpm_jax.run.loop import train
+from agentcpm_jax.run.metrics import Progress, silent
+from agentcpm_jax.run.summary import write_summary
+from agentcpm_jax.run.supervised import run_pretrain, run_sft
+from agentcpm_jax.types import UserError
+
+
+def run_experiment(
+    cfg: ExperimentConfig,
+    workdir: str | Path | None = None,
+    *,
+    progress: Progress = silent,
+    announce: Callable[[str], None] = lambda line: None,
+) -> Path:
+    """Run (or resume) every stage; returns the path of the HTML report.
+
+    Raises:
+      UserError: what the user can mend.
+      Interrupted: a signal asked the run to stop; the same call resumes it.
+    """
+    if not cfg.stages:
+        raise UserError("config.stages is empty; name at least one stage")
+    with StopSignal() as stop:
+        ctx = open_context(cfg, Path(workdir or cfg.workdir), progress, stop)
+        with ctx.log:
+            for stage in cfg.stages:
+                if (ctx.directory(stage) / "DONE").exists():
+                    announce(f"{stage.name}: done before, skipped")
+                    continue
+                started = time.monotonic()
+                run_stage(ctx, stage)
+                seconds = time.monotonic() - started
+                mark_done(ctx, stage, seconds)
+                announce(f"{stage.name}: done in {seconds:.0f} s")
+            return write_summary(ctx)
+
+
+def run_stage(ctx: RunContext, stage: Stage) -> None:
+    """Run one stage to its end."""
+    ctx.directory(stage).mkdir(parents=True, exist_ok=True)
+    {
+        "pretrain": run_pretrain,
+        "sft": run_sft,
+        "merge": run_merge,
+        "rl": train,
+        "eval": run_eval,
+    }[stage.kind](ctx, stage)
+
+
+def run_merge(ctx: RunContext, stage: Stage) -> None:
+    """alpha * specialised + (1 - alpha) * general, and the sweep's points beside it."""
+    merge = stage.merge
+    assert merge is not None
+    special, general = ctx.load_params(stage.init_from), ctx.load_params(merge.general)
+
+    def merged(alpha: float) -> dict:
+        if merge.method == "linear":
+            return linear([special, general], [alpha, 1.0 - alpha])
+        if merge.method == "task_arithmetic":
+            return task_arithmetic(general, [special], [alpha])
+        raise UserError(f"merge.method={merge.method!r}; linear or task_arithmetic")
+
+    directory = ctx.directory(stage)
+    for alpha in merge.sweep:
+        ctx.save_model(directory / "sweep" / f"{alpha:g}", merged(alpha))
+    ctx.save_model(directory / "hf", merged(merge.alpha))
+
+
+def mark_done(ctx: RunContext, stage: Stage, seconds: float) -> None:
+    """The last thing a stage writes."""
+    content = {"stage": stage.name, "kind": stage.kind, "seconds": round(seconds, 1)}
+    write_atomically(ctx.directory(stage) / "DONE", json.dumps(content) + "\n")

@@ -1,0 +1,186 @@
+"""The two supervised stages: next-token pretraining of a tiny base, and SFT on demonstrations."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+
+from agentcpm_jax.checkpoint import Checkpointer
+from agentcpm_jax.config import PretrainPhase, SFTStage, Stage, TrainShape, to_json
+from agentcpm_jax.data.batch import Batch
+from agentcpm_jax.data.loader import EpochBatches, StepBatches
+from agentcpm_jax.data.rows import Row, text_row
+from agentcpm_jax.data.sft import Conversation, conversation_rows, read_conversations
+from agentcpm_jax.rollout.chat import ChatFormat
+from agentcpm_jax.run.context import RunContext
+from agentcpm_jax.run.interrupt import Interrupted
+from agentcpm_jax.run.metrics import MetricsWriter
+from agentcpm_jax.train.optimizer import OptimizerConfig, make_optimizer
+from agentcpm_jax.train.state import TrainState
+from agentcpm_jax.train.step import make_sft_step
+from agentcpm_jax.types import UserError
+from agentcpm_jax.world.questions import demonstration
+from agentcpm_jax.world.search import search_index
+from agentcpm_jax.world.skills import document
+from agentcpm_jax.world.tools import SCHEMAS, config_of
+
+
+def run_pretrain(ctx: RunContext, stage: Stage) -> None:
+    """Train through the phases in order; a config.base that names a directory replaces them all."""
+    directory = ctx.directory(stage)
+    if ctx.cfg.base != "scratch":
+        ctx.save_model(directory / "hf", ctx.load_params(ctx.cfg.base))
+        return
+    assert stage.pretrain is not None
+    params = ctx.load_params(stage.init_from)
+    for number, phase in enumerate(stage.pretrain.phases):
+        name = f"{stage.name} {number + 1}/{len(stage.pretrain.phases)}"
+        shape = TrainShape(phase.row_length, phase.rows, steps=phase.steps, checkpoint_every=200)
+        dataset = StepBatches(
+            pretrain_source(ctx.chat, phase, f"{ctx.cfg.seed}/{number}"),
+            phase.row_length,
+            phase.rows,
+            on_rejected=lambda step, rejected: None,  # the next document of a full batch
+        )
+        params = _train(
+            ctx, directory / f"phase{number}", name, params, dataset, shape, phase.optimizer
+        )
+    ctx.save_model(directory / "hf", params)
+
+
+def run_sft(ctx: RunContext, stage: Stage) -> None:
+    """SFT on a JSONL of conversations, or on the offline world's demonstrations."""
+    assert stage.sft is not None
+    directory, sft = ctx.directory(stage), stage.sft
+    rows, counts = sft_rows(ctx, sft)
+    dataset = EpochBatches(rows, sft.shape.row_length, sft.shape.rows, seed=ctx.cfg.seed)
+    counts["too_long"] += len(dataset.rejected)
+    params = _train(
+        ctx,
+        directory,
+        stage.name,
+        ctx.load_params(stage.init_from),
+        dataset,
+        sft.shape,
+        sft.optimizer,
+        {f"sft/rows_{reason}": n for reason, n in counts.items()},
+    )
+    ctx.save_model(directory / "hf", params)
+
+
+def pretrain_source(
+    chat: ChatFormat, phase: PretrainPhase, seed: str
+) -> Callable[[int], Sequence[Row]]:
+    """step -> rows: documents drawn for that step alone, a little more than fill the batch."""
+
+    def rows(step: int) -> list[Row]:
+        rng = random.Random(f"pretrain/{seed}/{step}")
+        wanted, out = phase.rows * phase.row_length, []
+        while wanted > 0:
+            parts = [(chat.encode_text(t), a) for t, a in document(rng, phase.mix).parts]
+            ids = np.concatenate([ids for ids, _ in parts])
+            weights = np.concatenate(
+                [np.full(len(i), 1.0 if a else phase.prompt_weight, np.float32) for i, a in parts]
+            )
+            if len(ids) <= phase.row_length:
+                out.append(text_row(ids, weights))
+                wanted -= len(ids)
+        return out
+
+    return rows
+
+
+def sft_rows(ctx: RunContext, sft: SFTStage) -> tuple[list[Row], Counter[str]]:
+    """(rows, counts of kept and dropped conversations)."""
+    if sft.data.path:
+        conversations, bad = read_conversations(sft.data.path, sft.data.skip_bad)
+        rows, counts = conversation_rows(conversations, ctx.chat, sft.data)
+        counts["bad_line"] += len(bad)
+        return rows, counts
+    conversations, right = world_demonstrations(ctx, sft)
+    rows, counts = conversation_rows(conversations, ctx.chat, sft.data)
+    counts["right"] += right
+    return rows, counts
+
+
+def world_demonstrations(ctx: RunContext, sft: SFTStage) -> tuple[list[Conversation], int]:
+    """(conversations by an imperfect teacher on the training worlds, how many end right)."""
+    demos, right = sft.demonstrations, 0
+    conversations = []
+    system = [{"role": "system", "content": ctx.cfg.episode.system_prompt}]
+    for task in ctx.cfg.train_tasks.take(demos.count):
+        made = demonstration(
+            task,
+            search_index(config_of(task.meta)).world,
+            rng=random.Random(f"demo/{ctx.cfg.seed}/{task.uid}"),
+            wrong_pick=demos.wrong_pick,
+            stop_early=demos.stop_early,
+        )
+        right += made.right
+        messages = (system if ctx.cfg.episode.system_prompt else []) + made.messages
+        conversations.append(Conversation(tuple(messages), SCHEMAS, task.uid))
+    return conversations, right
+
+
+def _train(
+    ctx: RunContext,
+    directory: Path,
+    name: str,
+    params: Any,
+    dataset: grain.IterDataset,
+    shape: TrainShape,
+    optimizer: OptimizerConfig,
+    constants: dict[str, float] | None = None,
+) -> Any:
+    """The supervised loop: resume, step, log, checkpoint. Returns the final parameters."""
+    if not optimizer.total_steps:
+        optimizer = replace(optimizer, total_steps=shape.steps)
+    tx, schedule = make_optimizer(optimizer)
+    state = TrainState.create(params, tx)
+    checkpoints = Checkpointer(directory / "checkpoints", keep=2)
+    iterator = iter(dataset)
+    restored = checkpoints.restore(abstract_state=state, loader=iterator)
+    start = 0
+    if restored is not None:
+        state, start = restored.state, restored.step
+    metrics = MetricsWriter(directory / "metrics.jsonl", start)
+    step_fn = make_sft_step(ctx.cfg.model, tx, schedule, micro_rows=shape.micro_rows)
+    bar = ctx.progress(name, shape.steps, start)
+
+    def save(step: int) -> None:
+        checkpoints.save(step, state=state, loader=iterator, config=to_json(ctx.cfg))
+
+    for step in range(start + 1, shape.steps + 1):
+        batch: Batch = next(iterator)
+        state, values = step_fn(state, batch)
+        if step % shape.log_every == 0 or step == shape.steps:
+            values = jax.device_get(values)
+            metrics.write(step, {**values, **(constants or {})})
+            bar.set_postfix_str(f"loss {values['train/loss']:.3f}")
+            _check_finite(values, name, step)
+        bar.update(1)
+        if step % shape.checkpoint_every == 0 or step == shape.steps or ctx.stop.requested:
+            save(step)
+        if ctx.stop.requested and step < shape.steps:
+            bar.close()
+            checkpoints.close()
+            raise Interrupted(f"stopped after step {step} of {name}; same command resumes")
+    checkpoints.close()
+    bar.close()
+    return state.params
+
+
+def _check_finite(values: dict[str, Any], name: str, step: int) -> None:
+    if values["train/nonfinite"] > 10:
+        raise UserError(
+            f"{name}: more than 10 updates were skipped for a non-finite loss or gradient by step "
+            f"{step}; lower the learning rate or look at the data"
+        )

@@ -1,0 +1,126 @@
+"""The whole pipeline on a laptop CPU: base -> SFT -> merge -> asynchronous RL -> evaluation.
+
+    make quickstart        or        python launch/train.py --config=configs/quickstart.py
+
+Variants: `:smoke` runs every stage in about a minute and learns nothing; `--config.base=scratch`
+trains the base in the run instead of using the shipped one.
+"""
+
+from pathlib import Path
+
+from agentcpm_jax.config import (
+    Demonstrations,
+    PretrainPhase,
+    TrainShape,
+    default_config,
+    stage_dict,
+)
+from agentcpm_jax.engine.local import EngineConfig
+from agentcpm_jax.rewards.advantages import AdvantageConfig
+from agentcpm_jax.rewards.denoise import DenoiseConfig
+from agentcpm_jax.rollout.stream import StreamConfig
+from agentcpm_jax.tiny import CONTEXT, TEST_ENGINE, use_tiny_world
+from agentcpm_jax.train.loss import LossConfig
+from agentcpm_jax.train.optimizer import OptimizerConfig
+from agentcpm_jax.world.skills import SkillMix
+
+BASE = str(Path(__file__).resolve().parents[1] / "agentcpm_jax" / "assets" / "tiny_base")
+
+
+def get_config(variant: str = ""):
+    """`variant`: '' or 'smoke'."""
+    smoke = variant == "smoke"
+    c = default_config()
+    c.name = "quickstart"
+    c.workdir = "runs/smoke" if smoke else "runs/quickstart"
+    c.base = BASE
+    use_tiny_world(c)
+    engine = EngineConfig(slots=96, capacity=CONTEXT)
+    denoise, advantages = DenoiseConfig(), AdvantageConfig()
+    if smoke:  # an untrained agent earns nothing: keep groups without signal, in few shapes
+        engine = TEST_ENGINE
+        denoise, advantages = DenoiseConfig(("environment",)), AdvantageConfig(drop_zero=False)
+
+    c.stages = ("base", "sft", "merge", "rl", "eval")
+    c.stage.base = stage_dict("pretrain", phases=pretrain_phases(smoke))
+    c.stage.sft = stage_dict(
+        "sft",
+        "stage:base",
+        demonstrations=Demonstrations(count=400 if smoke else 4000),
+        shape=TrainShape(row_length=256, rows=8, steps=40 if smoke else 320),
+        optimizer=OptimizerConfig(
+            name="adamw",
+            lr=1e-3,
+            b2=0.95,
+            weight_decay=0.0,
+            schedule="cosine",
+            warmup_steps=20,
+            final_fraction=0.05,
+        ),
+    )
+    c.stage.merge = stage_dict(
+        "merge", "stage:sft", alpha=0.8, sweep=(0.5,) if smoke else (0.5, 0.7, 0.9)
+    )
+    c.stage.rl = stage_dict(
+        "rl",
+        "stage:merge",
+        shape=TrainShape(
+            row_length=CONTEXT,
+            rows=8,
+            micro_rows=8,
+            steps=3 if smoke else 40,
+            checkpoint_every=2 if smoke else 10,
+        ),
+        optimizer=OptimizerConfig(
+            name="adamw", lr=7e-4, b2=0.95, weight_decay=0.0, schedule="constant", warmup_steps=3
+        ),
+        loss=LossConfig(name="minirl"),
+        denoise=denoise,
+        advantages=advantages,
+        stream=StreamConfig(
+            batch_groups=2 if smoke else 12,
+            group_size=4 if smoke else 8,
+            max_staleness=1,
+            max_concurrent_groups=4 if smoke else 16,
+        ),
+        engine=engine,
+    )
+    c.stage.eval = stage_dict(
+        "eval",
+        models=("base", "sft", "merge", "rl"),
+        tasks=8 if smoke else 400,
+        samples=4,
+        skill_tasks=16 if smoke else 200,
+        engine=engine,
+    )
+    return c
+
+
+def pretrain_phases(smoke: bool) -> tuple[PretrainPhase, ...]:
+    """Short rows and easy pages first, then longer pages: copying appears sooner that way."""
+
+    def muon(lr: float, adam_lr: float) -> OptimizerConfig:
+        return OptimizerConfig(
+            name="muon",
+            lr=lr,
+            adam_lr=adam_lr,
+            weight_decay=0.0,
+            schedule="flat_linear",
+            warmup_steps=20,
+        )
+
+    easy = SkillMix(
+        recall=3.0, sort=1.0, add=2.5, repeat=1.5, recall_facts=(3, 5), recall_pages=(1, 1)
+    )
+    return (
+        PretrainPhase(
+            easy, row_length=144, rows=14, steps=4 if smoke else 1200, optimizer=muon(0.04, 5e-3)
+        ),
+        PretrainPhase(
+            SkillMix(),
+            row_length=208,
+            rows=10,
+            steps=4 if smoke else 420,
+            optimizer=muon(0.03, 4e-3),
+        ),
+    )

@@ -1,0 +1,84 @@
+"""Asynchronous RL of a 4B agent: AgentCPM-Explore's released MiniRL recipe.
+
+    python launch/train.py --config=configs/rl_qwen3_4b.py \\
+        --config.stage.rl.init_from=checkpoints/sft-merge \\
+        --config.tokenizer=checkpoints/sft-merge \\
+        --config.stage.rl.tasks_path=data/tasks.jsonl
+
+Hardware: a v5p slice with the in-process engine on the same devices. Not timed; wall time and
+expected score are therefore not stated. `:runlocal` shrinks it to the tiny model and world.
+
+Recipe: MiniRL with strict bounds [0.8, 1.3], leave-one-out advantages times 2 with sign clamp,
+sequence sums averaged over sequences, 8 samples a task, 96 sequences a step, AdamW 2e-6 with betas
+0.9 and 0.98 and weight decay 0.05, cosine after 10 warm-up steps, 1000 steps, context 131,072,
+100 turns, repetition stop at 4, temperature 1.
+Deviations: staleness is bounded (4 versions; the original has no bound), and the tasks are given
+as a file of your own (the original's example names a benchmark's test set).
+"""
+
+from agentcpm_jax.config import TrainShape, default_config, stage_dict, to_config_dict
+from agentcpm_jax.engine.local import EngineConfig
+from agentcpm_jax.model.config import QWEN3_4B
+from agentcpm_jax.rewards.advantages import AdvantageConfig
+from agentcpm_jax.rewards.denoise import DenoiseConfig
+from agentcpm_jax.rollout.episode import EpisodeConfig
+from agentcpm_jax.rollout.stream import StreamConfig
+from agentcpm_jax.tiny import TEST_ENGINE, use_tiny_world
+from agentcpm_jax.train.loss import LossConfig
+from agentcpm_jax.train.optimizer import OptimizerConfig
+
+
+def get_config(variant: str = ""):
+    """`variant`: '' or 'runlocal'."""
+    local = variant == "runlocal"
+    c = default_config()
+    c.name = "rl_qwen3_4b"
+    c.workdir = "runs/rl_qwen3_4b"
+    c.model = to_config_dict(QWEN3_4B)
+    c.tokenizer = "checkpoints/sft-merge"
+    c.episode = to_config_dict(
+        EpisodeConfig(
+            max_turns=100,
+            max_context=131_072,
+            max_new_tokens=32_768,
+            temperature=1.0,
+            repetition_stop=4,
+        )
+    )
+    c.stages = ("rl",)
+    c.stage.rl = stage_dict(
+        "rl",
+        "random" if local else "checkpoints/sft-merge",
+        tasks_path="" if local else "data/tasks.jsonl",
+        shape=TrainShape(row_length=131_072, rows=4, micro_rows=4, steps=1000, checkpoint_every=3),
+        optimizer=OptimizerConfig(
+            name="adamw",
+            lr=2e-6,
+            b1=0.9,
+            b2=0.98,
+            weight_decay=0.05,
+            clip_norm=1.0,
+            schedule="cosine",
+            warmup_steps=10,
+        ),
+        loss=LossConfig(
+            name="minirl",
+            clip_low=0.2,
+            clip_high=0.1,
+            cap=4.0,
+            strict=True,
+            aggregation="seq-mean-token-sum",
+        ),
+        advantages=AdvantageConfig(
+            estimator="leave_one_out", scale=2.0, sign_clamp=True, drop_zero=not local
+        ),
+        denoise=DenoiseConfig(("environment",)) if local else DenoiseConfig(),
+        stream=StreamConfig(batch_groups=12, group_size=8, max_staleness=4),
+        engine=EngineConfig(slots=128, capacity=131_072),
+    )
+    if local:
+        use_tiny_world(c)
+        c.stage.rl.shape = to_config_dict(TrainShape(384, rows=8, micro_rows=8, steps=3))
+        c.stage.rl.stream = to_config_dict(StreamConfig(2, 4, max_staleness=1))
+        c.stage.rl.engine = to_config_dict(TEST_ENGINE)
+    return c

@@ -1,0 +1,59 @@
+"""Run or resume an experiment.
+
+    python launch/train.py --config=configs/quickstart.py
+    python launch/train.py --config=configs/quickstart.py:smoke --workdir=/tmp/smoke
+    python launch/train.py --config=configs/quickstart.py --config.seed=1
+
+The same command resumes an interrupted run. Exit codes: 0 done, 2 a mistake in the configuration
+or the data (one line says which), 130 interrupted and resumable.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tqdm import tqdm
+
+from agentcpm_jax.types import UserError
+
+
+def main(argv: list[str]) -> int:
+    """Parse, run, say where the report is."""
+    if {"-h", "--help"} & set(argv):
+        print(__doc__)
+        return 0
+    try:
+        from agentcpm_jax.rollout.stream import StreamError
+        from agentcpm_jax.run.commandline import parse
+        from agentcpm_jax.run.interrupt import Interrupted
+        from agentcpm_jax.run.stages import run_experiment
+
+        command = parse(argv)
+        report = run_experiment(
+            command.config, command.workdir, progress=progress, announce=tqdm.write
+        )
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Interrupted as stopped:
+        print(f"interrupted: {stopped}", file=sys.stderr)
+        return 130
+    except StreamError as failed:  # the engine, the tools or the tasks, not the command
+        print(f"failed: {failed}; the same command resumes", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
+        return 130
+    print(f"report: {report}")
+    return 0
+
+
+def progress(description: str, total: int, initial: int = 0) -> tqdm:
+    """A bar on a terminal; a line every ten seconds elsewhere."""
+    seconds = 0.1 if sys.stderr.isatty() else 10.0
+    return tqdm(desc=description, total=total, initial=initial, mininterval=seconds, ncols=110)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
