@@ -23,7 +23,7 @@ from agentcpm_jax.rewards.advantages import AdvantageConfig
 from agentcpm_jax.rewards.denoise import DenoiseConfig
 from agentcpm_jax.rollout.episode import EpisodeConfig
 from agentcpm_jax.rollout.stream import StreamConfig
-from agentcpm_jax.tiny import TEST_ENGINE, use_tiny_world
+from agentcpm_jax.run.tiny import TEST_ENGINE, use_tiny_world
 from agentcpm_jax.train.loss import LossConfig
 from agentcpm_jax.train.optimizer import OptimizerConfig
 

@@ -30,13 +30,14 @@ class Command(NamedTuple):
 
 def parse(argv: Sequence[str]) -> Command:
     """Raises `UserError` for a missing file, an unknown flag or key, or a wrong type."""
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values)
-    flags.DEFINE_string("workdir", "", "where the run lives", flag_values=values)
     first, rest = _config_first(argv)
+    ordered = ["train", first, *rest]
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=ordered)
+    flags.DEFINE_string("workdir", "", "where the run lives", flag_values=values)
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # absl logs what it then raises
-            positional = values(["train", first, *rest])
+            positional = values(ordered)
     except flags.UnrecognizedFlagError as error:
         raise UserError(f"{error}; known: --config, --config.<key>=..., --workdir") from None
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +17,7 @@ from agentcpm_jax.checkpoint import Checkpointer
 from agentcpm_jax.config import RLStage, Stage, to_json
 from agentcpm_jax.data.batch import Batch
 from agentcpm_jax.data.loader import StepBatches, StepIterator
-from agentcpm_jax.data.rows import Row, rows_from_segment
+from agentcpm_jax.data.rows import Row, merge_prefixes, rows_from_segment
 from agentcpm_jax.engine.local import LocalEngine, check_capacity
 from agentcpm_jax.rollout.experience_schema import ShippedSegment
 from agentcpm_jax.rollout.staleness import oldest_trained
@@ -56,6 +57,15 @@ def train(ctx: RunContext, stage: Stage) -> None:
                     f"stopped after step {version + 1} of {stage.name}; same command resumes"
                 )
         ctx.save_model(ctx.directory(stage) / "hf", circle.state.params)
+
+
+def shipped_rows(shipped: Sequence[ShippedSegment]) -> list[Row]:
+    """Rows in shipped order; segments of one trajectory that prefix one another share a row."""
+    rows: list[Row] = []
+    for _, segments in itertools.groupby(shipped, key=lambda s: (s.issue_id, s.sample)):
+        own = [row for s in segments for row in rows_from_segment(s.segment, s.credit)]
+        rows += merge_prefixes(own)
+    return rows
 
 
 @dataclass
@@ -129,7 +139,7 @@ def _open(ctx: RunContext, stage: Stage, rl: RLStage) -> Iterator[_Circle]:
 
     def rows(step: int) -> list[Row]:
         shipped[step] = stream.next_step_segments(step)
-        return [r for s in shipped[step] for r in rows_from_segment(s.segment, s.credit)]
+        return shipped_rows(shipped[step])
 
     batches = iter(StepBatches(rows, rl.shape.row_length, row_multiple=rl.shape.rows))
     restored = checkpoints.restore(abstract_state=state, loader=batches)
