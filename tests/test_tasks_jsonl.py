@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from agentcpm_jax.tasks.jsonl import load_tasks, save_tasks
+from agentcpm_jax.tasks.world import WorldTasks
+from agentcpm_jax.types import UserError
+
+GOOD = {"question": "Who?", "answers": ["Kar Vel"]}
+
+
+def test_world_tasks_survive_the_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "tasks.jsonl"
+    tasks = WorldTasks(worlds=3, hops=(1, 2, 3)).take(9)
+    save_tasks(path, tasks)
+    loaded, report = load_tasks(path)
+    assert loaded == tasks
+    assert (report.lines, report.loaded, report.bad, report.duplicates) == (9, 9, (), ())
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"question": "Who?", "answ', "not JSON"),
+        (b"\xff\xfe", "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b"[1]", "not a JSON object but list"),
+        (b'{"answers": ["x"]}', "question must be a string, not missing"),
+        (b'{"question": " ", "answers": ["x"]}', "question is empty"),
+        (b'{"question": "Who?", "answers": []}', "'Who\\?' has no answers"),
+        (b'{"question": "Who?"}', "answers must be a list of strings, not missing"),
+        (b'{"question": "Who?", "answers": "x"}', "answers must be a list of strings, not str"),
+        (b'{"question": "Who?", "answers": [1]}', "every answer must be a string, not int"),
+        (b'{"question": "Who?", "answers": ["x"], "meta": 1}', "meta must be an object"),
+        (b'{"question": "\\ud800", "answers": ["x"]}', "lone surrogate"),
+        (b'{"question": "Who?", "answers": ["x"], "hop": 1}', "unknown field 'hop'"),
+    ],
+)
+def test_a_bad_line_is_named_or_left_out(tmp_path: Path, line: bytes, message: str) -> None:
+    path = tmp_path / "tasks.jsonl"
+    path.write_bytes(json.dumps(GOOD).encode() + b"\n\n" + line + b"\n")
+    with pytest.raises(UserError, match=f"{path}, line 3: .*{message}"):
+        load_tasks(path)
+    tasks, report = load_tasks(path, skip_bad=True)
+    assert [t.question for t in tasks] == ["Who?"]
+    assert len(report.bad) == 1 and report.bad[0].startswith("line 3: ")
+    assert (report.lines, report.loaded) == (2, 1)
+
+
+def test_duplicates_are_kept_once_and_reported(tmp_path: Path) -> None:
+    path = tmp_path / "tasks.jsonl"
+    rows = [GOOD, {**GOOD, "kind": "hop1"}, {**GOOD, "meta": {"note": "differs"}}]
+    path.write_text("\n".join(json.dumps(r) for r in rows))
+    tasks, report = load_tasks(path)
+    assert [t.kind for t in tasks] == ["qa", "hop1"]
+    assert report.duplicates == (f"line 3: same task as line 1 (uid {tasks[0].uid})",)
+
+
+def test_a_missing_or_empty_file_is_a_user_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot read tasks from .*absent\.jsonl"):
+        load_tasks(tmp_path / "absent.jsonl")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(UserError, match=r"empty\.jsonl holds no usable task"):
+        load_tasks(tmp_path / "empty.jsonl")
