@@ -1,0 +1,81 @@
+# make quickstart   trains the tiny agent through every stage on the CPU
+# make smoke        the same stages, shrunk to a minute
+# make test         the default tests             make lint   ruff and pyright
+# make test-browser the report in Chromium        make base   rebuilds the shipped tiny base model
+#
+# Every target sets up what it needs in $(VENV). PYTHON=python3.12 chooses the interpreter.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -qq
+PYTEST_ARGS ?=
+
+VERSION_OF := import sys; sys.version_info >= (3, 11) or sys.exit(1); print("%d.%d" % sys.version_info[:2])
+
+# Without PYTHON=, the interpreter of the environment that is there, else the first one that is new enough.
+ifeq ($(origin PYTHON),undefined)
+ifneq ($(wildcard $(VENV)/.python-*),)
+PYTHON := $(BIN)/python
+else
+PYTHON := $(shell for p in python3 python3.11 python3.12; do $$p -c '$(VERSION_OF)' >/dev/null 2>&1 && echo $$p && break; done)
+endif
+endif
+VERSION := $(shell $(PYTHON) -c '$(VERSION_OF)' 2>/dev/null)
+# The interpreter that made the environment, so that an environment can be remade by its own python.
+MAKER := $(shell $(PYTHON) -c 'import sys; print(sys._base_executable)' 2>/dev/null)
+
+.PHONY: help quickstart smoke test lint base
+
+help:
+	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
+
+quickstart: $(VENV)/.runtime
+	$(BIN)/python launch/train.py --config=configs/quickstart.py
+
+smoke: $(VENV)/.runtime
+	$(BIN)/python launch/train.py --config=configs/quickstart.py:smoke
+
+base: $(VENV)/.runtime
+	$(BIN)/python experiments/make_base.py
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+
+ifneq ($(wildcard tests/test_browser_*.py),)
+.PHONY: test-browser
+test-browser: $(VENV)/.test
+	$(BIN)/python -m pytest -m browser tests/test_browser_*.py $(PYTEST_ARGS)
+endif
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+$(VENV)/.python-$(VERSION):
+	@if [ -z "$(VERSION)" ]; then \
+	  echo "'$(PYTHON)' is no Python 3.11 or newer; name one: make PYTHON=python3.11 ..." >&2; exit 2; fi
+	@if [ -e $(VENV) ]; then \
+	  echo "$(VENV) was not made for Python $(VERSION): making it anew"; rm -rf $(VENV); fi
+	$(MAKER) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.runtime: requirements.txt $(VENV)/.python-$(VERSION)
+	@echo "installing the requirements into $(VENV); this takes a few minutes"
+	$(PIP_INSTALL) -r requirements.txt
+	touch $@
+
+# PyTorch first and by its exact version, so that no other package can ask for another build of it. It is the oracle of
+# the parity tests and pinned for Python 3.11 alone; on newer Pythons pytest names the files that it leaves out.
+$(VENV)/.test: pyproject.toml requirements.txt $(VENV)/.python-$(VERSION)
+	@echo "installing the requirements and the test tools into $(VENV); this takes a few minutes"
+ifeq ($(VERSION),3.11)
+	$(PIP_INSTALL) torch==2.13.0
+endif
+	$(PIP_INSTALL) --editable '.[test]'
+	touch $@ $(VENV)/.runtime

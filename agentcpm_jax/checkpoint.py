@@ -1,0 +1,288 @@
+"""Checkpoints: parameters, optimiser, loader state and configuration, whole or not at all.
+
+Orbax writes every step into a temporary directory and renames it when all of it is on disk, so a
+killed process leaves the previous step untouched. Nothing here falls back to an older step by
+itself: a checkpoint that cannot be read is reported, with the command that goes on without it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+import tensorstore
+from grain.checkpoint import CheckpointRestore, CheckpointSave
+
+from agentcpm_jax.types import UserError
+
+#: Version of what `meta` holds; raised when a reader of the old form would be wrong.
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What one checkpoint holds. `state` is None when no abstract state was given."""
+
+    step: int
+    state: Any
+    config: dict[str, Any]
+    extra: dict[str, Any]
+    loader_state: Any
+
+
+class Checkpointer:
+    """Saves and restores the steps of one directory; the newest `keep` stay.
+
+    Args:
+      directory: where `<step>/` directories go; made by the first save.
+      keep: how many finished steps are kept, at least 1.
+      async_: True writes in the background; `save` returns when the arrays have left the device
+        (they may be donated).
+    """
+
+    def __init__(self, directory: str | Path, keep: int = 3, async_: bool = True) -> None:
+        if keep < 1:
+            raise UserError(f"cannot keep {keep} checkpoints; keep at least 1")
+        self.directory = Path(directory).absolute()
+        self._keep, self._async = keep, async_
+        self._manager: ocp.CheckpointManager | None = None
+
+    def save(
+        self,
+        step: int,
+        *,
+        state: Any,
+        loader: Any = None,
+        loader_state: Any = None,
+        config: Mapping[str, Any],
+        extra: Mapping[str, Any] | None = None,
+    ) -> bool:
+        """Starts writing `step`; False when it is on disk already (recomputed, it is the same).
+
+        Args:
+          step: how many steps are complete, >= 0.
+          state: pytree of arrays, e.g. a TrainState.
+          loader: a grain iterator; its state is taken before this returns, one file per process.
+          loader_state: instead of `loader`, any JSON value that does not depend on the number of
+            processes.
+          config, extra: JSON mappings, copied before this returns.
+
+        Raises:
+          ValueError: both `loader` and `loader_state`; TypeError: something is not JSON.
+        """
+        if loader is not None and loader_state is not None:
+            raise ValueError("give the loader or its state, not both")
+        if step in self.steps():
+            return False
+        meta = {
+            "schema": SCHEMA,
+            "config": dict(config),
+            "extra": dict(extra or {}),
+            "loader_state": loader_state,
+        }
+        items: dict[str, Any] = {
+            "state": ocp.args.StandardSave(state),
+            "meta": ocp.args.JsonSave(json.loads(json.dumps(meta))),
+        }
+        if loader is not None:
+            items["loader"] = CheckpointSave(loader)
+        return self._writer().save(step, args=ocp.args.Composite(**items), force=True)
+
+    def restore(
+        self, step: int | None = None, abstract_state: Any = None, loader: Any = None
+    ) -> Restored | None:
+        """Reads `step`, the latest when None; None when there is no checkpoint at all.
+
+        Args:
+          step: a finished step.
+          abstract_state: pytree of arrays or `jax.ShapeDtypeStruct` (with shardings, else the first
+            local device) that the stored state must match leaf for leaf; None reads configuration
+            and extras only.
+          loader: set to the saved position, whichever way that was saved.
+
+        Raises:
+          UserError: the step is missing, truncated, of another schema, or does not match
+            `abstract_state`.
+        """
+        self.wait()
+        if step is None and (step := self.latest_step()) is None:
+            return None
+        path = self.directory / str(step)
+        if step not in self.steps():
+            raise UserError(f"no checkpoint {path}; finished steps there: {self.steps() or 'none'}")
+        meta = self._read_meta(path)
+        state = None if abstract_state is None else self._read_state(path, abstract_state)
+        if loader is not None:
+            self._restore_loader(path, loader, meta["loader_state"])
+        return Restored(step, state, meta["config"], meta["extra"], meta["loader_state"])
+
+    def latest_step(self) -> int | None:
+        """The newest finished step on disk; a save still under way does not count."""
+        return max(self.steps(), default=None)
+
+    def steps(self) -> list[int]:
+        """All finished steps on disk, ascending; what killed saves left does not count."""
+        if not self.directory.is_dir():
+            return []
+        names = (p.name for p in self.directory.iterdir() if p.is_dir())
+        return sorted(int(name) for name in names if name.isdecimal())
+
+    def wait(self) -> None:
+        """Returns when the save under way, if any, is on disk; raises what went wrong in it."""
+        if self._manager is not None:
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Finishes the save under way and releases the background threads."""
+        if self._manager is not None:
+            self._manager.close()
+            self._manager = None
+
+    def _writer(self) -> ocp.CheckpointManager:
+        # Made by the first save, so that a process that only reads creates nothing and removes
+        # nothing.
+        if self._manager is None:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            if jax.process_index() == 0:
+                for leftover in self.directory.glob("*.orbax-checkpoint-tmp*"):
+                    shutil.rmtree(leftover, ignore_errors=True)
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=self._keep, enable_async_checkpointing=self._async
+            )
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
+        return self._manager
+
+    def _read_meta(self, path: Path) -> dict[str, Any]:
+        try:
+            meta = json.loads((path / "meta" / "metadata").read_text())
+            schema = meta["schema"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise self._truncated(path, "meta") from error
+        if schema != SCHEMA:
+            raise UserError(
+                f"checkpoint {path} has schema {schema}, this version reads {SCHEMA}; "
+                "use the agentcpm_jax version that wrote it"
+            )
+        return meta
+
+    def _read_state(self, path: Path, abstract_state: Any) -> Any:
+        target = jax.tree.map(_abstract, abstract_state)
+        # Checked first: orbax reads in threads of its own, which print tracebacks when a file ends
+        # too early.
+        if (damaged := _damaged(path / "state")) is not None:
+            raise self._truncated(path, damaged)
+        try:
+            handler = ocp.StandardCheckpointHandler()
+            found: Any = handler.metadata(path / "state")  # pyright: ignore[reportArgumentType]
+            _check_match(path, _leaves(found.tree), _leaves(target))
+            with ocp.Checkpointer(handler) as reader:
+                return reader.restore(path / "state", args=ocp.args.StandardRestore(target))
+        except UserError:
+            raise
+        except Exception as error:  # many types, by which layer of the storage noticed the damage
+            raise self._truncated(path, f"the state ({type(error).__name__})") from error
+
+    def _restore_loader(self, path: Path, loader: Any, loader_state: Any) -> None:
+        if loader_state is not None:
+            loader.set_state(loader_state)
+            return
+        if not (path / "loader").is_dir():
+            raise UserError(f"checkpoint {path} holds no loader state; restore it without a loader")
+        try:
+            with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+                reader.restore(path, args=ocp.args.Composite(loader=CheckpointRestore(loader)))
+        except (OSError, ValueError) as error:
+            raise self._truncated(path, "loader") from error
+
+    def _truncated(self, path: Path, leaf: str) -> UserError:
+        older = [s for s in self.steps() if s < int(path.name)]
+        outcome = f"go on from step {older[-1]}" if older else "start again"
+        return UserError(
+            f"checkpoint {path} is truncated: cannot read {leaf}; "
+            f"delete it (rm -r {path}) to {outcome}"
+        )
+
+
+def _abstract(leaf: Any) -> Any:
+    if not hasattr(leaf, "shape"):
+        return leaf
+    sharding = getattr(leaf, "sharding", None)
+    if sharding is None:
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in flat}
+
+
+def _check_match(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
+    fix = "resume with the configuration that wrote it, or give another workdir"
+    for name in sorted(expected.keys() | found.keys()):
+        stored, wanted = (_describe(tree.get(name)) for tree in (found, expected))
+        if stored != wanted:
+            raise UserError(
+                f"checkpoint {path} does not match: leaf {name} is {stored}, "
+                f"expected {wanted}; {fix}"
+            )
+
+
+def _describe(leaf: Any) -> str:
+    if leaf is None:
+        return "absent"
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.eval_shape(jax.random.key_data, leaf)  # stored as its bits
+    return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+
+
+def _damaged(directory: Path) -> str | None:
+    """The file or leaf of a stored state that is cut short, or None. Reads indices, no array."""
+    for file in (
+        directory / "_METADATA",
+        directory / "_sharding",
+        *(directory / "array_metadatas").glob("*"),
+    ):
+        if not _is_json(file):
+            return str(file.relative_to(directory))
+    try:
+        store = tensorstore.KvStore.open(f"file://{directory}/").result()
+        for name, data, end in _stored_values(store):
+            path = directory / data
+            if not path.is_file() or path.stat().st_size < end:
+                return f"leaf {name}"
+    except (OSError, ValueError):
+        return "the index of its arrays"
+    return None
+
+
+def _is_json(file: Path) -> bool:
+    try:
+        json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _stored_values(store: tensorstore.KvStore) -> Iterator[tuple[str, str, int]]:
+    """(leaf name, data file, offset of its end there) of every chunk of an OCDBT database."""
+    root = tensorstore.ocdbt.dump(store).result()["versions"][-1]["root"]
+    nodes = [(b"", root["location"])] if "location" in root else []
+    while nodes:
+        prefix, location = nodes.pop()
+        for entry in tensorstore.ocdbt.dump(store, location).result()["entries"]:
+            if "location" in entry:
+                nodes.append((prefix + entry["subtree_common_prefix"], entry["location"]))
+            elif "indirect_value" in entry:
+                # "value:<directory>:<file>:<offset>:<length>", the directory empty for a single
+                # database
+                file, offset, length = entry["indirect_value"].rsplit(":", 2)
+                name = (prefix + entry["key"]).decode().rsplit("/", 1)[0]
+                yield name, "".join(file.split(":")[1:]), int(offset) + int(length)

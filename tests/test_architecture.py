@@ -1,0 +1,245 @@
+"""The import rules and house rules that a machine can check, read from the syntax trees."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = "agentcpm_jax"
+
+#: Imports point from a later line to an earlier one, never within a line and never upwards.
+LAYERS: list[set[str]] = [
+    {"types", "tree"},
+    {"sharding", "world"},
+    {"tasks", "dock", "rewards", "model"},
+    {"rollout", "merge"},
+    {"data", "engine", "evaluate", "weight_sync"},
+    {"train"},
+    {"checkpoint", "config"},
+    {"run"},
+]
+LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
+
+HOST_WORLD = {"tasks", "world", "dock", "rollout", "rewards", "evaluate"}
+DEVICE_WORLD = {"model", "merge", "train", "sharding", "tree"}
+ARRAY_LIBRARIES = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "chex"}
+SERVING_LIBRARIES = {"asyncio", "aiohttp", "httpx", "requests", "urllib3", "fastapi", "uvicorn"}
+TEXT_LIBRARIES = {"transformers", "tokenizers"}
+#: `transformers` is needed to hand a directory over to it, and nowhere else in the device world.
+TEXT_ALLOWED_INSIDE_FUNCTIONS = "model/hf.py"
+
+BANNED_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "base", "_lib"}
+MAX_LINES = 400
+MAX_LAUNCH_LINES = 60
+
+
+def package_files() -> list[Path]:
+    return sorted((ROOT / PACKAGE).rglob("*.py"))
+
+
+def shipped_files() -> list[Path]:
+    folders = (PACKAGE, "launch", "configs", "experiments", "tests")
+    return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def imports(source: str, module: str, is_package: bool = False) -> Iterator[tuple[str, int, bool]]:
+    """(absolute dotted name, line, at module level) of every import, wherever it stands.
+
+    `from a import b` yields `a.b`, which is at least as long as the imported module's name.
+    """
+    root = ast.parse(source)
+    inner = {
+        id(node)
+        for function in ast.walk(root)
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for node in ast.walk(function)
+    }
+    package = module.split(".") if is_package else module.split(".")[:-1]
+    for node in ast.walk(root):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            start = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*start, *([node.module] if node.module else [])])
+            names = [f"{base}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Call) and _called(node) in ("import_module", "__import__"):
+            names = [str(a.value) for a in node.args[:1] if isinstance(a, ast.Constant)]
+        for name in names:
+            yield name, getattr(node, "lineno", 0), id(node) not in inner
+
+
+def unit_of(path: Path) -> str:
+    """`agentcpm_jax/model/qwen3.py` -> `model`; `agentcpm_jax/tree.py` -> `tree`."""
+    return path.relative_to(ROOT / PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports_of(path: Path) -> Iterator[tuple[str, int, bool]]:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    is_package = parts[-1] == "__init__"
+    module = ".".join(parts[:-1] if is_package else parts)
+    yield from imports(path.read_text(), module, is_package)
+
+
+def imported_unit(name: str) -> str | None:
+    parts = name.split(".")
+    return parts[1] if parts[0] == PACKAGE and len(parts) > 1 else None
+
+
+def test_every_file_of_the_package_has_a_place_in_the_order() -> None:
+    assert {unit_of(path) for path in package_files()} - {"__init__"} <= LEVEL.keys()
+
+
+def test_imports_point_one_way() -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for path in package_files()
+        for name, line, _ in imports_of(path)
+        if (target := imported_unit(name)) is not None
+        and target != unit_of(path)
+        and LEVEL.get(target, 99) >= LEVEL.get(unit_of(path), -1)
+    ]
+    assert wrong == []
+
+
+def test_modules_import_in_no_circle() -> None:
+    modules = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in package_files()
+    }
+
+    def targets(path: Path) -> set[str]:
+        found = set()
+        for name, _, _ in imports_of(path):
+            while name and name not in modules:
+                name = name.rpartition(".")[0]
+            found |= {name} if name and name != PACKAGE else set()
+        return found
+
+    graph = {module: targets(path) - {module} for module, path in modules.items()}
+    while leaves := [module for module, needs in graph.items() if not needs]:
+        for leaf in leaves:
+            del graph[leaf]
+        for needs in graph.values():
+            needs.difference_update(leaves)
+    assert graph == {}
+
+
+def test_the_host_world_never_touches_arrays() -> None:
+    forbidden_units = LEVEL.keys() - HOST_WORLD - {"types"}
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for path in package_files()
+        if unit_of(path) in HOST_WORLD
+        for name, line, _ in imports_of(path)
+        if name.split(".")[0] in ARRAY_LIBRARIES or imported_unit(name) in forbidden_units
+    ]
+    assert wrong == []
+
+
+def test_the_device_world_never_waits_serves_or_tokenises() -> None:
+    wrong = []
+    for path in package_files():
+        if unit_of(path) not in DEVICE_WORLD:
+            continue
+        for name, line, at_module_level in imports_of(path):
+            library = name.split(".")[0]
+            text_allowed = not at_module_level and path == (
+                ROOT / PACKAGE / TEXT_ALLOWED_INSIDE_FUNCTIONS
+            )
+            if (
+                library in SERVING_LIBRARIES
+                or name.startswith(("http.", "urllib.request"))
+                or (library in TEXT_LIBRARIES and not text_allowed)
+                or imported_unit(name) in HOST_WORLD
+            ):
+                wrong.append(f"{path.relative_to(ROOT)}:{line} imports {name}")
+    assert wrong == []
+
+
+def test_every_imported_library_is_a_direct_requirement() -> None:
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    required = {re.split(r"[<>=\[; ]", line)[0] for line in lines if line and line[0] != "#"}
+    distributions = packages_distributions()
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {library}"
+        for path in [*package_files(), *(ROOT / "launch").glob("*.py")]
+        for library in {name.split(".")[0] for name, _, _ in imports_of(path)}
+        if library not in {PACKAGE, *sys.stdlib_module_names}
+        and required.isdisjoint(d.lower().replace("_", "-") for d in distributions[library])
+    ]
+    assert wrong == []
+
+
+def test_torch_is_an_oracle_of_tests_only() -> None:
+    files = [*package_files(), *(ROOT / "launch").glob("*.py"), *(ROOT / "configs").glob("*.py")]
+    wrong = [str(p) for p in files if any(n.split(".")[0] == "torch" for n, _, _ in imports_of(p))]
+    assert wrong == []
+
+
+def test_merging_from_the_command_line_needs_neither_stages_nor_configuration() -> None:
+    units = {imported_unit(name) for name, _, _ in imports_of(ROOT / "launch" / "merge.py")}
+    assert "merge" in units and units <= {None, "merge", "types"}
+
+
+def test_nothing_below_launch_prints() -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in package_files()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id == "print"
+    ]
+    assert wrong == []
+
+
+def test_files_are_short_and_named_after_what_they_hold() -> None:
+    for path in shipped_files():
+        lines = len(path.read_text().splitlines())
+        limit = MAX_LAUNCH_LINES if path.parent == ROOT / "launch" else MAX_LINES
+        assert lines <= limit, f"{path.relative_to(ROOT)} has {lines} lines, {limit} allowed"
+        assert not is_banned(path.stem), f"{path.relative_to(ROOT)} says nothing about its content"
+
+
+def is_banned(stem: str) -> bool:
+    return stem in BANNED_NAMES or stem.endswith(("_utils", "_helpers", "_lib", "_v2", "_common"))
+
+
+def test_tests_are_named_after_the_package_they_prove() -> None:
+    units = LEVEL.keys() | {"architecture", "configs", "notebooks", "launch", "readme", "browser"}
+    wrong = [
+        path.name
+        for path in (ROOT / "tests").glob("test_*.py")
+        if not any(f"{path.stem}_".startswith(f"test_{unit}_") for unit in units)
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("import jax.numpy as jnp", ("jax.numpy", True)),
+        ("def f():\n    from jax import lax", ("jax.lax", False)),
+        ("async def f():\n    import jax", ("jax", False)),
+        ("if TYPE_CHECKING:\n    import jax", ("jax", True)),
+        ("from . import rows", (f"{PACKAGE}.data.rows", True)),
+        ("from ..model import qwen3", (f"{PACKAGE}.model.qwen3", True)),
+        (f"from {PACKAGE} import model", (f"{PACKAGE}.model", True)),
+        ("importlib.import_module('jax')", ("jax", True)),
+    ],
+)
+def test_the_reader_sees_every_form_of_import(source: str, expected: tuple[str, bool]) -> None:
+    found = [(name, top) for name, _, top in imports(source, f"{PACKAGE}.data.loader")]
+    assert found == [expected]
+
+
+def _called(node: ast.Call) -> str:
+    return getattr(node.func, "attr", getattr(node.func, "id", ""))

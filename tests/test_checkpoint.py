@@ -1,0 +1,224 @@
+"""Saved = restored bit for bit; a killed or damaged save never passes for a whole one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import struct
+
+from agentcpm_jax.checkpoint import Checkpointer
+from agentcpm_jax.types import UserError
+
+
+@struct.dataclass
+class State:
+    step: jax.Array
+    params: dict
+    opt_state: optax.OptState
+    key: jax.Array
+
+
+def make_state(seed: int, width: int = 512) -> State:
+    params = {
+        "embed": jax.random.normal(jax.random.key(seed), (width, 64)),
+        "layers": {"scale": jnp.full((2, 64), seed, jnp.bfloat16)},
+    }
+    opt_state = optax.adamw(1e-3).init(params)
+    return State(jnp.int32(seed), params, opt_state, jax.random.key(seed + 1))
+
+
+def bits(tree: State) -> list[bytes]:
+    leaves = jax.tree.leaves(dataclasses.replace(tree, key=jax.random.key_data(tree.key)))
+    return [np.asarray(leaf).tobytes() + str(leaf.dtype).encode() for leaf in leaves]
+
+
+def saved(directory: Path, steps: tuple[int, ...], **kwargs) -> Checkpointer:
+    checkpointer = Checkpointer(directory, keep=2)
+    for step in steps:
+        checkpointer.save(step, state=make_state(step), config={"lr": 1e-3}, **kwargs)
+    checkpointer.wait()
+    return checkpointer
+
+
+def test_restored_state_equals_the_saved_one_and_old_steps_leave(tmp_path: Path) -> None:
+    writer = saved(tmp_path, (1, 2, 3), extra={"version": 7}, loader_state={"cursor": 12})
+    writer.close()
+    abstract = jax.eval_shape(lambda: make_state(0))
+    restored = Checkpointer(tmp_path).restore(abstract_state=abstract)
+    assert restored is not None and restored.step == 3
+    assert bits(restored.state) == bits(make_state(3))
+    assert (restored.config, restored.extra) == ({"lr": 1e-3}, {"version": 7})
+    assert restored.loader_state == {"cursor": 12}
+    assert writer.steps() == [2, 3]
+
+
+def test_the_state_may_be_donated_as_soon_as_save_returns(tmp_path: Path) -> None:
+    expected = bits(make_state(1))
+    advance = jax.jit(
+        lambda s: s.replace(params=jax.tree.map(lambda x: x + 1, s.params)), donate_argnums=0
+    )
+    checkpointer, state = Checkpointer(tmp_path), make_state(1)
+    checkpointer.save(1, state=state, config={})
+    for _ in range(3):
+        state = advance(state)
+    jax.block_until_ready(state)
+    restored = checkpointer.restore(1, abstract_state=make_state(0))
+    checkpointer.close()
+    assert restored is not None and bits(restored.state) == expected
+
+
+def test_a_grain_iterator_goes_on_where_it_was_saved(tmp_path: Path) -> None:
+    def pipeline() -> grain.DatasetIterator:
+        return iter(grain.MapDataset.range(40).shuffle(seed=3).to_iter_dataset().batch(4))
+
+    iterator = pipeline()
+    for _ in range(3):
+        next(iterator)
+    checkpointer = Checkpointer(tmp_path)
+    checkpointer.save(3, state=make_state(3), loader=iterator, config={})
+    expected = np.stack(list(iterator))  # advances while the save may still be writing
+    fresh = pipeline()
+    checkpointer.restore(loader=fresh)
+    checkpointer.close()
+    np.testing.assert_array_equal(np.stack(list(fresh)), expected)
+
+
+def test_a_plain_loader_state_is_set_on_the_loader(tmp_path: Path) -> None:
+    class Cursor:
+        state = None
+
+        def set_state(self, state: object) -> None:
+            self.state = state
+
+    cursor = Cursor()
+    checkpointer = saved(tmp_path, (1,), loader_state={"cursor": 5})
+    checkpointer.restore(loader=cursor)
+    assert cursor.state == {"cursor": 5}
+    checkpointer.close()
+
+
+def test_an_empty_directory_restores_nothing_and_is_left_alone(tmp_path: Path) -> None:
+    checkpointer = Checkpointer(tmp_path / "never_made")
+    assert checkpointer.restore(abstract_state=make_state(0)) is None
+    assert not (tmp_path / "never_made").exists()
+
+
+def test_a_step_on_disk_is_not_written_again(tmp_path: Path) -> None:
+    checkpointer = saved(tmp_path, (1,))
+    assert not checkpointer.save(1, state=make_state(9), config={})
+    restored = checkpointer.restore(1, abstract_state=make_state(0))
+    checkpointer.close()
+    assert restored is not None and bits(restored.state) == bits(make_state(1))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda s: make_state(0, width=256), "embed is float32[512,64], expected float32[256,64]"),
+        (
+            lambda s: s.replace(params={"embed": s.params["embed"]}),
+            "params.layers.scale is bfloat16[2,64], expected absent",
+        ),
+        (
+            lambda s: s.replace(params={**s.params, "head": jnp.zeros(3)}),
+            "params.head is absent, expected float32[3]",
+        ),
+        (
+            lambda s: s.replace(step=jnp.float32(0)),
+            "leaf step is int32[], expected float32[]",
+        ),
+    ],
+)
+def test_a_mismatch_names_path_leaf_and_both_shapes(tmp_path: Path, change, words: str) -> None:
+    checkpointer = saved(tmp_path, (1,))
+    with pytest.raises(UserError) as error:
+        checkpointer.restore(abstract_state=change(make_state(0)))
+    checkpointer.close()
+    assert words in str(error.value) and str(tmp_path / "1") in str(error.value)
+    assert "resume with the configuration" in str(error.value)
+
+
+def test_every_file_cut_short_or_lost_is_noticed_or_without_effect(tmp_path: Path, capfd) -> None:
+    checkpointer = saved(tmp_path, (1, 2))
+    abstract, expected = jax.eval_shape(lambda: make_state(0)), bits(make_state(2))
+    messages = []
+    for file in [path for path in (tmp_path / "2").rglob("*") if path.is_file()]:
+        content = file.read_bytes()
+        for damaged in (content[: len(content) // 2], b"", None):
+            file.unlink() if damaged is None else file.write_bytes(damaged)
+            try:
+                restored = checkpointer.restore(abstract_state=abstract)
+                assert restored is not None and bits(restored.state) == expected, file
+            except UserError as error:
+                messages.append(str(error))
+            file.write_bytes(content)
+    checkpointer.close()
+    text = "\n".join(messages)
+    for damaged_part in ("leaf params.embed", "the index of its arrays", "_METADATA", "meta;"):
+        assert f"checkpoint {tmp_path / '2'} is truncated: cannot read {damaged_part}" in text
+    assert "to go on from step 1" in text and "Traceback" not in capfd.readouterr().err
+
+
+def test_another_schema_is_refused_by_name(tmp_path: Path) -> None:
+    checkpointer = saved(tmp_path, (1,))
+    file = tmp_path / "1" / "meta" / "metadata"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "schema": 99}))
+    with pytest.raises(UserError, match="schema 99, this version reads 1"):
+        checkpointer.restore()
+    checkpointer.close()
+
+
+KILLED_CHILD = """
+import os, signal, sys, threading
+from pathlib import Path
+sys.path[:0] = sys.argv[2:]
+from test_checkpoint import Checkpointer, make_state
+directory = Path(sys.argv[1])
+
+def kill_when_half_written():
+    while not list(directory.glob("3.*")):
+        pass
+    os.kill(os.getpid(), signal.SIGKILL)
+
+checkpointer = Checkpointer(directory)
+for step in (1, 2):
+    checkpointer.save(step, state=make_state(step, WIDTH), config={"step": step})
+    checkpointer.wait()
+state = make_state(3, WIDTH)
+threading.Thread(target=kill_when_half_written).start()
+checkpointer.save(3, state=state, config={"step": 3})
+checkpointer.wait()
+"""
+
+
+def test_kill_during_a_save_leaves_the_step_before_it(tmp_path: Path) -> None:
+    width = 32768
+    tests = Path(__file__).parent
+    code = KILLED_CHILD.replace("WIDTH", str(width))
+    child = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, str(tmp_path), str(tests), str(tests.parent)]
+    )
+    assert child.returncode == -signal.SIGKILL
+    (leftover,) = tmp_path.glob("3*")
+    assert leftover.name != "3"
+
+    checkpointer = Checkpointer(tmp_path)
+    restored = checkpointer.restore(abstract_state=jax.eval_shape(lambda: make_state(0, width)))
+    assert restored is not None and (restored.step, restored.config) == (2, {"step": 2})
+    assert bits(restored.state) == bits(make_state(2, width))
+    assert leftover.exists()  # a reader removes nothing: the writer might be alive
+
+    assert checkpointer.save(3, state=make_state(3, width), config={"step": 3})
+    checkpointer.close()
+    assert checkpointer.steps() == [1, 2, 3] and not list(tmp_path.glob("*tmp*"))
