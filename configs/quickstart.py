@@ -114,13 +114,13 @@ def pretrain_phases(smoke: bool) -> tuple[PretrainPhase, ...]:
     )
     return (
         PretrainPhase(
-            easy, row_length=144, rows=14, steps=4 if smoke else 1200, optimizer=muon(0.04, 5e-3)
+            easy, row_length=144, rows=14, steps=4 if smoke else 1000, optimizer=muon(0.04, 5e-3)
         ),
         PretrainPhase(
-            SkillMix(),
+            SkillMix(add=1.5),
             row_length=208,
             rows=10,
-            steps=4 if smoke else 420,
+            steps=4 if smoke else 500,
             optimizer=muon(0.03, 4e-3),
         ),
     )

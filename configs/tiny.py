@@ -37,9 +37,7 @@ def get_config(variant: str = ""):
         shape=TrainShape(row_length=384, rows=4, micro_rows=4, steps=6, checkpoint_every=2),
         optimizer=OptimizerConfig(lr=1e-3, schedule="constant", weight_decay=0.0),
         denoise=DenoiseConfig(("environment",)),
-        advantages=AdvantageConfig(
-            estimator="leave_one_out", sign_clamp=False, drop_zero=False
-        ),
+        advantages=AdvantageConfig(estimator="leave_one_out", sign_clamp=False, drop_zero=False),
         stream=StreamConfig(
             batch_groups=2,
             group_size=4,

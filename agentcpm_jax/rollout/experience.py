@@ -1,0 +1,393 @@
+"""The experience log: what was asked, sampled, graded, rejected and shipped to which step.
+
+One durable log serves every stage and the evaluation. An issue (one task in one epoch = one group)
+goes `issued -> ready -> shipped`, or ends `dropped` (with a reason) or `done` (evaluation); the
+transitions are guarded in SQL, so each issue has exactly one terminal state. What is trained is
+what is stored: a step's batch is committed before the step runs and read back from here.
+
+SQLite (WAL) is the embedded default; a `postgresql+driver://` URL runs the same statements.
+Methods are synchronous, take milliseconds and may be called from any thread.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+
+from agentcpm_jax.rollout import experience_codec as codec
+from agentcpm_jax.rollout import experience_schema as db
+from agentcpm_jax.rollout.experience_schema import (
+    Decision,
+    DecisionLike,
+    Issue,
+    Result,
+    ShipEntry,
+    ShippedSegment,
+)
+from agentcpm_jax.types import StopReason, Task, Trajectory, TrajectoryGroup, Verdict
+
+
+class ExperienceLog:
+    """See the module's text. Make one with `open`; `close` it or use it as a context manager."""
+
+    def __init__(self, engine: sa.Engine, durable: sa.Engine, where: str) -> None:
+        self._engine = engine
+        self._durable = durable  # its commits survive a power cut: used by `ship`
+        self._writing = threading.Lock()
+        self.where = where
+
+    @classmethod
+    def open(cls, url_or_path: str | Path) -> ExperienceLog:
+        """Opens or creates a log.
+
+        Raises:
+            UserError: not a log, not a URL, or a log of another schema version.
+        """
+        engine = db.open_engine(url_or_path, durable=False)
+        try:
+            db.create_or_check(engine, str(url_or_path))
+        except BaseException:
+            engine.dispose()
+            raise
+        return cls(engine, db.open_engine(url_or_path, durable=True), str(url_or_path))
+
+    def close(self) -> None:
+        self._engine.dispose()
+        self._durable.dispose()
+
+    def __enter__(self) -> ExperienceLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ---- issuing
+
+    def issue(
+        self, stage: str, kind: str, task: Task, epoch: int, ordinal: int, batch: int | None = None
+    ) -> int:
+        """Hands out one task; returns its issue_id."""
+        return self.issue_round(stage, kind, [(task, epoch, ordinal)], batch)[0]
+
+    def issue_round(
+        self,
+        stage: str,
+        kind: str,
+        tasks: Sequence[tuple[Task, int, int]],
+        batch: int | None = None,
+    ) -> list[int]:
+        """Hands out (task, epoch, ordinal)s, all or none; returns their ids, ascending."""
+        now = time.time()
+        ids = []
+        with self._write() as conn:
+            for task, epoch, ordinal in tasks:
+                row = {
+                    "stage": stage,
+                    "kind": kind,
+                    "task_uid": task.uid,
+                    "task": json.dumps(task.to_json()),
+                    "epoch": epoch,
+                    "ordinal": ordinal,
+                    "batch": batch,
+                    "state": "issued",
+                    "issued_at": now,
+                    "changed_at": now,
+                }
+                key = conn.execute(sa.insert(db.issue).values(row)).inserted_primary_key
+                ids.append(int(key[0]))  # pyright: ignore[reportOptionalSubscript]
+        return ids
+
+    def next_ordinal(self, stage: str, kind: str = "train") -> int:
+        """The first index of the task sequence that was never issued."""
+        query = sa.select(sa.func.max(db.issue.c.ordinal)).where(*_of(stage, kind))
+        last = self._scalar(query)
+        return 0 if last is None else int(last) + 1
+
+    def drop_counts(self, stage: str, kind: str, reason: str) -> dict[int, tuple[int, int]]:
+        """Ordinals dropped for `reason` at least once -> (times dropped for it, times issued)."""
+        c = db.issue.c
+        hits = sa.func.sum(sa.case((sa.and_(c.state == "dropped", c.reason == reason), 1), else_=0))
+        query = sa.select(c.ordinal, hits, sa.func.count()).where(*_of(stage, kind))
+        rows = self._rows(query.group_by(c.ordinal).having(hits > 0))
+        return {int(ordinal): (int(dropped), int(issued)) for ordinal, dropped, issued in rows}
+
+    # ---- recording
+
+    def record_trajectory(self, traj: Trajectory) -> None:
+        """Stores one attempt. Later attempts of an earlier run of the same sample are forgotten.
+
+        Raises ValueError when its issue is not in flight.
+        """
+        oldest, newest = traj.versions
+        row = {
+            "issue_id": traj.issue_id,
+            "sample": traj.sample,
+            "attempt": traj.attempt,
+            "stop": str(traj.stop),
+            "verdict": str(traj.verdict),
+            "reward": None if traj.reward is None else float(traj.reward),
+            "answer": None if traj.answer is None else db.plain(traj.answer),
+            "error": db.plain(traj.error),
+            "num_turns": len(traj.turns),
+            "num_tokens": traj.num_tokens,
+            "oldest_version": oldest,
+            "newest_version": newest,
+            "seconds": float(traj.seconds),
+            "payload": codec.encode_trajectory(traj),
+        }
+        c = db.trajectory.c
+        stale = [c.issue_id == traj.issue_id, c.sample == traj.sample, c.attempt >= traj.attempt]
+        with self._write() as conn:
+            state = conn.scalar(
+                sa.select(db.issue.c.state).where(db.issue.c.issue_id == traj.issue_id)
+            )
+            if state != "issued":
+                raise ValueError(f"issue {traj.issue_id} is {state}, not in flight: nothing stored")
+            conn.execute(sa.delete(db.trajectory).where(*stale))
+            conn.execute(sa.insert(db.trajectory).values(row))
+
+    def finish_group(
+        self,
+        issue_id: int,
+        state: str,
+        reason: str = "",
+        decisions: Iterable[DecisionLike] = (),
+    ) -> None:
+        """An issue in flight becomes `ready`, `dropped` or `done`, with its decisions.
+
+        One transaction: recorded samples do not count until it commits. Raises ValueError when
+        the issue is not in flight.
+        """
+        if state not in ("ready", "dropped", "done"):
+            raise ValueError(f"a group finishes ready, dropped or done, not {state!r}")
+        with self._write() as conn:
+            _move(conn, issue_id, ("issued",), state, reason)
+            _decide(conn, issue_id, decisions)
+
+    def drop(self, issue_id: int, reason: str, decisions: Iterable[DecisionLike] = ()) -> None:
+        """An issue in flight or ready ends `dropped`. Raises ValueError when it has ended."""
+        with self._write() as conn:
+            _move(conn, issue_id, ("issued", "ready"), "dropped", reason)
+            _decide(conn, issue_id, decisions)
+
+    def ship(
+        self,
+        stage: str,
+        step: int,
+        entries: Sequence[ShipEntry],
+        decisions: Sequence[tuple[int, DecisionLike]] = (),
+    ) -> None:
+        """Commits the ordered batch of `step`, durably; its groups become `shipped`.
+
+        decisions: (issue_id, decision) pairs made at shipping, stored with it.
+
+        Raises:
+            ValueError: the step is recorded already, is empty, or a group is not ready.
+        """
+        if not entries:
+            raise ValueError(f"stage {stage!r} step {step}: an empty batch cannot be shipped")
+        rows = [
+            {
+                "stage": stage,
+                "step": step,
+                "ordinal": n,
+                "issue_id": e.issue_id,
+                "sample": e.sample,
+                "segment": e.segment_index,
+                "credit": codec.encode_credit(e.credit.advantage, e.credit.keep),
+            }
+            for n, e in enumerate(entries)
+        ]
+        c = db.shipped.c
+        with self._write(durable=True) as conn:
+            taken = sa.select(c.ordinal).where(c.stage == stage, c.step == step).limit(1)
+            if conn.scalar(taken) is not None:
+                raise ValueError(f"stage {stage!r} step {step} is shipped already")
+            for issue_id in dict.fromkeys(e.issue_id for e in entries):
+                _move(conn, issue_id, ("ready",), "shipped", "")
+            conn.execute(sa.insert(db.shipped), rows)
+            for issue_id, decision in decisions:
+                _decide(conn, issue_id, [decision])
+
+    def event(self, stage: str, name: str, count: int = 1, detail: str = "") -> None:
+        """Adds to a named counter."""
+        row = {"stage": stage, "name": name, "count": count, "detail": db.plain(detail)}
+        with self._write() as conn:
+            conn.execute(sa.insert(db.event).values(row | {"at": time.time()}))
+
+    # ---- reading
+
+    def issues(
+        self,
+        stage: str,
+        kind: str = "train",
+        states: Sequence[str] | None = None,
+        batch: int | None = None,
+    ) -> list[Issue]:
+        """Issues of a stage, oldest first."""
+        c = db.issue.c
+        query = sa.select(db.issue).where(*_of(stage, kind)).order_by(c.issue_id)
+        if states is not None:
+            query = query.where(c.state.in_(list(states)))
+        if batch is not None:
+            query = query.where(c.batch == batch)
+        return [db.issue_from_row(row) for row in self._rows(query)]
+
+    def in_flight(self, stage: str, kind: str = "train") -> list[Issue]:
+        """Issued and not finished, oldest first."""
+        return self.issues(stage, kind, ["issued"])
+
+    def ready(self, stage: str) -> list[Issue]:
+        """Finished groups that wait for a batch, oldest first."""
+        return self.issues(stage, "train", ["ready"])
+
+    def load_group(self, issue_id: int) -> TrajectoryGroup:
+        """The last recorded attempt of each sample, in sample order. KeyError when unknown."""
+        c = db.trajectory.c
+        with self._read() as conn:
+            task = conn.scalar(sa.select(db.issue.c.task).where(db.issue.c.issue_id == issue_id))
+            query = (
+                sa.select(c.payload).where(c.issue_id == issue_id, db.is_last()).order_by(c.sample)
+            )
+            blobs = conn.scalars(query).all()
+        if task is None:
+            raise KeyError(f"issue {issue_id} is not in {self.where}")
+        trajectories = tuple(codec.decode_trajectory(blob) for blob in blobs)
+        return TrajectoryGroup(issue_id, Task.from_json(json.loads(task)), trajectories)
+
+    def attempts(self, issue_id: int) -> list[Trajectory]:
+        """Every recorded attempt of an issue, by sample and attempt."""
+        c = db.trajectory.c
+        query = sa.select(c.payload).where(c.issue_id == issue_id).order_by(c.sample, c.attempt)
+        return [codec.decode_trajectory(row.payload) for row in self._rows(query)]
+
+    def decisions(self, issue_id: int) -> list[Decision]:
+        """What the filters decided about a group, in the order in which they did."""
+        c = db.decision.c
+        query = sa.select(c.sample, c.filter, c.reason).where(c.issue_id == issue_id)
+        return [Decision(*row) for row in self._rows(query.order_by(c.decision_id))]
+
+    def shipped(self, stage: str, step: int) -> list[ShippedSegment]:
+        """The ordered batch of a step, bit for bit; empty when the step is not recorded."""
+        c, t = db.shipped.c, db.trajectory.c
+        here = [c.stage == stage, c.step == step]
+        pairs = sa.select(c.issue_id, c.sample).where(*here).distinct().subquery()
+        match = (t.issue_id == pairs.c.issue_id) & (t.sample == pairs.c.sample)
+        payloads = (
+            sa.select(t.issue_id, t.sample, t.payload)
+            .select_from(db.trajectory.join(pairs, match))
+            .where(db.is_last())
+        )
+        with self._read() as conn:
+            rows = conn.execute(sa.select(db.shipped).where(*here).order_by(c.ordinal)).all()
+            blobs = conn.execute(payloads).all() if rows else []
+        found = {(b.issue_id, b.sample): codec.decode_trajectory(b.payload).segments for b in blobs}
+        return [
+            ShippedSegment(
+                r.issue_id,
+                r.sample,
+                r.segment,
+                found[r.issue_id, r.sample][r.segment],
+                codec.decode_credit(r.credit),
+            )
+            for r in rows
+        ]
+
+    def last_shipped_step(self, stage: str) -> int:
+        """The newest recorded step; -1 when there is none."""
+        query = sa.select(sa.func.max(db.shipped.c.step)).where(db.shipped.c.stage == stage)
+        step = self._scalar(query)
+        return -1 if step is None else int(step)
+
+    def results(self, stage: str, kind: str = "eval") -> list[Result]:
+        """The last attempt of every sample of a stage, by issue and sample, without tokens."""
+        t = db.trajectory.c
+        columns = [t[name] for name in Result.__annotations__ if name in t]
+        query = (
+            sa.select(db.issue, *columns)
+            .select_from(db.trajectory.join(db.issue))
+            .where(*_of(stage, kind), db.is_last())
+            .order_by(t.issue_id, t.sample)
+        )
+        found = []
+        for row in self._rows(query):
+            values = {column.name: getattr(row, column.name) for column in columns}
+            values |= {"stop": StopReason(row.stop), "verdict": Verdict(row.verdict)}
+            found.append(Result(issue=db.issue_from_row(row), **values))
+        return found
+
+    def counts(self, stage: str | None = None) -> dict[str, Counter[str]]:
+        """Issues by `state` and, of those with a reason, by `reason`; `event` counter totals."""
+        c, e = db.issue.c, db.event.c
+        issues = sa.select(c.state, c.reason, sa.func.count()).group_by(c.state, c.reason)
+        events = sa.select(e.name, sa.func.sum(e["count"])).group_by(e.name)
+        if stage is not None:
+            issues, events = issues.where(c.stage == stage), events.where(e.stage == stage)
+        found: dict[str, Counter[str]] = {n: Counter() for n in ("state", "reason", "event")}
+        with self._read() as conn:
+            for state, reason, n in conn.execute(issues):
+                found["state"][state] += n
+                if reason:
+                    found["reason"][reason] += n
+            for name, n in conn.execute(events):
+                found["event"][name] += int(n)
+        return found
+
+    # ---- connections
+
+    @contextmanager
+    def _write(self, durable: bool = False) -> Iterator[sa.Connection]:
+        engine = self._durable if durable else self._engine
+        with (
+            self._writing,
+            engine.connect().execution_options(writes=True) as conn,
+            conn.begin(),
+        ):
+            yield conn
+
+    @contextmanager
+    def _read(self) -> Iterator[sa.Connection]:
+        with self._engine.connect() as conn, conn.begin():
+            yield conn
+
+    def _rows(self, query: sa.Executable) -> Sequence[Any]:
+        with self._read() as conn:
+            return conn.execute(query).all()
+
+    def _scalar(self, query: sa.Executable) -> Any:
+        with self._read() as conn:
+            return conn.scalar(query)
+
+
+def _of(stage: str, kind: str) -> list[sa.ColumnElement[bool]]:
+    return [db.issue.c.stage == stage, db.issue.c.kind == kind]
+
+
+def _move(conn: sa.Connection, issue_id: int, old: Sequence[str], new: str, reason: str) -> None:
+    """The only place where a state changes: guarded in SQL, so an ended issue stays ended."""
+    c = db.issue.c
+    update = (
+        sa.update(db.issue)
+        .where(c.issue_id == issue_id, c.state.in_(list(old)))
+        .values(state=new, reason=reason, changed_at=time.time())
+    )
+    if conn.execute(update).rowcount != 1:
+        state = conn.scalar(sa.select(c.state).where(c.issue_id == issue_id))
+        raise ValueError(f"issue {issue_id} is {state or 'unknown'}: it cannot become {new}")
+
+
+def _decide(conn: sa.Connection, issue_id: int, decisions: Iterable[DecisionLike]) -> None:
+    rows = [
+        {"issue_id": issue_id, "sample": d.sample, "filter": d.filter, "reason": db.plain(d.reason)}
+        for d in decisions
+    ]
+    if rows:
+        conn.execute(sa.insert(db.decision), rows)

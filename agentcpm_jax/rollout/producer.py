@@ -1,0 +1,333 @@
+"""The producer: everything of the stream that lives in its event loop.
+
+It issues tasks, keeps groups running, settles them and forms batches. Two ways to produce: freely,
+as admission allows (asynchronous), or batch after batch at the exact version `max(0, n - eta)`
+(deterministic). Everything that must survive a kill is in the experience log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import time
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable
+from functools import partial
+
+from agentcpm_jax.rollout.experience import ExperienceLog
+from agentcpm_jax.rollout.experience_schema import Issue
+from agentcpm_jax.rollout.repair import Repair, RunSample, is_known
+from agentcpm_jax.rollout.staleness import Admission, choose
+from agentcpm_jax.rollout.stream_types import (
+    GroupOutcome,
+    NoSignal,
+    ReadyGroup,
+    RunningGroup,
+    StreamConfig,
+    StreamError,
+    StreamStats,
+)
+from agentcpm_jax.types import Task, Trajectory, TrajectoryGroup
+
+TOO_FEW = "too_few_valid"
+OVER_AGE = "over_age"
+
+
+class Producer:
+    """One run of a stage's rollouts; arguments as `Stream`. All methods belong to one loop."""
+
+    def __init__(
+        self,
+        log: ExperienceLog,
+        stage: str,
+        tasks: Callable[[int], Task],
+        run_sample: RunSample,
+        finish: Callable[[TrajectoryGroup], GroupOutcome],
+        cfg: StreamConfig,
+        use_version: Callable[[int], Awaitable[None]] | None,
+    ) -> None:
+        self._log, self._stage, self._cfg = log, stage, cfg
+        self._tasks, self._finish, self._use_version = tasks, finish, use_version
+        self.admission = Admission(cfg.batch_groups, cfg.max_staleness, cfg.max_concurrent_groups)
+        self.repair = Repair(log, run_sample, cfg)
+        self.stats = StreamStats()
+        self.error: BaseException | None = None
+        self.running: dict[int, RunningGroup] = {}
+        self.ready: dict[int, ReadyGroup] = {}
+        self._waiting: deque[Issue] = deque()  # in flight when the last run ended
+        self._failures: Counter[int] = Counter()  # ordinal -> drops as TOO_FEW
+        self._again: set[int] = set()  # ordinals of these that will be issued again
+        self._next_ordinal = 0
+        self._step = 0  # the next step to ship
+        self._wanted: tuple[int, concurrent.futures.Future[None]] | None = None
+        self._drops_row = 0  # groups dropped since the last batch was shipped
+        self._waiters: list[asyncio.Future[None]] = []
+        self._group_tasks: set[asyncio.Task[ReadyGroup | None]] = set()
+        self._main_task: asyncio.Task[None] | None = None
+
+    async def run(self, version: int, begun: Callable[[], None]) -> None:
+        """Recovers, calls `begun`, then produces until `cancel` or a failure (`error`)."""
+        self._main_task = asyncio.current_task()
+        try:
+            self._recover(version)
+            begun()
+            await (self._produce_lockstep() if self._cfg.deterministic else self._produce())
+        except asyncio.CancelledError:
+            pass  # `cancel` or `_fail`
+        except Exception as err:
+            self.error = self.error or err
+            raise
+        finally:
+            self.repair.stopping = True
+            tasks = list(self._group_tasks)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def cancel(self) -> None:
+        """Ends `run`; running episodes are cancelled and stay resumable in the log."""
+        self.repair.stopping = True
+        if self._main_task is not None and not self._main_task.cancelling():
+            self._main_task.cancel()
+
+    def set_version(self, version: int) -> None:
+        """`version` batches are completed."""
+        self.admission.version = version
+        self._wake()
+
+    def want(self, step: int, future: concurrent.futures.Future[None]) -> None:
+        """Resolves `future` once batch `step` is in the log, or fails it."""
+        if self.repair.stopping:
+            future.set_exception(self.error or StreamError("the stream was stopped"))
+            return
+        self._wanted = (step, future)
+        self._wake()
+
+    def _fail(self, error: BaseException) -> None:
+        self.error = self.error or error
+        if self._wanted is not None:
+            self._wanted[1].set_exception(self.error)
+            self._wanted = None
+        self.cancel()
+
+    def _recover(self, version: int) -> None:
+        """Rebuilds counts, ready groups and in-flight work from the log."""
+        log, stage, cfg = self._log, self._stage, self._cfg
+        self._step = log.last_shipped_step(stage) + 1
+        self._next_ordinal = log.next_ordinal(stage)
+        for ordinal, (dropped, issued) in log.drop_counts(stage, "train", TOO_FEW).items():
+            self._failures[ordinal] = dropped
+            if dropped == issued and dropped <= cfg.reissues:
+                self._again.add(ordinal)
+        for issue in log.issues(stage, states=["issued", "ready"]):
+            if cfg.deterministic and issue.batch is None:
+                log.drop(issue.issue_id, "issued_asynchronously")
+            elif issue.state == "issued":
+                self._waiting.append(issue)
+            else:
+                group = log.load_group(issue.issue_id)
+                ready = ReadyGroup(issue, group, self._finish(group))
+                if ready.oldest:
+                    self.ready[issue.issue_id] = ready
+                else:
+                    log.drop(issue.issue_id, "refiltered")
+        shipped = len(log.issues(stage, states=["shipped"]))
+        self.admission.recover(version, accepted=shipped + len(self.ready))
+
+    def _wake(self) -> None:
+        """Something changed: see whether a batch can go, then let the producer look."""
+        if self._wanted is not None and not self.repair.stopping:
+            try:
+                self._try_ship(*self._wanted)
+            except Exception as err:
+                self._fail(err)
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        while not condition():
+            waiter = asyncio.get_running_loop().create_future()
+            self._waiters.append(waiter)
+            await waiter
+
+    # ---- producing
+
+    async def _produce(self) -> None:
+        while True:
+            await self._until(lambda: self.admission.get_capacity() > 0)
+            if self._waiting:
+                self._launch(self._waiting.popleft(), resumed=True)
+            else:
+                self._launch(self._issue(1)[0])
+
+    async def _produce_lockstep(self) -> None:
+        assert self._use_version is not None
+        batch = self._step
+        while True:
+            version = max(0, batch - self._cfg.max_staleness)
+            await self._until(lambda v=version: self.admission.version >= v)
+            resumed = list(self._waiting)  # what an earlier run left is of this batch
+            self._waiting.clear()
+            while todo := resumed or self._issue(self._missing(batch), batch):
+                await self._use_version(version)
+                for issue in todo:
+                    limit = self._cfg.max_concurrent_groups
+                    await self._until(lambda n=limit: len(self.running) < n)
+                    self._launch(issue, resumed=bool(resumed))
+                await self._until(lambda: not self.running)
+                resumed = []
+            batch += 1
+
+    def _missing(self, batch: int) -> int:
+        """Groups a batch still lacks. Rounds are issued whole: a restart repeats the same ids."""
+        if batch < self._step:  # it was shipped the moment it was complete
+            return 0
+        return self._cfg.batch_groups - len(self._of_batch(batch))
+
+    def _of_batch(self, batch: int) -> dict[int, ReadyGroup]:
+        return {i: r for i, r in self.ready.items() if r.issue.batch == batch}
+
+    def _issue(self, count: int, batch: int | None = None) -> list[Issue]:
+        size = self._cfg.epoch_size
+        ordinals = [self._pick_ordinal() for _ in range(count)]
+        rows = [(self._tasks(n), n // size if size else 0, n) for n in ordinals]
+        ids = self._log.issue_round(self._stage, "train", rows, batch) if rows else []
+        return [
+            Issue(i, self._stage, "train", task, epoch, n, batch, "issued")
+            for i, (task, epoch, n) in zip(ids, rows, strict=True)
+        ]
+
+    def _pick_ordinal(self) -> int:
+        """The next fresh task, or a failed one when its epoch (else a batch's worth) is over."""
+        if self._again:
+            n, size = min(self._again), self._cfg.epoch_size
+            due = (n // size + 1) * size if size else n + self._cfg.batch_groups
+            if self._next_ordinal >= due:
+                self._again.discard(n)
+                return n
+        self._next_ordinal += 1
+        return self._next_ordinal - 1
+
+    # ---- one group
+
+    def _launch(self, issue: Issue, resumed: bool = False) -> None:
+        """Takes a slot; `_returned` gives it back on every way out, cancellation included."""
+        self.admission.submit()
+        finished = self._reusable(issue) if resumed else {}
+        start = min([self.admission.version, *(t.versions[0] for t in finished.values())])
+        now = self.repair.progress = time.monotonic()
+        self.running[issue.issue_id] = RunningGroup(start, now)
+        task = asyncio.get_running_loop().create_task(self._group(issue, finished))
+        self._group_tasks.add(task)
+        task.add_done_callback(partial(self._returned, issue.issue_id))
+
+    def _returned(self, issue_id: int, task: asyncio.Task[ReadyGroup | None]) -> None:
+        self._group_tasks.discard(task)
+        since = self.running.pop(issue_id).since
+        failure = None if task.cancelled() else task.exception()
+        ready = None if task.cancelled() or failure else task.result()
+        if ready is None:
+            self.admission.reject()
+        else:
+            self.admission.accept()
+            self.ready[issue_id] = ready
+        if failure is not None:
+            self._fail(failure)
+        elif not task.cancelled():
+            self.stats.latencies.append(time.monotonic() - since)
+        self._wake()
+
+    def _reusable(self, issue: Issue) -> dict[int, Trajectory]:
+        """Samples that an earlier run finished and that are young enough to be trained."""
+        limit = max(0, self.admission.version - self._cfg.max_staleness)
+        return {
+            t.sample: t
+            for t in self._log.load_group(issue.issue_id).trajectories
+            if is_known(t)
+            and t.sample < self._cfg.group_size
+            and (self._cfg.deterministic or t.versions[0] >= limit)
+        }
+
+    async def _group(self, issue: Issue, finished: dict[int, Trajectory]) -> ReadyGroup | None:
+        """Runs and settles one group; None when it is dropped."""
+        group = await self.repair.group(issue, finished)
+        if sum(map(is_known, group.trajectories)) < self._cfg.min_valid:
+            outcome = GroupOutcome(False, TOO_FEW)
+        else:
+            outcome = self._finish(group)
+        ready = ReadyGroup(issue, group, outcome)
+        keep = bool(ready.oldest)
+        reason = "" if keep else outcome.reason or "nothing_trained"
+        state = "ready" if keep else "dropped"
+        self._log.finish_group(issue.issue_id, state, reason, outcome.decisions)
+        self.stats.lengths.append((ready.num_tokens, not keep))
+        if keep:
+            return ready
+        if reason == TOO_FEW:
+            self._failures[issue.ordinal] += 1
+            if self._failures[issue.ordinal] <= self._cfg.reissues:
+                self._again.add(issue.ordinal)
+        self._count_drop(reason)
+        return None
+
+    def _count_drop(self, reason: str) -> None:
+        self.stats.dropped[reason] += 1
+        self._drops_row += 1
+        if self._drops_row >= self._cfg.barren_batches * self._cfg.batch_groups:
+            raise NoSignal(
+                f"{self._drops_row} groups were dropped since the last batch; all drops: "
+                f"{dict(self.stats.dropped)}; are the tasks too easy or too hard, or eta too "
+                "small? (stream.barren_batches)"
+            )
+
+    # ---- shipping
+
+    def _try_ship(self, step: int, future: concurrent.futures.Future[None]) -> None:
+        """Answers the trainer when batch `step` can be formed: age check, commit, hand over."""
+        if step > self._step:
+            self._wanted = None
+            future.set_exception(ValueError(f"step {step} was asked for, {self._step} is next"))
+            return
+        if step < self._step or self._ship(step):  # shipped before: for a caller that went away
+            self._wanted = None
+            future.set_result(None)
+
+    def _ship(self, step: int) -> bool:
+        cfg = self._cfg
+        limit = step - cfg.max_staleness
+        pool = self._of_batch(step) if cfg.deterministic else self.ready
+        choice = choose(
+            {i: r.oldest for i, r in pool.items()},
+            [] if cfg.deterministic else [g.start for g in self.running.values()],
+            step,
+            cfg.batch_groups,
+            cfg.max_staleness,
+            wait=cfg.over_age == "wait",
+        )
+        if choice.over_age and cfg.deterministic:
+            raise StreamError(
+                f"issue {choice.over_age[0]} holds tokens older than version {limit}: did "
+                "`use_version` load the version it was given?"
+            )
+        for issue_id in choice.over_age:
+            self._log.drop(issue_id, OVER_AGE)
+            self.admission.drop()
+            self.stats.lengths.append((self.ready.pop(issue_id).num_tokens, True))
+            self._count_drop(OVER_AGE)
+        if not choice.ship:
+            return False
+        entries, decisions = [], []
+        for issue_id in choice.ship:
+            kept, left = self.ready[issue_id].split(limit)
+            entries += kept
+            decisions += [(issue_id, decision) for decision in left]
+        self._log.ship(self._stage, step, entries, decisions)
+        for issue_id in choice.ship:
+            ready = self.ready.pop(issue_id)
+            self.stats.ages.append(step - min(v for v in ready.oldest if v >= limit))
+        self.stats.shipped_groups += len(choice.ship)
+        self.stats.over_age_segments += len(decisions)
+        self._step, self._drops_row = step + 1, 0
+        return True

@@ -1,0 +1,164 @@
+"""Groups of rollouts, produced while the trainer trains, handed over batch by batch.
+
+A thread runs the event loop in which the producer lives; the trainer's thread only posts versions
+and asks for the batch of a step. A restarted stream rebuilds its counts from the experience log,
+keeps finished groups, runs unfinished ones again under the same issue_id and loses or doubles
+nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from functools import partial
+
+from agentcpm_jax.rollout.experience import ExperienceLog
+from agentcpm_jax.rollout.experience_schema import ShippedSegment
+from agentcpm_jax.rollout.producer import Producer
+from agentcpm_jax.rollout.repair import RunSample
+from agentcpm_jax.rollout.stream_types import (
+    BreakerOpen,
+    GroupOutcome,
+    NoSignal,
+    StreamConfig,
+    StreamError,
+    StreamStalled,
+)
+from agentcpm_jax.types import Task, TrajectoryGroup
+
+__all__ = [
+    "BreakerOpen",
+    "GroupOutcome",
+    "NoSignal",
+    "Stream",
+    "StreamConfig",
+    "StreamError",
+    "StreamStalled",
+]
+
+
+class Stream:
+    """Produces groups, repairs them, and ships them in batches of `cfg.batch_groups`.
+
+    Args:
+        tasks: ordinal -> task; endless and deterministic; `Task.meta` JSON-able.
+        run_sample: async (task, issue_id, sample, attempt) -> graded trajectory. Whatever it
+            raises (but its own cancellation) counts as one sample with infra_error.
+        finish: filters and credits a complete group; pure, since a restart calls it again.
+        use_version: awaited before a round of rollouts, while nothing runs; deterministic mode
+            only. After a restart it must still load versions from (first unrecorded step) - eta.
+    """
+
+    def __init__(
+        self,
+        log: ExperienceLog,
+        stage: str,
+        tasks: Callable[[int], Task],
+        run_sample: RunSample,
+        finish: Callable[[TrajectoryGroup], GroupOutcome],
+        cfg: StreamConfig,
+        use_version: Callable[[int], Awaitable[None]] | None = None,
+    ) -> None:
+        if cfg.deterministic and use_version is None:
+            raise ValueError("a deterministic stream needs `use_version`")
+        self._log, self._stage, self._cfg = log, stage, cfg
+        self._producer = Producer(log, stage, tasks, run_sample, finish, cfg, use_version)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._begun, self._over = threading.Event(), threading.Event()
+
+    # ---- the trainer's thread
+
+    def start(self, version: int = 0) -> None:
+        """Recovers from the log and starts producing; `version` = completed batches."""
+        if self._thread is not None:
+            raise ValueError("a stream starts once")
+        run = partial(self._run, version)
+        self._thread = threading.Thread(target=run, name=f"stream-{self._stage}", daemon=True)
+        self._thread.start()
+        self._begun.wait()
+
+    def stop(self, timeout: float = 30.0) -> None:
+        """Cancels running episodes and waits for them (s); the log stays resumable."""
+        if self._thread is None:
+            return
+        self._post(self._producer.cancel)
+        self._thread.join(timeout)
+        if self._thread.is_alive():
+            raise StreamError(f"an episode ignored its cancellation for {timeout:g} s")
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def set_version(self, version: int) -> None:
+        """Tells admission that `version` batches are completed. Returns at once."""
+        self._post(partial(self._producer.set_version, version))
+
+    def next_step_segments(self, step: int) -> list[ShippedSegment]:
+        """The ordered segments of batch `step`, committed to the log; blocks until there are B.
+
+        A recorded step is returned as recorded, bit for bit.
+
+        Raises:
+            StreamError: the breaker opened, nothing is kept, nothing moves, or it was stopped.
+            ValueError: `step` is neither recorded nor the next one.
+            Exception: whatever else ended the producer.
+        """
+        if recorded := self._log.shipped(self._stage, step):
+            return recorded
+        future: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self._post(partial(self._producer.want, step, future))
+        while not concurrent.futures.wait([future], timeout=0.2).done:
+            if self._over.is_set() and not future.done():
+                raise self._producer.error or StreamError("the stream is not running")
+            self._check_stall()
+        future.result()
+        return self._log.shipped(self._stage, step)
+
+    def snapshot(self) -> dict[str, float]:
+        """`stream/...` figures: counts now, and of this run ages, latencies (s), drop rates."""
+        p = self._producer
+        accepted, running, rejected, _ = p.admission.stats()
+        now: dict[str, float] = {"running": running, "ready": len(p.ready), "accepted": accepted}
+        now |= {"rejected": rejected, "version": p.admission.version}
+        now |= {"unknown_samples": p.repair.unknown_samples} | p.stats.figures()
+        return {f"stream/{name}": float(value) for name, value in now.items()}
+
+    def _check_stall(self) -> None:
+        limit, p = self._cfg.stall_timeout, self._producer
+        if self._cfg.deterministic or not limit or not p.running:
+            return
+        idle = time.monotonic() - p.repair.progress
+        if idle > limit:
+            raise StreamStalled(
+                f"no sample of {len(p.running)} running groups ended for {idle:.0f} s; does "
+                "the engine or a tool hang? (stream.stall_timeout)"
+            )
+
+    def _post(self, call: Callable[[], None]) -> None:
+        """Runs `call` in the loop; one that has ended is noticed by whoever waits."""
+        if self._loop is None or self._over.is_set():
+            return
+        try:
+            self._loop.call_soon_threadsafe(call)
+        except RuntimeError:  # closed since the check
+            self._over.wait()
+
+    def _run(self, version: int) -> None:
+        try:
+            asyncio.run(self._main(version))
+        except BaseException as err:
+            self._producer.error = self._producer.error or err
+        finally:
+            self._over.set()
+            self._begun.set()
+
+    async def _main(self, version: int) -> None:
+        self._loop = asyncio.get_running_loop()
+        await self._producer.run(version, self._begun.set)

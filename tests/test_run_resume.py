@@ -1,0 +1,154 @@
+"""kill -9 in a step or in a save, the same command again: R1, R2, and R3 in deterministic mode.
+
+R1: recorded steps are recomputed bit for bit. R2: every issue ends in exactly one state and nothing
+is trained twice. R3: the whole loss curve equals that of an uninterrupted run.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from agentcpm_jax.merge.shards import Checkpoint
+from agentcpm_jax.run.commandline import CHECKOUT
+from agentcpm_jax.run.metrics import read_metrics
+
+STEPS = 6
+# What a step computed; times and counters of the process are not part of it.
+COMPUTED = ("train/loss", "train/grad_norm", "train/entropy", "loss/ratio_max", "stale/age_mean")
+
+
+def command(workdir: Path, variant: str, *flags: str) -> list[str]:
+    config = "configs/tiny.py" + (f":{variant}" if variant else "")
+    script = str(CHECKOUT / "launch" / "train.py")
+    return [sys.executable, script, f"--config={config}", f"--workdir={workdir}", *flags]
+
+
+def finish(workdir: Path, variant: str = "", *flags: str) -> None:
+    done = subprocess.run(command(workdir, variant, *flags), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def kill_when(workdir: Path, condition: Callable[[], bool], variant: str = "") -> None:
+    """Start a run and kill -9 it as soon as `condition` holds."""
+    process = subprocess.Popen(
+        command(workdir, variant), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 240
+        while not condition():
+            assert process.poll() is None, "the run ended before it could be killed"
+            assert time.monotonic() < deadline, "the moment to kill never came"
+            time.sleep(0.002)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+
+def curve(workdir: Path) -> list[tuple]:
+    rows = read_metrics(workdir / "rl" / "metrics.jsonl")
+    return [(row["step"], *(row[name] for name in COMPUTED)) for row in rows]
+
+
+def weights(workdir: Path) -> dict[str, bytes]:
+    with Checkpoint(workdir / "rl" / "hf") as found:
+        return {name: np.asarray(found.read(name)).tobytes() for name in found.tensors}
+
+
+def steps_done(workdir: Path) -> int:
+    return len(read_metrics(workdir / "rl" / "metrics.jsonl"))
+
+
+def saving(workdir: Path) -> bool:
+    return any((workdir / "rl" / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
+
+
+def assert_exactly_once(workdir: Path) -> None:
+    """R2, read from the database itself."""
+    with sqlite3.connect(workdir / "experience.db") as log:
+        states = dict(log.execute("select issue_id, state from issue where kind = 'train'"))
+        shipped = log.execute("select step, issue_id, sample, segment from shipped").fetchall()
+    assert len(set(row[1:] for row in shipped)) == len(shipped)
+    assert {row[0] for row in shipped} == set(range(STEPS))
+    assert {i for i, state in states.items() if state == "shipped"} == {r[1] for r in shipped}
+    assert set(states.values()) <= {"shipped", "dropped", "ready", "issued"}
+
+
+@pytest.fixture(scope="module")
+def after_sft(tmp_path_factory) -> Path:
+    """A workdir whose SFT stage is done, to start every RL run from the same weights."""
+    path = tmp_path_factory.mktemp("resume") / "sft"
+    finish(path, "", "--config.stages=('sft',)")
+    (path / "config.json").unlink()  # the runs below have one stage more
+    return path
+
+
+def copy_of(source: Path, tmp_path: Path, name: str) -> Path:
+    return Path(shutil.copytree(source, tmp_path / name))
+
+
+def test_deterministic_runs_resume_bit_for_bit(after_sft: Path, tmp_path: Path) -> None:
+    whole = copy_of(after_sft, tmp_path, "whole")
+    finish(whole)
+    expected = curve(whole)
+    assert [row[0] for row in expected] == list(range(1, STEPS + 1))
+    assert len({row[1] for row in expected}) == STEPS, "the steps must differ to prove anything"
+
+    killed = copy_of(after_sft, tmp_path, "killed")
+    kill_when(killed, lambda: steps_done(killed) >= 1)  # in a step, before any checkpoint
+    kill_when(killed, lambda: steps_done(killed) >= 2 and saving(killed))  # in a save
+    kill_when(killed, lambda: steps_done(killed) >= 5)  # in a step, behind a checkpoint
+    finish(killed)
+
+    assert curve(killed) == expected
+    assert weights(killed) == weights(whole)
+    assert_exactly_once(killed)
+    assert_exactly_once(whole)
+
+
+def test_asynchronous_runs_recompute_recorded_steps(after_sft: Path, tmp_path: Path) -> None:
+    workdir = copy_of(after_sft, tmp_path, "async")
+    kill_when(workdir, lambda: steps_done(workdir) >= 3, "async")
+    before = curve(workdir)
+    finish(workdir, "async")
+    assert curve(workdir)[: len(before)] == before
+    assert_exactly_once(workdir)
+
+
+def test_ctrl_c_leaves_a_resumable_workdir(after_sft: Path, tmp_path: Path) -> None:
+    workdir = copy_of(after_sft, tmp_path, "interrupted")
+    process = subprocess.Popen(
+        command(workdir, ""), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    while steps_done(workdir) < 1:
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "same command resumes" in stderr and "Traceback" not in stderr
+    finish(workdir)
+    assert steps_done(workdir) == STEPS
+
+
+def test_another_configuration_is_refused(after_sft: Path, tmp_path: Path) -> None:
+    workdir = copy_of(after_sft, tmp_path, "other")
+    finish(workdir, "", "--config.stages=('sft',)")
+    done = subprocess.run(
+        command(workdir, "", "--config.seed=1", "--config.stages=('sft',)"),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and "seed" in done.stderr
+    assert "Traceback" not in done.stderr
