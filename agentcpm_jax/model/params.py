@@ -1,0 +1,118 @@
+"""One description per parameter; shapes, initial values, shardings and file keys derive from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from agentcpm_jax import tree
+from agentcpm_jax.model.config import ModelConfig
+
+Params = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamSpec:
+    """What one parameter is.
+
+    Attributes:
+      shape: sizes; parameters of layers are stacked, L first.
+      axes: the logical name of each axis; `sharding.py` maps names to the mesh.
+      init: 'ones', or the standard deviation of a normal.
+      hf_key: key in Hugging Face files; '{}' is the layer number.
+      hf_inputs: the file holds a matrix [outputs, inputs]; so many axes (after L) of ours are its
+        inputs, the rest its outputs. 0: stored as it is.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    init: Literal["ones"] | float
+    hf_key: str
+    hf_inputs: int = 0
+
+
+def param_specs(cfg: ModelConfig) -> dict[str, Any]:
+    """The nested dict of ParamSpec that `init` fills with arrays.
+
+    Matrices start at fan_in ** -0.5; those that write into the residual stream are divided by
+    sqrt(2 L), so that its variance does not grow with depth.
+    """
+    d, n, k, h, f = cfg.width, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, cfg.ffw
+    residual = (2 * cfg.num_layers) ** -0.5
+
+    def layer(
+        shape: tuple[int, ...],
+        axes: tuple[str, ...],
+        init: Literal["ones"] | float,
+        key: str,
+        inputs: int = 0,
+    ) -> ParamSpec:
+        shape, axes = (cfg.num_layers, *shape), ("layers", *axes)
+        return ParamSpec(shape, axes, init, f"model.layers.{{}}.{key}.weight", inputs)
+
+    into, out_of = d**-0.5, residual * (n * h) ** -0.5
+    head, kv_head, mlp = ("width", "heads", "head"), ("width", "kv_heads", "head"), ("width", "ffw")
+    specs: dict[str, Any] = {
+        "embed": ParamSpec(
+            (cfg.vocab_size, d), ("vocab", "width"), 0.02, "model.embed_tokens.weight"
+        ),
+        "layers": {
+            "attn_norm": layer((d,), ("width",), "ones", "input_layernorm"),
+            "attn": {
+                "q": layer((d, n, h), head, into, "self_attn.q_proj", 1),
+                "k": layer((d, k, h), kv_head, into, "self_attn.k_proj", 1),
+                "v": layer((d, k, h), kv_head, into, "self_attn.v_proj", 1),
+                "o": layer((n, h, d), ("heads", "head", "width"), out_of, "self_attn.o_proj", 2),
+                "q_norm": layer((h,), ("head",), "ones", "self_attn.q_norm"),
+                "k_norm": layer((h,), ("head",), "ones", "self_attn.k_norm"),
+            },
+            "mlp_norm": layer((d,), ("width",), "ones", "post_attention_layernorm"),
+            "mlp": {
+                "gate": layer((d, f), mlp, into, "mlp.gate_proj", 1),
+                "up": layer((d, f), mlp, into, "mlp.up_proj", 1),
+                "down": layer((f, d), ("ffw", "width"), residual * f**-0.5, "mlp.down_proj", 1),
+            },
+        },
+        "final_norm": ParamSpec((d,), ("width",), "ones", "model.norm.weight"),
+    }
+    if not cfg.tied_embeddings:
+        specs["lm_head"] = ParamSpec(
+            (d, cfg.vocab_size), ("width", "vocab"), into, "lm_head.weight", 1
+        )
+    return specs
+
+
+def init(rng: jax.Array, cfg: ModelConfig) -> Params:
+    """Fresh parameters in `cfg.param_dtype`; each depends on `rng` and its own path alone."""
+    return draw(rng, param_specs(cfg), cfg.param_dtype)
+
+
+def draw(rng: jax.Array, specs: Mapping[str, Any], dtype: str) -> Params:
+    """`init` for some top-level entries of `param_specs`."""
+
+    def leaf(path: str, spec: ParamSpec) -> jax.Array:
+        if spec.init == "ones":
+            return jnp.ones(spec.shape, dtype)
+        key = jax.random.fold_in(rng, zlib.crc32(path.encode()))
+        return (spec.init * jax.random.normal(key, spec.shape)).astype(dtype)
+
+    return tree.map_with_path(leaf, specs)
+
+
+def abstract_params(cfg: ModelConfig) -> dict[str, Any]:
+    """The tree of `init` as jax.ShapeDtypeStruct: nothing is allocated."""
+    dtype = jnp.dtype(cfg.param_dtype)
+    return tree.map_with_path(
+        lambda _, spec: jax.ShapeDtypeStruct(spec.shape, dtype), param_specs(cfg)
+    )
+
+
+def count(cfg: ModelConfig) -> int:
+    """Number of parameters; a tied embedding counts once."""
+    return sum(math.prod(spec.shape) for spec in tree.flatten(param_specs(cfg)).values())
