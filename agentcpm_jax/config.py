@@ -173,9 +173,12 @@ def to_config_dict(config: Any) -> ConfigDict:
     return ConfigDict(_plain(config))
 
 
-def default_config() -> ConfigDict:
-    """Every top-level key with its default; stages are added with `stage_dict`."""
-    config = to_config_dict(ExperimentConfig())
+def default_config() -> Any:
+    """A `ConfigDict` of every top-level key; stages are added with `stage_dict`.
+
+    Typed `Any`: the keys of a `ConfigDict` are attributes that no checker knows.
+    """
+    config: Any = to_config_dict(ExperimentConfig())
     config.stages = ()
     config.stage = ConfigDict()
     return config

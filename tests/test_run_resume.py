@@ -78,7 +78,7 @@ def assert_exactly_once(workdir: Path) -> None:
     with sqlite3.connect(workdir / "experience.db") as log:
         states = dict(log.execute("select issue_id, state from issue where kind = 'train'"))
         shipped = log.execute("select step, issue_id, sample, segment from shipped").fetchall()
-    assert len(set(row[1:] for row in shipped)) == len(shipped)
+    assert len({row[1:] for row in shipped}) == len(shipped)
     assert {row[0] for row in shipped} == set(range(STEPS))
     assert {i for i, state in states.items() if state == "shipped"} == {r[1] for r in shipped}
     assert set(states.values()) <= {"shipped", "dropped", "ready", "issued"}

@@ -92,7 +92,8 @@ def _gather(cache: KVCache, index: jax.Array, length: jax.Array) -> KVCache:
 
 
 def _scatter(cache: KVCache, rows: KVCache, index: jax.Array) -> KVCache:
-    return cache.replace(
+    return KVCache(
         k=cache.k.at[:, index].set(rows.k, mode="drop"),
         v=cache.v.at[:, index].set(rows.v, mode="drop"),
+        lengths=cache.lengths,
     )

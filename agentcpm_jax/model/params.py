@@ -100,7 +100,9 @@ def draw(rng: jax.Array, specs: Mapping[str, Any], dtype: str) -> Params:
         if spec.init == "ones":
             return jnp.ones(spec.shape, dtype)
         key = jax.random.fold_in(rng, zlib.crc32(path.encode()))
-        return (spec.init * jax.random.normal(key, spec.shape)).astype(dtype)
+        # Drawn flat: the same numbers, and a tenth of the compile time of a 4-D draw.
+        flat = jax.random.normal(key, (math.prod(spec.shape),))
+        return (spec.init * flat).reshape(spec.shape).astype(dtype)
 
     return tree.map_with_path(leaf, specs)
 

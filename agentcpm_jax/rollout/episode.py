@@ -111,6 +111,16 @@ async def run_episode(
     )
 
 
+def check_prompt(chat: ChatFormat, cfg: EpisodeConfig, schemas: Sequence[Message]) -> None:
+    """Raises UserError when no task could ever fit: system prompt and tools alone are too long."""
+    fixed = len(chat.prompt_ids(_messages(cfg, ""), schemas))
+    if fixed + cfg.reserve > cfg.max_context:
+        raise UserError(
+            f"the system prompt and the tools take {fixed} tokens, episode.max_context is "
+            f"{cfg.max_context} with {cfg.reserve} in reserve; raise max_context"
+        )
+
+
 def cancelled_trajectory(issue_id: int, sample: int, attempt: int, error: str = "") -> Trajectory:
     """What the caller of a cancelled `run_episode` records: nothing of it is kept."""
     return Trajectory(
@@ -155,12 +165,7 @@ class _Episode:
         self._pending = (prompt, np.full(len(prompt), Provenance.TEMPLATE, np.uint8))
         if len(prompt) + cfg.reserve <= cfg.max_context:
             return None
-        fixed = len(self._chat.prompt_ids(_messages(cfg, ""), self._schemas))
-        if fixed + cfg.reserve > cfg.max_context:  # no task could ever fit: the user's mistake
-            raise UserError(
-                f"the system prompt and the tools take {fixed} tokens, max_context is "
-                f"{cfg.max_context} with {cfg.reserve} in reserve; raise max_context"
-            )
+        check_prompt(self._chat, cfg, self._schemas)
         self.error = f"the prompt has {len(prompt)} tokens, max_context is {cfg.max_context}"
         return StopReason.MAX_CONTEXT
 

@@ -10,7 +10,7 @@ import contextlib
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from absl import flags
 from ml_collections import config_flags
@@ -45,7 +45,8 @@ def parse(argv: Sequence[str]) -> Command:
         raise UserError(f"{text}; look the key up in {first.removeprefix('--config=')}") from None
     if positional[1:]:
         raise UserError(f"unexpected argument {positional[1]!r}; overrides are --config.a.b=value")
-    config = from_config_dict(values["config"].value)
+    loaded: Any = values["config"].value
+    config = from_config_dict(loaded)
     return Command(config, Path(values["workdir"].value or config.workdir))
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from agentcpm_jax.config import ExperimentConfig, Stage, to_json
 from agentcpm_jax.model import params as model_params
@@ -18,6 +20,7 @@ from agentcpm_jax.rollout.chat import ChatFormat, template_text
 from agentcpm_jax.rollout.experience import ExperienceLog
 from agentcpm_jax.run.interrupt import StopSignal
 from agentcpm_jax.run.metrics import Progress
+from agentcpm_jax.sharding import make_mesh
 from agentcpm_jax.types import UserError
 from agentcpm_jax.world.vocabulary import write_tokenizer
 
@@ -33,6 +36,7 @@ class RunContext:
     log: ExperienceLog
     progress: Progress
     stop: StopSignal
+    mesh: Mesh
 
     def directory(self, stage: Stage | str) -> Path:
         """workdir/<stage>."""
@@ -65,21 +69,25 @@ def open_context(
     """Create or reopen a workdir.
 
     Raises:
-      UserError: the workdir belongs to another configuration, or the tokenizer does not fit.
+      UserError: the workdir belongs to another configuration, the mesh does not fit the devices, or
+        the tokenizer not the model.
     """
-    workdir.mkdir(parents=True, exist_ok=True)
-    _check_config(cfg, workdir / "config.json")
-    tokenizer = Path(cfg.tokenizer) if cfg.tokenizer else workdir / "tokenizer"
-    if not cfg.tokenizer and not (tokenizer / "chat_template.jinja").exists():
-        write_tokenizer(tokenizer, template_text(cfg.template))
-    chat = ChatFormat.load(tokenizer)
-    if chat.vocab_size > cfg.model.vocab_size:
-        raise UserError(
-            f"tokenizer {tokenizer} has {chat.vocab_size} ids, config.model.vocab_size is "
-            f"{cfg.model.vocab_size}; raise it"
-        )
+    mesh = make_mesh(cfg.mesh)
+    with tempfile.TemporaryDirectory() as scratch:  # nothing is written before all checks passed
+        if not cfg.tokenizer:
+            write_tokenizer(scratch, template_text(cfg.template))
+        chat = ChatFormat.load(cfg.tokenizer or scratch)
+        if chat.vocab_size > cfg.model.vocab_size:
+            raise UserError(
+                f"tokenizer {cfg.tokenizer or 'of the offline world'} has {chat.vocab_size} ids, "
+                f"config.model.vocab_size is {cfg.model.vocab_size}; raise it"
+            )
+        _check_config(cfg, workdir / "config.json")
+        tokenizer = Path(cfg.tokenizer or workdir / "tokenizer")
+        if not tokenizer.exists():
+            shutil.copytree(scratch, tokenizer)
     log = ExperienceLog.open(cfg.log_url or str(workdir / "experience.db"))
-    return RunContext(cfg, workdir, tokenizer, chat, log, progress, stop)
+    return RunContext(cfg, workdir, tokenizer, chat, log, progress, stop, mesh)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -102,6 +110,7 @@ def _check_config(cfg: ExperimentConfig, path: Path) -> None:
                 "differ); use another --workdir or remove it"
             )
         return
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(new, indent=2) + "\n")
 
 

@@ -50,7 +50,7 @@ def decision_accuracy(
     while len(tokens) % rows:
         tokens.append(np.zeros(length, np.int32))
         labels.append(np.full(length, -1))
-    counts = dict.fromkeys(DECISIONS, (0, 0))
+    counts: dict[str, tuple[int, int]] = dict.fromkeys(DECISIONS, (0, 0))
     for start in range(0, len(tokens), rows):
         batch, label = (
             np.stack(tokens[start : start + rows]),

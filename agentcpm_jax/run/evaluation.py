@@ -17,12 +17,13 @@ from agentcpm_jax.engine.local import LocalEngine, check_capacity
 from agentcpm_jax.evaluate.passk import TaskScore
 from agentcpm_jax.evaluate.runner import evaluate
 from agentcpm_jax.evaluate.skills import skill_documents, skill_scores
+from agentcpm_jax.rollout.episode import check_prompt
 from agentcpm_jax.run.context import RunContext, write_atomically
 from agentcpm_jax.run.decisions import decision_accuracy
 from agentcpm_jax.run.interrupt import Interrupted
 from agentcpm_jax.run.sampling import evaluation_tasks, make_run_sample
 from agentcpm_jax.types import Task
-from agentcpm_jax.world.tools import open_toolbox
+from agentcpm_jax.world.tools import SCHEMAS, open_toolbox
 
 DECISION_TASKS = 96
 
@@ -32,6 +33,7 @@ def run_eval(ctx: RunContext, stage: Stage) -> None:
     spec = stage.eval
     assert spec is not None
     check_capacity(spec.engine, ctx.cfg.episode.max_context)
+    check_prompt(ctx.chat, ctx.cfg.episode, SCHEMAS)
     tasks = evaluation_tasks(spec.tasks_path, ctx.cfg.test_tasks, spec.tasks, spec.hops)
     sources = {name: f"stage:{name}" for name in spec.models} | _sweep_points(ctx)
     for name, source in sources.items():

@@ -19,6 +19,7 @@ from agentcpm_jax.data.batch import Batch
 from agentcpm_jax.data.loader import StepBatches, StepIterator
 from agentcpm_jax.data.rows import Row, merge_prefixes, rows_from_segment
 from agentcpm_jax.engine.local import LocalEngine, check_capacity
+from agentcpm_jax.rollout.episode import check_prompt
 from agentcpm_jax.rollout.experience_schema import ShippedSegment
 from agentcpm_jax.rollout.staleness import oldest_trained
 from agentcpm_jax.rollout.stream import Stream
@@ -26,12 +27,13 @@ from agentcpm_jax.run.context import RunContext
 from agentcpm_jax.run.interrupt import Interrupted
 from agentcpm_jax.run.meter import Meter
 from agentcpm_jax.run.metrics import MetricsWriter
+from agentcpm_jax.run.placement import place, step_shardings
 from agentcpm_jax.run.sampling import make_finish, make_run_sample, task_sequence
 from agentcpm_jax.run.versions import VersionStore
 from agentcpm_jax.train.optimizer import make_optimizer
 from agentcpm_jax.train.state import TrainState
 from agentcpm_jax.train.step import make_rl_step
-from agentcpm_jax.world.tools import open_toolbox
+from agentcpm_jax.world.tools import SCHEMAS, open_toolbox
 
 
 def train(ctx: RunContext, stage: Stage) -> None:
@@ -133,7 +135,8 @@ def _open(ctx: RunContext, stage: Stage, rl: RLStage) -> Iterator[_Circle]:
     if not optimizer.total_steps:
         optimizer = replace(optimizer, total_steps=rl.shape.steps)
     tx, schedule = make_optimizer(optimizer)
-    state = TrainState.create(ctx.load_params(stage.init_from), tx)
+    shardings = step_shardings(ctx.mesh, ctx.cfg.model, tx, rl.shape.micro_rows or rl.shape.rows)
+    state = place(TrainState.create(ctx.load_params(stage.init_from), tx), shardings)
     checkpoints = Checkpointer(directory / "checkpoints", keep=2)
     shipped: dict[int, list[ShippedSegment]] = {}
 
@@ -147,6 +150,7 @@ def _open(ctx: RunContext, stage: Stage, rl: RLStage) -> Iterator[_Circle]:
     state = restored.state if restored is not None else state
 
     check_capacity(rl.engine, ctx.cfg.episode.max_context)
+    check_prompt(ctx.chat, ctx.cfg.episode, SCHEMAS)
     engine_cfg = replace(rl.engine, deterministic=rl.stream.deterministic)
     engine = LocalEngine(state.params, ctx.cfg.model, engine_cfg, version=version)
     store = VersionStore(directory, ctx.cfg.model, enabled=rl.stream.deterministic)
@@ -172,7 +176,14 @@ def _open(ctx: RunContext, stage: Stage, rl: RLStage) -> Iterator[_Circle]:
         rl=rl,
         state=state,
         version=version,
-        step=make_rl_step(ctx.cfg.model, rl.loss, tx, schedule, micro_rows=rl.shape.micro_rows),
+        step=make_rl_step(
+            ctx.cfg.model,
+            rl.loss,
+            tx,
+            schedule,
+            micro_rows=rl.shape.micro_rows,
+            shardings=shardings,
+        ),
         batches=batches,
         stream=stream,
         engine=engine,

@@ -23,6 +23,7 @@ from agentcpm_jax.rollout.chat import ChatFormat
 from agentcpm_jax.run.context import RunContext
 from agentcpm_jax.run.interrupt import Interrupted
 from agentcpm_jax.run.metrics import MetricsWriter
+from agentcpm_jax.run.placement import place, step_shardings
 from agentcpm_jax.train.optimizer import OptimizerConfig, make_optimizer
 from agentcpm_jax.train.state import TrainState
 from agentcpm_jax.train.step import make_sft_step
@@ -144,7 +145,8 @@ def _train(
     if not optimizer.total_steps:
         optimizer = replace(optimizer, total_steps=shape.steps)
     tx, schedule = make_optimizer(optimizer)
-    state = TrainState.create(params, tx)
+    shardings = step_shardings(ctx.mesh, ctx.cfg.model, tx, shape.micro_rows or shape.rows)
+    state = place(TrainState.create(params, tx), shardings)
     checkpoints = Checkpointer(directory / "checkpoints", keep=2)
     iterator = iter(dataset)
     restored = checkpoints.restore(abstract_state=state, loader=iterator)
@@ -152,7 +154,9 @@ def _train(
     if restored is not None:
         state, start = restored.state, restored.step
     metrics = MetricsWriter(directory / "metrics.jsonl", start)
-    step_fn = make_sft_step(ctx.cfg.model, tx, schedule, micro_rows=shape.micro_rows)
+    step_fn = make_sft_step(
+        ctx.cfg.model, tx, schedule, micro_rows=shape.micro_rows, shardings=shardings
+    )
     bar = ctx.progress(name, shape.steps, start)
 
     def save(step: int) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-
-from ml_collections import ConfigDict
+from typing import Any
 
 from agentcpm_jax.config import to_config_dict
 from agentcpm_jax.engine.local import EngineConfig
@@ -21,7 +20,7 @@ CONTEXT = 384  # tokens; a flawless 3-hop episode has about 250
 TEST_ENGINE = EngineConfig(slots=16, capacity=CONTEXT, row_buckets=(), token_buckets=(64,))
 
 
-def use_tiny_world(c: ConfigDict) -> None:
+def use_tiny_world(c: Any) -> None:
     """Replace model, tokenizer, episode and tasks of a top-level config by the tiny ones."""
     world = WorldConfig(entities=40, facts=4, family=4)
     c.model = to_config_dict(replace(TINY, vocab_size=VOCABULARY))
