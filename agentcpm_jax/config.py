@@ -99,6 +99,7 @@ class RLStage:
     """Asynchronous RL on the world's training tasks, or on a JSONL of tasks."""
 
     tasks_path: str = ""
+    skip_bad: bool = False  # leave out bad lines of that file
     shape: TrainShape = TrainShape()
     optimizer: OptimizerConfig = OptimizerConfig()
     loss: LossConfig = LossConfig()
@@ -114,6 +115,7 @@ class EvalStage:
 
     models: tuple[str, ...] = ()
     tasks_path: str = ""
+    skip_bad: bool = False  # leave out bad lines of that file
     tasks: int = 400
     hops: tuple[int, ...] = (1, 2)
     samples: int = 4
@@ -140,7 +142,7 @@ class Stage:
 
     kind: str = "sft"
     name: str = ""
-    init_from: str = "random"  # 'random' | a Hugging Face directory | 'stage:<name>'
+    init_from: str = "random"  # 'random' | 'shipped' | a Hugging Face directory | 'stage:<name>'
     pretrain: PretrainStage | None = None
     sft: SFTStage | None = None
     merge: MergeStage | None = None
@@ -156,7 +158,7 @@ class ExperimentConfig:
     workdir: str = "runs/experiment"
     seed: int = 0
     stages: tuple[Stage, ...] = ()
-    base: str = "scratch"  # 'scratch' trains the base stage; a directory replaces it
+    base: str = "scratch"  # 'scratch' trains the base stage; 'shipped' or a directory replaces it
     model: ModelConfig = TINY
     mesh: MeshConfig = MeshConfig()
     tokenizer: str = ""  # directory; empty = the offline world's own tokenizer

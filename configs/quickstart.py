@@ -6,8 +6,6 @@ Variants: `:smoke` runs every stage in about a minute and learns nothing; `--con
 trains the base in the run instead of using the shipped one.
 """
 
-from pathlib import Path
-
 from agentcpm_jax.config import (
     Demonstrations,
     PretrainPhase,
@@ -24,8 +22,6 @@ from agentcpm_jax.train.loss import LossConfig
 from agentcpm_jax.train.optimizer import OptimizerConfig
 from agentcpm_jax.world.skills import SkillMix
 
-BASE = str(Path(__file__).resolve().parents[1] / "agentcpm_jax" / "assets" / "tiny_base")
-
 
 def get_config(variant: str = ""):
     """`variant`: '' or 'smoke'."""
@@ -33,7 +29,7 @@ def get_config(variant: str = ""):
     c = default_config()
     c.name = "quickstart"
     c.workdir = "runs/smoke" if smoke else "runs/quickstart"
-    c.base = BASE
+    c.base = "shipped"
     use_tiny_world(c)
     engine = EngineConfig(slots=96, capacity=CONTEXT)
     denoise, advantages = DenoiseConfig(), AdvantageConfig()
@@ -106,11 +102,12 @@ def pretrain_phases(smoke: bool) -> tuple[PretrainPhase, ...]:
             adam_lr=adam_lr,
             weight_decay=0.0,
             schedule="flat_linear",
+            flat_fraction=0.5,
             warmup_steps=20,
         )
 
     easy = SkillMix(
-        recall=3.0, sort=1.0, add=2.5, repeat=1.5, recall_facts=(3, 5), recall_pages=(1, 1)
+        recall=5.0, sort=1.0, add=2.0, repeat=1.5, recall_facts=(2, 4), recall_pages=(1, 1)
     )
     return (
         PretrainPhase(

@@ -3,8 +3,8 @@
     python launch/train.py --config=configs/tiny.py            # lockstep: resume is bit for bit
     python launch/train.py --config=configs/tiny.py:async      # rollouts overlap with training
 
-A model of 90k parameters, two minutes on two CPU cores with `rl.steps` of 6; the reward stays
-near zero: groups without signal are kept so that every step has something to do.
+Less than a minute on two CPU cores. After 60 steps of SFT the shipped tiny base answers some 1-hop
+questions; six steps of RL show the machinery, not a result.
 """
 
 from agentcpm_jax.config import Demonstrations, TrainShape, default_config, stage_dict
@@ -21,15 +21,15 @@ def get_config(variant: str = ""):
     c.name = "tiny"
     c.workdir = "runs/tiny"
     use_tiny_world(c)
-    c.model.width, c.model.num_layers, c.model.ffw = 64, 1, 128
-    c.model.num_heads, c.model.num_kv_heads, c.model.head_dim = 2, 1, 32
-    c.episode.max_turns, c.episode.max_new_tokens = 3, 24
+    c.episode.max_turns = 6
+    c.train_tasks.hops = (1,)
     c.stages = ("sft", "rl")
     c.stage.sft = stage_dict(
         "sft",
-        demonstrations=Demonstrations(count=200),
-        shape=TrainShape(row_length=256, rows=8, steps=60),
-        optimizer=OptimizerConfig(lr=1e-2, schedule="cosine", warmup_steps=5, weight_decay=0.0),
+        "shipped",
+        demonstrations=Demonstrations(count=400),
+        shape=TrainShape(row_length=256, rows=4, steps=60),
+        optimizer=OptimizerConfig(lr=4e-3, schedule="cosine", warmup_steps=5, weight_decay=0.0),
     )
     c.stage.rl = stage_dict(
         "rl",

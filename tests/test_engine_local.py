@@ -18,7 +18,9 @@ from agentcpm_jax.model.qwen3 import forward
 from agentcpm_jax.rollout.policy import Completion, Finish, SampleRequest, SamplingParams
 
 CFG = replace(TINY, width=32, num_layers=2, ffw=64, head_dim=16, vocab_size=64)
-ENGINE = EngineConfig(slots=4, capacity=64, chunk=4, row_buckets=(2,), token_buckets=(8,))
+ENGINE = EngineConfig(
+    slots=4, capacity=64, chunk=4, row_buckets=(2,), token_buckets=(8,), length_buckets=(24,)
+)
 STOP = 7
 
 

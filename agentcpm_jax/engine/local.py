@@ -38,6 +38,7 @@ class EngineConfig:
     chunk: int = 8  # decode steps per device call
     row_buckets: tuple[int, ...] = (16, 48)  # `slots` is always the last bucket
     token_buckets: tuple[int, ...] = (16, 64)
+    length_buckets: tuple[int, ...] = ()  # of the cache that is read; `capacity` is the last
     deterministic: bool = False
 
 
@@ -212,8 +213,7 @@ class LocalEngine:
             counts = np.zeros(size, np.int32)
             lengths = np.zeros(size, np.int32)
             index = np.full(size, self.cfg.slots, np.int32)
-            for i, (row, slot) in enumerate(self._rows(slots)):
-                del i
+            for row, slot in self._rows(slots, size):
                 text = self._text(self._running[slot])
                 start = len(self._cached[slot])
                 part = text[start : min(start + width, len(text) - 1)]
@@ -222,7 +222,15 @@ class LocalEngine:
                 self._cached[slot] = text[: start + len(part)]
                 self.tokens_prefilled += len(part)
             self._cache = prefill(
-                self._params, self.model, self._cache, index, lengths, tokens, counts
+                self._params,
+                self.model,
+                self._cache,
+                index,
+                lengths,
+                tokens,
+                counts,
+                self._length_bucket(int((lengths + counts).max())),
+                size == self.cfg.slots,
             )
 
     def _decode_chunk(self) -> None:
@@ -238,7 +246,7 @@ class LocalEngine:
             key=np.zeros((size, 2), np.uint32),  # type: ignore[arg-type]
             stop=np.full((size, MAX_STOP_IDS), -1, np.int32),  # type: ignore[arg-type]
         )
-        placed = self._rows(slots)
+        placed = self._rows(slots, size)
         for row, slot in placed:
             run = self._running[slot]
             text = self._text(run)
@@ -251,7 +259,13 @@ class LocalEngine:
             stop = run.request.params.stop_ids
             rows.stop[row, : len(stop)] = stop
         self._cache, ids, logprobs, valid = decode(
-            self._params, self.model, self._cache, rows, self.cfg.chunk
+            self._params,
+            self.model,
+            self._cache,
+            rows,
+            self.cfg.chunk,
+            self._length_bucket(int(np.max(rows.length)) + self.cfg.chunk),
+            size == self.cfg.slots,
         )
         ids, logprobs, valid = np.asarray(ids), np.asarray(logprobs), np.asarray(valid)
         now = time.monotonic()
@@ -285,9 +299,14 @@ class LocalEngine:
             return self.cfg.slots
         return _bucket(count, (*self.cfg.row_buckets, self.cfg.slots))
 
-    def _rows(self, slots: Sequence[int]) -> list[tuple[int, int]]:
-        """(row, slot) pairs; with fixed shapes a slot is its own row."""
-        return [(s, s) if self.cfg.deterministic else (i, s) for i, s in enumerate(slots)]
+    def _length_bucket(self, length: int) -> int:
+        if self.cfg.deterministic:
+            return self.cfg.capacity
+        return _bucket(length, (*self.cfg.length_buckets, self.cfg.capacity))
+
+    def _rows(self, slots: Sequence[int], size: int) -> list[tuple[int, int]]:
+        """(row, slot) pairs; with a row for every slot, a slot is its own row."""
+        return [(s, s) if size == self.cfg.slots else (i, s) for i, s in enumerate(slots)]
 
     def _resolve(self, run: _Running, finish: Finish, error: str) -> None:
         completion = Completion(

@@ -34,7 +34,7 @@ def run_eval(ctx: RunContext, stage: Stage) -> None:
     assert spec is not None
     check_capacity(spec.engine, ctx.cfg.episode.max_context)
     check_prompt(ctx.chat, ctx.cfg.episode, SCHEMAS)
-    tasks = evaluation_tasks(spec.tasks_path, ctx.cfg.test_tasks, spec.tasks, spec.hops)
+    tasks = evaluation_tasks(spec, ctx.cfg.test_tasks)
     sources = {name: f"stage:{name}" for name in spec.models} | _sweep_points(ctx)
     for name, source in sources.items():
         path = ctx.directory(stage) / f"{name}.json"

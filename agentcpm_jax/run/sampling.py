@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 import numpy as np
 
-from agentcpm_jax.config import RLStage
+from agentcpm_jax.config import EvalStage, RLStage
 from agentcpm_jax.dock.protocol import OpenToolbox
 from agentcpm_jax.evaluate.runner import RunSample
 from agentcpm_jax.rewards.advantages import AdvantageConfig, credit_group
@@ -84,16 +84,17 @@ def _finish(
 def task_sequence(rl: RLStage, world: WorldTasks, seed: int) -> Callable[[int], Task]:
     """ordinal -> task, without end: every epoch is a new permutation of all tasks."""
     if rl.tasks_path:
-        tasks, _ = load_tasks(rl.tasks_path)
+        tasks, _ = load_tasks(rl.tasks_path, skip_bad=rl.skip_bad)
         return _shuffled(len(tasks), tasks.__getitem__, seed)
     return _shuffled(len(world), world.task_at, seed)
 
 
-def evaluation_tasks(path: str, world: WorldTasks, count: int, hops: Sequence[int]) -> list[Task]:
-    """The first `count` different tasks of a file, or of the held-out worlds with these hops."""
-    if path:
-        return load_tasks(path)[0][:count]
-    chosen = replace(world, hops=tuple(hops))
+def evaluation_tasks(spec: EvalStage, world: WorldTasks) -> list[Task]:
+    """The first `spec.tasks` different tasks of a file, or of the held-out worlds."""
+    if spec.tasks_path:
+        return load_tasks(spec.tasks_path, skip_bad=spec.skip_bad)[0][: spec.tasks]
+    count = spec.tasks
+    chosen = replace(world, hops=spec.hops)
     tasks: dict[str, Task] = {}  # two worlds may ask the same question
     for index in range(len(chosen)):
         if len(tasks) == count:

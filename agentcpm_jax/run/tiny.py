@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from agentcpm_jax.config import to_config_dict
@@ -15,6 +16,9 @@ from agentcpm_jax.world.vocabulary import SYSTEM_PROMPT
 
 VOCABULARY = 544  # 516 words, bytes and phrases + 26 added tokens, padded to a multiple of 32
 CONTEXT = 384  # tokens; a flawless 3-hop episode has about 250
+
+#: 'shipped': the base model in this package, a Hugging Face directory (experiments/make_base.py).
+TINY_BASE = Path(__file__).resolve().parents[1] / "assets" / "tiny_base"
 
 #: One bucket for everything: a test compiles little and decodes few rows.
 TEST_ENGINE = EngineConfig(slots=16, capacity=CONTEXT, row_buckets=(), token_buckets=(64,))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import flax.struct
-import jax
 import jax.numpy as jnp
 import optax
 
@@ -18,8 +17,8 @@ class TrainState:
     pytrees. Donated to the step that consumes it.
     """
 
-    step: jax.Array
-    skipped: jax.Array
+    step: Any  # arrays; or, when the tree is mapped over, shardings and shapes in their place
+    skipped: Any
     params: Any
     opt_state: Any
 

@@ -1,0 +1,117 @@
+"""The command as its user meets it: every mistake is one line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from agentcpm_jax.run.commandline import CHECKOUT
+
+sys.path.insert(0, str(CHECKOUT / "launch"))
+import train as launch_train
+
+BASE = CHECKOUT / "agentcpm_jax" / "assets" / "tiny_base"
+SFT = "--config=configs/sft_qwen3_4b.py:runlocal"
+RL = "--config=configs/rl_qwen3_4b.py:runlocal"
+
+
+@pytest.fixture
+def fails(tmp_path, capsys, monkeypatch) -> Callable[..., str]:
+    """Run the command in an empty directory; it must fail as a user error. Returns its line."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*argv: str, started: bool = False) -> str:
+        code = launch_train.main([*argv, "--workdir=work"])
+        stderr = capsys.readouterr().err
+        lines = [line for line in stderr.replace("\r", "\n").split("\n") if "error: " in line]
+        assert code == 2 and len(lines) == 1, stderr
+        assert "Traceback" not in stderr
+        if not started:
+            assert not (tmp_path / "work").exists(), "something was written"
+        return lines[0]
+
+    return run
+
+
+def test_unknown_key(fails) -> None:
+    assert "rowz" in fails(SFT, "--config.stage.sft.shape.rowz=2")
+
+
+def test_missing_file(fails) -> None:
+    line = fails(SFT, "--config.stage.sft.data.path=absent.jsonl", started=True)
+    assert "absent.jsonl" in line
+
+
+def test_corrupt_line_is_numbered_and_the_rest_usable_by_flag(fails, tmp_path, capsys) -> None:
+    good = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    lines = [json.dumps(good)] * 8
+    (tmp_path / "data.jsonl").write_text("\n".join([*lines, "{broken", *lines]) + "\n")
+    flags = [SFT, "--config.stage.sft.data.path=data.jsonl", "--config.stage.sft.shape.steps=1"]
+    line = fails(*flags, started=True)
+    assert "data.jsonl:9" in line and "skip_bad" in line
+    shutil.rmtree(tmp_path / "work")
+    flags += ["--config.stage.sft.data.skip_bad=True", "--workdir=work"]
+    assert launch_train.main(flags) == 0
+    row = json.loads((tmp_path / "work/sft/metrics.jsonl").read_text().split("\n")[0])
+    assert row["sft/rows_kept"] == 16 and row["sft/rows_bad_line"] == 1
+
+
+def test_tasks_without_answers(fails, tmp_path) -> None:
+    (tmp_path / "tasks.jsonl").write_text('{"question": "why?", "answers": []}\n')
+    line = fails(RL, "--config.stage.rl.tasks_path=tasks.jsonl", started=True)
+    assert "tasks.jsonl, line 1" in line and "answer" in line
+
+
+def test_impossible_mesh(fails) -> None:
+    line = fails(SFT, "--config.mesh.tensor=3")
+    assert "tensor 3" in line and "1 device" in line
+
+
+def test_prompt_longer_than_context(fails) -> None:
+    line = fails(RL, "--config.episode.max_context=20", started=True)
+    assert "max_context is 20" in line
+
+
+def test_context_beyond_the_engines_capacity(fails) -> None:
+    line = fails(RL, "--config.stage.rl.engine.capacity=128", started=True)
+    assert "384" in line and "128" in line
+
+
+def test_truncated_and_mismatched_checkpoints(fails, tmp_path) -> None:
+    shutil.copytree(BASE, tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size // 2)
+    line = fails(SFT, "--config.stage.sft.init_from=cut", started=True)
+    assert "model.safetensors" in line
+    shutil.rmtree(tmp_path / "work")
+    line = fails(
+        SFT, f"--config.stage.sft.init_from={BASE}", "--config.model.width=64", started=True
+    )
+    assert "128" in line and "64" in line
+    shutil.rmtree(tmp_path / "work")
+    assert "nowhere" in fails(SFT, "--config.stage.sft.init_from=nowhere", started=True)
+
+
+def test_a_small_vocabulary_is_refused(fails) -> None:
+    assert "542" in fails(SFT, "--config.model.vocab_size=100")
+
+
+def test_help_and_no_arguments(capsys) -> None:
+    assert launch_train.main(["--help"]) == 0
+    assert "--config=configs/quickstart.py" in capsys.readouterr().out
+    assert launch_train.main([]) == 2
+    assert "--config=FILE" in capsys.readouterr().err
+
+
+def test_merge_command_reports_a_missing_recipe(tmp_path: Path, capsys) -> None:
+    import merge as launch_merge
+
+    assert launch_merge.main([str(tmp_path / "none.yaml"), str(tmp_path / "out")]) == 2
+    assert "none.yaml" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
