@@ -31,7 +31,7 @@ def get_config(variant: str = ""):
     c.workdir = "runs/smoke" if smoke else "runs/quickstart"
     c.base = "shipped"
     use_tiny_world(c)
-    engine = EngineConfig(slots=96, capacity=CONTEXT)
+    engine = EngineConfig(slots=96, capacity=CONTEXT, row_buckets=(24,), length_buckets=(192,))
     denoise, advantages = DenoiseConfig(), AdvantageConfig()
     if smoke:  # an untrained agent earns nothing: keep groups without signal, in few shapes
         engine = TEST_ENGINE
@@ -42,11 +42,11 @@ def get_config(variant: str = ""):
     c.stage.sft = stage_dict(
         "sft",
         "stage:base",
-        demonstrations=Demonstrations(count=400 if smoke else 4000),
-        shape=TrainShape(row_length=256, rows=8, steps=40 if smoke else 320),
+        demonstrations=Demonstrations(count=400 if smoke else 5000, wrong_pick=0.1, stop_early=0.6),
+        shape=TrainShape(row_length=256, rows=8, steps=40 if smoke else 400),
         optimizer=OptimizerConfig(
             name="adamw",
-            lr=1e-3,
+            lr=2e-3,
             b2=0.95,
             weight_decay=0.0,
             schedule="cosine",

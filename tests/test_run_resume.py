@@ -34,15 +34,32 @@ def command(workdir: Path, variant: str, *flags: str) -> list[str]:
     return [sys.executable, script, f"--config={config}", f"--workdir={workdir}", *flags]
 
 
+def environment(workdir: Path) -> dict[str, str]:
+    """Runs of one test session share compiled programs: most of a short run is compiling."""
+    cache = str(workdir.parent.parent / "compiled")
+    return os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": cache,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
 def finish(workdir: Path, variant: str = "", *flags: str) -> None:
-    done = subprocess.run(command(workdir, variant, *flags), capture_output=True, text=True)
+    done = subprocess.run(
+        command(workdir, variant, *flags),
+        capture_output=True,
+        text=True,
+        env=environment(workdir),
+    )
     assert done.returncode == 0, done.stderr[-2000:]
 
 
 def kill_when(workdir: Path, condition: Callable[[], bool], variant: str = "") -> None:
     """Start a run and kill -9 it as soon as `condition` holds."""
     process = subprocess.Popen(
-        command(workdir, variant), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command(workdir, variant),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=environment(workdir),
     )
     try:
         deadline = time.monotonic() + 240
@@ -128,7 +145,11 @@ def test_asynchronous_runs_recompute_recorded_steps(after_sft: Path, tmp_path: P
 def test_ctrl_c_leaves_a_resumable_workdir(after_sft: Path, tmp_path: Path) -> None:
     workdir = copy_of(after_sft, tmp_path, "interrupted")
     process = subprocess.Popen(
-        command(workdir, ""), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command(workdir, ""),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(workdir),
     )
     while steps_done(workdir) < 1:
         assert process.poll() is None
