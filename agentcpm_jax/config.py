@@ -142,7 +142,7 @@ class Stage:
 
     kind: str = "sft"
     name: str = ""
-    init_from: str = "random"  # 'random' | 'shipped' | a Hugging Face directory | 'stage:<name>'
+    init_from: str = "random"  # 'random' | 'shipped:<name>' | <HF directory> | 'stage:<name>'
     pretrain: PretrainStage | None = None
     sft: SFTStage | None = None
     merge: MergeStage | None = None
@@ -158,7 +158,9 @@ class ExperimentConfig:
     workdir: str = "runs/experiment"
     seed: int = 0
     stages: tuple[Stage, ...] = ()
-    base: str = "scratch"  # 'scratch' trains the base stage; 'shipped' or a directory replaces it
+    base: str = (
+        "scratch"  # 'scratch' trains the base stage; 'shipped:base' or a directory replaces it
+    )
     model: ModelConfig = TINY
     mesh: MeshConfig = MeshConfig()
     tokenizer: str = ""  # directory; empty = the offline world's own tokenizer

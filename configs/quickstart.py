@@ -29,7 +29,7 @@ def get_config(variant: str = ""):
     c = default_config()
     c.name = "quickstart"
     c.workdir = "runs/smoke" if smoke else "runs/quickstart"
-    c.base = "shipped"
+    c.base = "shipped:base"
     use_tiny_world(c)
     engine = EngineConfig(slots=96, capacity=CONTEXT, row_buckets=(24,), length_buckets=(192,))
     denoise, advantages = DenoiseConfig(), AdvantageConfig()

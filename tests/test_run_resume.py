@@ -7,7 +7,6 @@ is trained twice. R3: the whole loss curve equals that of an uninterrupted run.
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import sqlite3
 import subprocess
@@ -17,7 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from agentcpm_jax.merge.shards import Checkpoint
 from agentcpm_jax.run.commandline import CHECKOUT
@@ -55,16 +53,15 @@ def finish(workdir: Path, variant: str = "", *flags: str) -> None:
 
 def kill_when(workdir: Path, condition: Callable[[], bool], variant: str = "") -> None:
     """Start a run and kill -9 it as soon as `condition` holds."""
-    process = subprocess.Popen(
-        command(workdir, variant),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=environment(workdir),
-    )
+    log = workdir.with_suffix(".log")
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command(workdir, variant), stdout=output, stderr=output, env=environment(workdir)
+        )
     try:
         deadline = time.monotonic() + 240
         while not condition():
-            assert process.poll() is None, "the run ended before it could be killed"
+            assert process.poll() is None, f"the run ended by itself: {log.read_text()[-3000:]}"
             assert time.monotonic() < deadline, "the moment to kill never came"
             time.sleep(0.002)
     finally:
@@ -101,27 +98,14 @@ def assert_exactly_once(workdir: Path) -> None:
     assert set(states.values()) <= {"shipped", "dropped", "ready", "issued"}
 
 
-@pytest.fixture(scope="module")
-def after_sft(tmp_path_factory) -> Path:
-    """A workdir whose SFT stage is done, to start every RL run from the same weights."""
-    path = tmp_path_factory.mktemp("resume") / "sft"
-    finish(path, "", "--config.stages=('sft',)")
-    (path / "config.json").unlink()  # the runs below have one stage more
-    return path
-
-
-def copy_of(source: Path, tmp_path: Path, name: str) -> Path:
-    return Path(shutil.copytree(source, tmp_path / name))
-
-
-def test_deterministic_runs_resume_bit_for_bit(after_sft: Path, tmp_path: Path) -> None:
-    whole = copy_of(after_sft, tmp_path, "whole")
+def test_deterministic_runs_resume_bit_for_bit(tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
     finish(whole)
     expected = curve(whole)
     assert [row[0] for row in expected] == list(range(1, STEPS + 1))
     assert len({row[1] for row in expected}) == STEPS, "the steps must differ to prove anything"
 
-    killed = copy_of(after_sft, tmp_path, "killed")
+    killed = tmp_path / "killed"
     kill_when(killed, lambda: steps_done(killed) >= 1)  # in a step, before any checkpoint
     kill_when(killed, lambda: steps_done(killed) >= 2 and saving(killed))  # in a save
     kill_when(killed, lambda: steps_done(killed) >= 5)  # in a step, behind a checkpoint
@@ -133,8 +117,8 @@ def test_deterministic_runs_resume_bit_for_bit(after_sft: Path, tmp_path: Path) 
     assert_exactly_once(whole)
 
 
-def test_asynchronous_runs_recompute_recorded_steps(after_sft: Path, tmp_path: Path) -> None:
-    workdir = copy_of(after_sft, tmp_path, "async")
+def test_asynchronous_runs_recompute_recorded_steps(tmp_path: Path) -> None:
+    workdir = tmp_path / "async"
     kill_when(workdir, lambda: steps_done(workdir) >= 3, "async")
     before = curve(workdir)
     finish(workdir, "async")
@@ -142,8 +126,8 @@ def test_asynchronous_runs_recompute_recorded_steps(after_sft: Path, tmp_path: P
     assert_exactly_once(workdir)
 
 
-def test_ctrl_c_leaves_a_resumable_workdir(after_sft: Path, tmp_path: Path) -> None:
-    workdir = copy_of(after_sft, tmp_path, "interrupted")
+def test_ctrl_c_leaves_a_resumable_workdir(tmp_path: Path) -> None:
+    workdir = tmp_path / "interrupted"
     process = subprocess.Popen(
         command(workdir, ""),
         stdout=subprocess.DEVNULL,
@@ -162,14 +146,10 @@ def test_ctrl_c_leaves_a_resumable_workdir(after_sft: Path, tmp_path: Path) -> N
     assert steps_done(workdir) == STEPS
 
 
-def test_another_configuration_is_refused(after_sft: Path, tmp_path: Path) -> None:
-    workdir = copy_of(after_sft, tmp_path, "other")
-    finish(workdir, "", "--config.stages=('sft',)")
-    done = subprocess.run(
-        command(workdir, "", "--config.seed=1", "--config.stages=('sft',)"),
-        capture_output=True,
-        text=True,
-    )
+def test_another_configuration_is_refused(tmp_path: Path) -> None:
+    workdir = tmp_path / "other"
+    kill_when(workdir, (workdir / "config.json").exists)
+    done = subprocess.run(command(workdir, "", "--config.seed=1"), capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and "seed" in done.stderr
     assert "Traceback" not in done.stderr

@@ -168,8 +168,10 @@ class Producer:
         while True:
             version = max(0, batch - self._cfg.max_staleness)
             await self._until(lambda v=version: self.admission.version >= v)
-            resumed = list(self._waiting)  # what an earlier run left is of this batch
-            self._waiting.clear()
+            # An earlier run may have left issues of this batch, and of the next one too: when the
+            # trainer had not yet asked for a complete batch.
+            resumed = [issue for issue in self._waiting if issue.batch == batch]
+            self._waiting = deque(issue for issue in self._waiting if issue.batch != batch)
             while todo := resumed or self._issue(self._missing(batch), batch):
                 await self._use_version(version)
                 for issue in todo:

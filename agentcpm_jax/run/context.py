@@ -20,7 +20,7 @@ from agentcpm_jax.rollout.chat import ChatFormat, template_text
 from agentcpm_jax.rollout.experience import ExperienceLog
 from agentcpm_jax.run.interrupt import StopSignal
 from agentcpm_jax.run.metrics import Progress
-from agentcpm_jax.run.tiny import TINY_BASE
+from agentcpm_jax.run.tiny import SHIPPED
 from agentcpm_jax.sharding import make_mesh
 from agentcpm_jax.types import UserError
 from agentcpm_jax.world.vocabulary import write_tokenizer
@@ -44,13 +44,11 @@ class RunContext:
         return self.workdir / (stage if isinstance(stage, str) else stage.name)
 
     def load_params(self, source: str) -> Any:
-        """Parameters of 'random', 'shipped', 'stage:<name>' or a Hugging Face directory."""
+        """Parameters of 'random', 'shipped:base', 'stage:<name>' or a Hugging Face directory."""
         if source == "random":
             return model_params.init(jax.random.key(self.cfg.seed), self.cfg.model)
-        path = Path(source)
-        if source == "shipped":
-            path = TINY_BASE
-        elif source.startswith("stage:"):
+        path = SHIPPED.get(source) or Path(source)
+        if source.startswith("stage:"):
             path = self.directory(source[6:]) / "hf"
         if not (path / "config.json").is_file():
             raise UserError(f"init_from={source!r}: {path} holds no config.json; name a directory")

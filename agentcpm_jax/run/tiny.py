@@ -17,8 +17,12 @@ from agentcpm_jax.world.vocabulary import SYSTEM_PROMPT
 VOCABULARY = 544  # 516 words, bytes and phrases + 26 added tokens, padded to a multiple of 32
 CONTEXT = 384  # tokens; a flawless 3-hop episode has about 250
 
-#: 'shipped': the base model in this package, a Hugging Face directory (experiments/make_base.py).
-TINY_BASE = Path(__file__).resolve().parents[1] / "assets" / "tiny_base"
+#: The models in this package, Hugging Face directories made by experiments/make_base.py:
+#: 'shipped:base', and 'shipped:sft', the quickstart's agent after SFT (for short runs and tests).
+SHIPPED = {
+    f"shipped:{name}": Path(__file__).resolve().parents[1] / "assets" / f"tiny_{name}"
+    for name in ("base", "sft")
+}
 
 #: One bucket for everything: a test compiles little and decodes few rows.
 TEST_ENGINE = EngineConfig(slots=16, capacity=CONTEXT, row_buckets=(), token_buckets=(64,))
