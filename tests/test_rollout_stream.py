@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 import signal
@@ -158,4 +159,27 @@ def test_lockstep_survives_kill_9_bit_for_bit(tmp_path: Path) -> None:
     assert run_lockstep(where, 0, done + 4, lambda: 0.0) == whole
 
 
-# ---- repair, ends, errors
+def test_issues_left_of_the_next_batch_wait_for_their_version(tmp_path: Path) -> None:
+    """Batch 1 is complete and not asked for, batch 2 in flight: both are left by the same kill."""
+    where = tmp_path / "left.db"
+    world = World(faults=0.25)
+
+    async def run(task: Task, issue_id: int, sample: int, attempt: int) -> Trajectory:
+        if world.version == 1:  # batch 2: never ends before the stream is stopped
+            await asyncio.sleep(60)
+        return await world.run(task, issue_id, sample, attempt)
+
+    def batches(log: ExperienceLog) -> set[int | None]:
+        return {issue.batch for issue in log.in_flight("rl")}
+
+    with ExperienceLog.open(where) as log:
+        with Stream(log, "rl", task, run, finish, LOCKSTEP, world.use_version) as stream:
+            stream.start(version=0)
+            stream.next_step_segments(0)
+            stream.set_version(1)
+            deadline = time.monotonic() + 30
+            while batches(log) != {2} and time.monotonic() < deadline:
+                time.sleep(0.01)
+        assert batches(log) == {2} and log.last_shipped_step("rl") == 0
+    whole = run_lockstep(tmp_path / "whole.db", 0, 6, lambda: 0.0)
+    assert run_lockstep(where, 0, 6, lambda: 0.0) == whole
