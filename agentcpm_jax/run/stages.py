@@ -46,7 +46,7 @@ def run_experiment(
                 seconds = time.monotonic() - started
                 mark_done(ctx, stage, seconds)
                 announce(f"{stage.name}: done in {seconds:.0f} s")
-            return write_summary(ctx)
+            return write_summary(ctx, announce)
 
 
 def run_stage(ctx: RunContext, stage: Stage) -> None:

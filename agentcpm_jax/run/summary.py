@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from agentcpm_jax.evaluate.report import (
     write_report,
 )
 from agentcpm_jax.run.context import RunContext, write_atomically
+from agentcpm_jax.run.decisions import DECISIONS
 from agentcpm_jax.run.metrics import series
 from agentcpm_jax.run.transcripts import example_trajectories
 
@@ -59,11 +60,14 @@ PANELS = {
 }
 
 
-def write_summary(ctx: RunContext) -> Path:
-    """Write both files; returns the report's path."""
+def write_summary(ctx: RunContext, announce: Callable[[str], None]) -> Path:
+    """Write both files and announce the results; returns the report's path."""
     evaluations = {s.name: model_results(ctx.directory(s), s) for s in ctx.cfg.stages if s.eval}
     summary = {name: summarize(models) for name, models in evaluations.items()}
     write_atomically(ctx.workdir / "summary.json", json.dumps(summary, indent=1) + "\n")
+    for models in summary.values():
+        for line in result_lines(models):
+            announce(line)
     charts: list[BarChart] = []
     tables: list[Table] = []
     headlines: list[Headline] = []
@@ -145,6 +149,20 @@ def summarize(models: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
                 paired = paired_difference(per_task(left), per_task(right))
                 out[f"{a} - {b} ({decode})"] = asdict(paired)
     return out
+
+
+def result_lines(models: Mapping[str, Any]) -> list[str]:
+    """The summary of an eval stage as a table for the terminal, in percent."""
+    columns = ("sampled", "greedy", "general", *DECISIONS)
+    lines = [" ".join(["model".ljust(10), *(c.rjust(9) for c in columns)])]
+    for name, row in models.items():
+        if "skills" not in row:  # a difference between two models
+            continue
+        values = [row.get(c, {}).get("value") for c in columns[:3]]
+        values += [row.get("decisions", {}).get(c) for c in DECISIONS]
+        cells = ["-" if v is None else f"{100 * v:.1f}" for v in values]
+        lines.append(" ".join([name.ljust(10), *(c.rjust(9) for c in cells)]))
+    return lines
 
 
 def differences(names: Sequence[str]) -> list[tuple[str, str]]:
