@@ -46,7 +46,7 @@ def get_config(variant: str = ""):
         shape=TrainShape(row_length=256, rows=8, steps=40 if smoke else 400),
         optimizer=OptimizerConfig(
             name="adamw",
-            lr=2e-3,
+            lr=1.5e-3,
             b2=0.95,
             weight_decay=0.0,
             schedule="cosine",
@@ -55,7 +55,7 @@ def get_config(variant: str = ""):
         ),
     )
     c.stage.merge = stage_dict(
-        "merge", "stage:sft", alpha=0.8, sweep=(0.5,) if smoke else (0.5, 0.7, 0.9)
+        "merge", "stage:sft", alpha=0.75, sweep=(0.5,) if smoke else (0.5, 0.65, 0.85)
     )
     c.stage.rl = stage_dict(
         "rl",

@@ -92,13 +92,13 @@ def extend(
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             # One softmax over the cache and the chunk, without joining their keys.
             grouped = group_queries(q, cfg.num_kv_heads)
-            old = jnp.einsum("BCKGH,BKHS->BKGCS", grouped, k_old, preferred_element_type=f32)
+            old = _scores(grouped, k_old)
             new = jnp.einsum("BCKGH,BJKH->BKGCJ", grouped, k, preferred_element_type=f32)
             old = jnp.where(stored[:, None, None, None], old, MASKED)
             new = jnp.where(causal, new, MASKED)
             weights = jax.nn.softmax(jnp.concatenate([old, new], axis=-1), axis=-1)
             w_old, w_new = jnp.split(weights.astype(v.dtype), [filled], axis=-1)
-            out = jnp.einsum("BKGCS,BKSH->BCKGH", w_old, v_old)
+            out = _values(w_old, v_old)
             out = out + jnp.einsum("BKGCJ,BJKH->BCKGH", w_new, v)
             return out.reshape(q.shape)
 
@@ -118,3 +118,20 @@ def extend(
     )
     last = jnp.take_along_axis(x, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
     return qwen3.unembed(params, cfg, qwen3.final_norm(params, cfg, last)), cache
+
+
+def _scores(q: Float[Array, "B C K G H"], k: Float[Array, "B K H S"]) -> jax.Array:
+    """float32 [B, K, G, C, S]. One query is a product and a sum, which fuses: several times faster
+    on CPUs than a batch of tiny matrix products, and bound by memory elsewhere."""
+    if q.shape[1] > 1:
+        return jnp.einsum("BCKGH,BKHS->BKGCS", q, k, preferred_element_type=jnp.float32)
+    products = q[:, 0, :, :, :, None].astype(jnp.float32) * k[:, :, None].astype(jnp.float32)
+    return jnp.sum(products, axis=3)[:, :, :, None]
+
+
+def _values(w: Float[Array, "B K G C S"], v: Float[Array, "B K S H"]) -> jax.Array:
+    """[B, C, K, G, H] in v's dtype; as `_scores`."""
+    if w.shape[3] > 1:
+        return jnp.einsum("BKGCS,BKSH->BCKGH", w, v)
+    products = w[:, :, :, 0, :, None].astype(jnp.float32) * v[:, :, None].astype(jnp.float32)
+    return jnp.sum(products, axis=3)[:, None].astype(v.dtype)
