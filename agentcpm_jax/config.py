@@ -86,12 +86,20 @@ class SFTStage:
 
 @dataclass(frozen=True)
 class MergeStage:
-    """alpha * stage + (1 - alpha) * general, through the merge package."""
+    """alpha * stage + (1 - alpha) * general, through the merge package.
+
+    With `candidates`, alpha is chosen: the largest of them at which general skill, on validation
+    documents, is at least `keep` of the general model's (the smallest, when none is).
+    """
 
     method: str = "linear"  # linear | task_arithmetic
     general: str = "stage:base"
     alpha: float = 0.8
+    candidates: tuple[float, ...] = ()
+    keep: float = 0.92
+    skill_tasks: int = 100  # documents per skill, for the choice
     sweep: tuple[float, ...] = ()  # alphas that are measured beside it, for the report
+    engine: EngineConfig = EngineConfig()
 
 
 @dataclass(frozen=True)

@@ -42,11 +42,13 @@ def get_config(variant: str = ""):
     c.stage.sft = stage_dict(
         "sft",
         "stage:base",
-        demonstrations=Demonstrations(count=400 if smoke else 5000, wrong_pick=0.1, stop_early=0.6),
+        demonstrations=Demonstrations(
+            count=400 if smoke else 5000, wrong_pick=0.1, stop_early=0.55
+        ),
         shape=TrainShape(row_length=256, rows=8, steps=40 if smoke else 400),
         optimizer=OptimizerConfig(
             name="adamw",
-            lr=1.5e-3,
+            lr=2e-3,
             b2=0.95,
             weight_decay=0.0,
             schedule="cosine",
@@ -55,7 +57,13 @@ def get_config(variant: str = ""):
         ),
     )
     c.stage.merge = stage_dict(
-        "merge", "stage:sft", alpha=0.75, sweep=(0.5,) if smoke else (0.5, 0.65, 0.85)
+        "merge",
+        "stage:sft",
+        candidates=(0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9),
+        keep=0.92,
+        skill_tasks=8 if smoke else 100,
+        sweep=(0.5,) if smoke else (0.5, 0.7, 0.9),
+        engine=engine,
     )
     c.stage.rl = stage_dict(
         "rl",

@@ -12,11 +12,11 @@ from agentcpm_jax.rollout.policy import SampleRequest, SamplingParams, TokenPoli
 from agentcpm_jax.world.skills import REPORTED, Document, SkillMix, skill_document
 
 
-def skill_documents(per_kind: int, seed: int = 0) -> list[Document]:
-    """Held-out documents of each reported skill; names come from test pairs."""
-    rng = random.Random(f"skills/{seed}")
+def skill_documents(per_kind: int, seed: int = 0, split: str = "test") -> list[Document]:
+    """Held-out documents of each reported skill; names come from the pairs of `split`."""
+    rng = random.Random(f"skills/{split}/{seed}")
     mix = SkillMix(recall_drills=0)
-    return [skill_document(rng, kind, mix, "test") for kind in REPORTED for _ in range(per_kind)]
+    return [skill_document(rng, kind, mix, split) for kind in REPORTED for _ in range(per_kind)]
 
 
 async def skill_scores(

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from agentcpm_jax.config import ExperimentConfig, Stage
-from agentcpm_jax.merge.methods import linear, task_arithmetic
 from agentcpm_jax.run.context import RunContext, open_context, write_atomically
 from agentcpm_jax.run.evaluation import run_eval
 from agentcpm_jax.run.interrupt import StopSignal
 from agentcpm_jax.run.loop import train
+from agentcpm_jax.run.merging import run_merge
 from agentcpm_jax.run.metrics import Progress, silent
 from agentcpm_jax.run.summary import write_summary
 from agentcpm_jax.run.supervised import run_pretrain, run_sft
@@ -59,25 +59,6 @@ def run_stage(ctx: RunContext, stage: Stage) -> None:
         "rl": train,
         "eval": run_eval,
     }[stage.kind](ctx, stage)
-
-
-def run_merge(ctx: RunContext, stage: Stage) -> None:
-    """alpha * specialised + (1 - alpha) * general, and the sweep's points beside it."""
-    merge = stage.merge
-    assert merge is not None
-    special, general = ctx.load_params(stage.init_from), ctx.load_params(merge.general)
-
-    def merged(alpha: float) -> dict:
-        if merge.method == "linear":
-            return linear([special, general], [alpha, 1.0 - alpha])
-        if merge.method == "task_arithmetic":
-            return task_arithmetic(general, [special], [alpha])
-        raise UserError(f"merge.method={merge.method!r}; linear or task_arithmetic")
-
-    directory = ctx.directory(stage)
-    for alpha in merge.sweep:
-        ctx.save_model(directory / "sweep" / f"{alpha:g}", merged(alpha))
-    ctx.save_model(directory / "hf", merged(merge.alpha))
 
 
 def mark_done(ctx: RunContext, stage: Stage, seconds: float) -> None:
