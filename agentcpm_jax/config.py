@@ -81,6 +81,7 @@ class SFTStage:
     data: SFTDataConfig = SFTDataConfig()
     demonstrations: Demonstrations = Demonstrations()
     shape: TrainShape = TrainShape()
+    epochs: int = 0  # passes over the data, instead of shape.steps; 0: shape.steps
     optimizer: OptimizerConfig = OptimizerConfig()
 
 

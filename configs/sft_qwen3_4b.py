@@ -41,7 +41,8 @@ def get_config(variant: str = ""):
         "sft",
         "checkpoints/Qwen3-4B-Thinking-2507",
         data=SFTDataConfig(path="data/agent_sft.jsonl", max_length=21_000, mask="all"),
-        shape=TrainShape(row_length=21_504, rows=32, micro_rows=16, steps=1000),
+        shape=TrainShape(row_length=21_504, rows=32, micro_rows=16),
+        epochs=3,
         optimizer=OptimizerConfig(
             name="adamw",
             lr=2e-5,

@@ -44,7 +44,7 @@ def test_every_config_file_is_listed_here() -> None:
 
 def test_the_original_recipes_numbers() -> None:
     sft = parse(["--config=configs/sft_qwen3_4b.py"]).config.stages[0].sft
-    assert sft is not None
+    assert sft is not None and sft.epochs == 3
     assert (sft.optimizer.lr, sft.optimizer.warmup_fraction, sft.data.max_length) == (
         2e-5,
         0.03,

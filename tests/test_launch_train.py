@@ -57,8 +57,10 @@ def test_corrupt_line_is_numbered_and_the_rest_usable_by_flag(fails, tmp_path, c
     assert "data.jsonl:9" in line and "skip_bad" in line
     shutil.rmtree(tmp_path / "work")
     flags += ["--config.stage.sft.data.skip_bad=True", "--workdir=work"]
+    flags += ["--config.stage.sft.epochs=2"]  # 16 rows of one batch: two steps
     assert launch_train.main(flags) == 0
-    row = json.loads((tmp_path / "work/sft/metrics.jsonl").read_text().split("\n")[0])
+    row, last = map(json.loads, (tmp_path / "work/sft/metrics.jsonl").read_text().splitlines())
+    assert last["step"] == 2
     assert row["sft/rows_kept"] == 16 and row["sft/rows_bad_line"] == 1
 
 

@@ -64,13 +64,16 @@ def run_sft(ctx: RunContext, stage: Stage) -> None:
     rows, counts = sft_rows(ctx, sft)
     dataset = EpochBatches(rows, sft.shape.row_length, sft.shape.rows, seed=ctx.cfg.seed)
     counts["too_long"] += len(dataset.rejected)
+    shape = sft.shape
+    if sft.epochs:
+        shape = replace(shape, steps=sft.epochs * dataset.steps_per_epoch)
     params = _train(
         ctx,
         directory,
         stage.name,
         ctx.load_params(stage.init_from),
         dataset,
-        sft.shape,
+        shape,
         sft.optimizer,
         {f"sft/rows_{reason}": n for reason, n in counts.items()},
     )
