@@ -18,7 +18,7 @@ def example_trajectories(ctx: RunContext, stage: Stage) -> list[dict[str, Any]]:
     if stage.eval is None:
         return []
     rows = []
-    for model in stage.eval.models:
+    for model in reversed(stage.eval.models):  # the last one is what the run is about
         issues = ctx.log.issues(f"{stage.name}/{model}/greedy", "eval")
         several = [i for i in issues if i.task.kind != "hop1"] or issues
         for issue in several[:PER_MODEL]:
