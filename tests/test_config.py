@@ -93,7 +93,7 @@ def test_mistakes_on_the_command_line_name_the_value(argv: list[str], words: lis
     with pytest.raises(UserError) as error:
         parse(argv)
     message = str(error.value)
-    assert "\n" not in message
+    assert "\n" not in message and "\\" not in message
     for word in words:
         assert word in message
 

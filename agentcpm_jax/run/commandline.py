@@ -41,7 +41,10 @@ def parse(argv: Sequence[str]) -> Command:
     except flags.UnrecognizedFlagError as error:
         raise UserError(f"{error}; known: --config, --config.<key>=..., --workdir") from None
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        text = str(error).strip("\"'").split("\n")[0]
+        # ml_collections puts the repr of a KeyError, escapes included, into the next one.
+        text = " ".join(str(error).replace("\\n", " ").replace("\\", "").split())
+        if text[:1] in ("'", '"') and text[-1:] == text[:1]:
+            text = text[1:-1]
         raise UserError(f"{text}; look the key up in {first.removeprefix('--config=')}") from None
     if positional[1:]:
         raise UserError(f"unexpected argument {positional[1]!r}; overrides are --config.a.b=value")
