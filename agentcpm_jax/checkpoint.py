@@ -3,13 +3,14 @@
 Orbax writes every step into a temporary directory and renames it when all of it is on disk, so a
 killed process leaves the previous step untouched. Nothing here falls back to an older step by
 itself: a checkpoint that cannot be read is reported, with the command that goes on without it.
+A step may carry a snapshot of the experience log: its parts then survive the log's own disk.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,14 @@ import orbax.checkpoint as ocp
 import tensorstore
 from grain.checkpoint import CheckpointRestore, CheckpointSave
 
+from agentcpm_jax.rollout.experience import ExperienceLog
 from agentcpm_jax.types import UserError
 
 #: Version of what `meta` holds; raised when a reader of the old form would be wrong.
 SCHEMA = 1
+
+#: The file of an experience log's snapshot within the item `log` of a step.
+SNAPSHOT = "experience.db"
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,7 @@ class Checkpointer:
         loader_state: Any = None,
         config: Mapping[str, Any],
         extra: Mapping[str, Any] | None = None,
+        log: ExperienceLog | None = None,
     ) -> bool:
         """Starts writing `step`; False when it is on disk already (recomputed, it is the same).
 
@@ -73,6 +79,7 @@ class Checkpointer:
           loader_state: instead of `loader`, any JSON value that does not depend on the number of
             processes.
           config, extra: JSON mappings, copied before this returns.
+          log: its position is stored and, of an SQLite log, a snapshot.
 
         Raises:
           ValueError: both `loader` and `loader_state`; TypeError: something is not JSON.
@@ -86,6 +93,7 @@ class Checkpointer:
             "config": dict(config),
             "extra": dict(extra or {}),
             "loader_state": loader_state,
+            "log": None if log is None else log.position(),
         }
         items: dict[str, Any] = {
             "state": ocp.args.StandardSave(state),
@@ -93,10 +101,16 @@ class Checkpointer:
         }
         if loader is not None:
             items["loader"] = CheckpointSave(loader)
+        if log is not None and not log.shared and jax.process_index() == 0:
+            items["log"] = _LogSave(log)
         return self._writer().save(step, args=ocp.args.Composite(**items), force=True)
 
     def restore(
-        self, step: int | None = None, abstract_state: Any = None, loader: Any = None
+        self,
+        step: int | None = None,
+        abstract_state: Any = None,
+        loader: Any = None,
+        log: ExperienceLog | None = None,
     ) -> Restored | None:
         """Reads `step`, the latest when None; None when there is no checkpoint at all.
 
@@ -106,10 +120,11 @@ class Checkpointer:
             local device) that the stored state must match leaf for leaf; None reads configuration
             and extras only.
           loader: set to the saved position, whichever way that was saved.
+          log: must be at least as far as it was when the step was saved.
 
         Raises:
           UserError: the step is missing, truncated, of another schema, or does not match
-            `abstract_state`.
+            `abstract_state`, or `log` is an older one.
         """
         self.wait()
         if step is None and (step := self.latest_step()) is None:
@@ -118,6 +133,8 @@ class Checkpointer:
         if step not in self.steps():
             raise UserError(f"no checkpoint {path}; finished steps there: {self.steps() or 'none'}")
         meta = self._read_meta(path)
+        if log is not None:
+            _check_position(path, log, meta.get("log") or {})
         state = None if abstract_state is None else self._read_state(path, abstract_state)
         if loader is not None:
             self._restore_loader(path, loader, meta["loader_state"])
@@ -207,6 +224,45 @@ class Checkpointer:
         return UserError(
             f"checkpoint {path} is truncated: cannot read {leaf}; "
             f"delete it (rm -r {path}) to {outcome}"
+        )
+
+
+def newest_snapshot(directories: Iterable[Path]) -> Path | None:
+    """The experience log in the newest checkpoint of the first directory that has one."""
+    for directory in directories:
+        for step in reversed(Checkpointer(directory).steps()):
+            path = directory / str(step) / "log" / SNAPSHOT
+            if path.is_file():
+                return path
+    return None
+
+
+class _LogHandler(ocp.CheckpointHandler):
+    """Writes the snapshot into the step's temporary directory: it appears with the step."""
+
+    def save(self, directory: Any, args: _LogSave) -> None:
+        args.log.snapshot(Path(directory) / SNAPSHOT)
+
+    def restore(self, directory: Any, args: Any = None) -> Path:
+        return Path(directory) / SNAPSHOT
+
+
+@ocp.args.register_with_handler(_LogHandler, for_save=True, for_restore=True)
+@dataclass
+class _LogSave(ocp.args.CheckpointArgs):
+    log: ExperienceLog
+
+
+def _check_position(path: Path, log: ExperienceLog, saved: Mapping[str, int]) -> None:
+    now = log.position()
+    behind = [f"{now[name]} {name}, then {n}" for name, n in saved.items() if now[name] < n]
+    if behind:
+        fix = "restore the database from a newer backup"
+        if not log.shared:
+            fix = f"move it away, and the snapshot in {path} takes its place"
+        raise UserError(
+            f"experience log {log.where} is older than checkpoint {path} ({'; '.join(behind)}); "
+            f"{fix}"
         )
 
 

@@ -22,7 +22,10 @@ from agentcpm_jax.engine.local import EngineConfig
 from agentcpm_jax.model.config import TINY, ModelConfig
 from agentcpm_jax.rewards.advantages import AdvantageConfig
 from agentcpm_jax.rewards.denoise import DenoiseConfig
+from agentcpm_jax.rewards.judge import JudgeConfig
+from agentcpm_jax.rollout.claim_worker import WorkerConfig
 from agentcpm_jax.rollout.episode import EpisodeConfig
+from agentcpm_jax.rollout.pool_config import PoolConfig
 from agentcpm_jax.rollout.stream import StreamConfig
 from agentcpm_jax.sharding import MeshConfig
 from agentcpm_jax.tasks.world import WorldTasks
@@ -112,10 +115,14 @@ class RLStage:
     shape: TrainShape = TrainShape()
     optimizer: OptimizerConfig = OptimizerConfig()
     loss: LossConfig = LossConfig()
+    grader: str = "exact"  # exact | numeric | list | set | judge | package.module:function
+    judge: JudgeConfig = JudgeConfig()
     advantages: AdvantageConfig = AdvantageConfig()
     denoise: DenoiseConfig = DenoiseConfig()
     stream: StreamConfig = StreamConfig()
+    workers: WorkerConfig = WorkerConfig()  # read when log_url is a PostgreSQL server
     engine: EngineConfig = EngineConfig()
+    pool: PoolConfig = PoolConfig()  # with urls: SGLang servers instead of the engine
 
 
 @dataclass(frozen=True)
@@ -130,6 +137,8 @@ class EvalStage:
     samples: int = 4
     k: tuple[int, ...] = (1, 2, 4)
     skill_tasks: int = 200  # documents per general skill
+    grader: str = "exact"  # as in RLStage
+    judge: JudgeConfig = JudgeConfig()
     engine: EngineConfig = EngineConfig()
 
 
@@ -177,6 +186,7 @@ class ExperimentConfig:
     train_tasks: WorldTasks = field(default_factory=WorldTasks)
     test_tasks: WorldTasks = field(default_factory=lambda: WorldTasks(split="test"))
     episode: EpisodeConfig = EpisodeConfig()
+    tools: tuple[str, ...] = ()  # package.module:function of tools beside the world's
     log_url: str = ""  # PostgreSQL URL; empty = workdir/experience.db
     schema_version: int = SCHEMA_VERSION
 

@@ -148,6 +148,17 @@ class Turn:
     results: tuple[ToolResult, ...] = ()
     flags: tuple[TurnFlag, ...] = ()
 
+    @property
+    def bad_calls(self) -> tuple[tuple[ToolCall, str], ...]:
+        """(call, why): malformed calls, and those refused for their arguments."""
+        refused = [r.status == ToolStatus.BAD_ARGUMENTS for r in self.results]
+        refused += [False] * (len(self.calls) - len(refused))
+        return tuple(
+            (call, call.error or str(ToolStatus.BAD_ARGUMENTS))
+            for call, was_refused in zip(self.calls, refused, strict=False)
+            if call.error is not None or was_refused
+        )
+
 
 @dataclass(frozen=True)
 class Segment:

@@ -43,13 +43,14 @@ def get_config(variant: str = ""):
         "sft",
         "stage:base",
         demonstrations=Demonstrations(
-            count=400 if smoke else 5000, wrong_pick=0.1, stop_early=0.55
+            count=400 if smoke else 5000, wrong_pick=0.1, stop_early=0.6
         ),
         shape=TrainShape(row_length=256, rows=8, steps=40 if smoke else 400),
         optimizer=OptimizerConfig(
             name="adamw",
             lr=2e-3,
             b2=0.95,
+            eps=5e-7,
             weight_decay=0.0,
             schedule="cosine",
             warmup_steps=20,
@@ -60,7 +61,7 @@ def get_config(variant: str = ""):
         "merge",
         "stage:sft",
         candidates=(0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9),
-        keep=0.92,
+        keep=0.93,
         skill_tasks=8 if smoke else 100,
         sweep=(0.5,) if smoke else (0.5, 0.7, 0.9),
         engine=engine,

@@ -63,10 +63,8 @@ def get_config(variant: str = ""):
         ),
         loss=LossConfig(
             name="minirl",
-            clip_low=0.2,
-            clip_high=0.1,
-            cap=4.0,
-            strict=True,
+            eps_low=0.2,
+            eps_high=0.3,
             aggregation="seq-mean-token-sum",
         ),
         advantages=AdvantageConfig(

@@ -1,8 +1,9 @@
 """Merges checkpoints by a recipe in mergekit's YAML.
 
     python launch/merge.py recipe.yaml merged/
+    python launch/merge.py recipe.yaml --plan
 
-Relative model paths are looked for in the working directory, then beside the recipe.
+Models are directories (relative to here or to the recipe) or repositories of the local Hub cache.
 """
 
 from __future__ import annotations
@@ -13,40 +14,45 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from agentcpm_jax.merge.recipe import load_recipe
+from agentcpm_jax.merge.meter import Meter
+from agentcpm_jax.merge.plan import plan_merge
+from agentcpm_jax.merge.recipe import COMPAT, load_recipe
 from agentcpm_jax.merge.streaming import merge_checkpoints
 from agentcpm_jax.types import UserError
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 when the recipe or a checkpoint is wrong."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
     parser.add_argument("recipe", type=Path, help="YAML file")
-    parser.add_argument("out", type=Path, help="directory to write; must not exist yet")
+    parser.add_argument("out", type=Path, nargs="?", help="directory to write; must not exist yet")
+    parser.add_argument(
+        "--plan", action="store_true", help="show what would be done; write nothing"
+    )
+    parser.add_argument("--compat", default="", help=f"{COMPAT}: reproduce its quirks")
+    parser.add_argument("--seed", type=int, default=0, help="of random masks (default 0)")
     args = parser.parse_args(argv)
+    if args.out is None and not args.plan:
+        parser.error("out is missing: the directory to write")
     try:
-        recipe = load_recipe(args.recipe)
-        result = merge_checkpoints(
-            recipe, args.out, roots=(Path(), args.recipe.parent), progress=_show_progress
-        )
+        recipe = load_recipe(args.recipe, args.compat)
+        roots, out = (Path(), args.recipe.parent), args.out or Path()
+        if args.plan:
+            print(plan_merge(recipe, roots, out, args.seed).text())
+            return 0
+        meter = Meter(sys.stderr)
+        result = merge_checkpoints(recipe, out, roots, progress=meter.show, seed=args.seed)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
+        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
         return 130
-    print(
-        f"{result.directory}: {result.tensors} tensors, {result.parameters:,} parameters, "
-        f"{result.nbytes / 1e6:,.1f} MB"
-    )
+    for note in result.notes:
+        print(f"note: {note}", file=sys.stderr)
+    print(result.summary())
     return 0
-
-
-def _show_progress(done: int, total: int) -> None:
-    if sys.stderr.isatty():
-        print(f"\r{done}/{total} tensors", end="\n" if done == total else "", file=sys.stderr)
 
 
 if __name__ == "__main__":

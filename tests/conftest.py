@@ -25,6 +25,7 @@ os.environ["XLA_FLAGS"] = (
 import numpy as np
 import pytest
 from jaxtyping import install_import_hook
+from postgres_server import log_url, postgres  # noqa: F401  (fixtures)
 
 TESTS = Path(__file__).parent
 DEVICE_WORLD = ["model", "merge", "train", "sharding", "tree"]

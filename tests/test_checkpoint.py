@@ -17,8 +17,10 @@ import optax
 import pytest
 from flax import struct
 
-from agentcpm_jax.checkpoint import Checkpointer
-from agentcpm_jax.types import UserError
+from agentcpm_jax.checkpoint import Checkpointer, newest_snapshot
+from agentcpm_jax.rollout.experience import ExperienceLog
+from agentcpm_jax.rollout.experience_place import restore_snapshot
+from agentcpm_jax.types import Task, UserError
 
 
 @struct.dataclass
@@ -176,6 +178,31 @@ def test_another_schema_is_refused_by_name(tmp_path: Path) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), "schema": 99}))
     with pytest.raises(UserError, match="schema 99, this version reads 1"):
         checkpointer.restore()
+    checkpointer.close()
+
+
+def test_a_step_carries_the_log_and_refuses_an_older_one(tmp_path: Path) -> None:
+    live, task = tmp_path / "live.db", Task("q", ("a",))
+    checkpointer = Checkpointer(tmp_path / "steps", keep=3)
+    with ExperienceLog.open(live) as log:
+        for step in (1, 2):
+            log.issue("rl", "train", task, 0, step)
+            checkpointer.save(step, state=make_state(step), config={}, log=log)
+        checkpointer.wait()
+        log.issue("rl", "train", task, 0, 3)
+        assert checkpointer.restore(log=log) is not None  # further than the step is no harm
+    snapshot = newest_snapshot([tmp_path / "absent", tmp_path / "steps"])
+    assert snapshot is not None and snapshot.parts[-3:-1] == ("2", "log")
+    restore_snapshot(tmp_path / "steps" / "1" / "log" / "experience.db", live)
+    with ExperienceLog.open(live) as log:
+        assert [issue.ordinal for issue in log.issues("rl")] == [1]
+        assert checkpointer.restore(1, log=log) is not None
+        with pytest.raises(UserError, match=r"older than checkpoint .*1 issues, then 2.*snapshot"):
+            checkpointer.restore(log=log)
+    restore_snapshot(snapshot, live)
+    with ExperienceLog.open(live) as log:
+        assert checkpointer.restore(log=log) is not None
+        assert [issue.ordinal for issue in log.issues("rl")] == [1, 2]
     checkpointer.close()
 
 

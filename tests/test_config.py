@@ -55,7 +55,7 @@ def test_the_original_recipes_numbers() -> None:
     assert rl is not None
     assert rl.stream.batch_groups * rl.stream.group_size == 96
     assert (rl.optimizer.lr, rl.optimizer.b2, rl.optimizer.weight_decay) == (2e-6, 0.98, 0.05)
-    assert (rl.loss.name, rl.loss.strict, rl.advantages.scale) == ("minirl", True, 2.0)
+    assert (rl.loss.name, rl.loss.eps_high, rl.advantages.scale) == ("minirl", 0.3, 2.0)
     assert (config.episode.max_turns, config.episode.repetition_stop) == (100, 4)
     assert (config.model.rope_theta, config.model.max_positions) == (5e6, 262_144)
 

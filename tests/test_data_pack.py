@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentcpm_jax.data.batch import Batch
-from agentcpm_jax.data.pack import pack, plan
+from agentcpm_jax.data.pack import forward_fill, pack, plan
 from agentcpm_jax.data.rows import Row, text_row
+from agentcpm_jax.train.step import accumulate
+from agentcpm_jax.types import UserError
 
 FIELDS = ("weights", "advantages", "logprobs", "versions", "loss_mask")
 
@@ -92,6 +97,36 @@ def test_bins_depend_on_the_multiset_of_lengths_alone() -> None:
     assert len(counts) == 1
     best = max(lengths.sum() / 32, (lengths > 16).sum())
     assert counts.pop() <= 11 / 9 * best + 6 / 9  # Johnson 1973
+
+
+def test_padding_is_left_to_as_few_forward_passes_as_possible() -> None:
+    rng = np.random.default_rng(3)
+    rows = [random_row(n, rng) for n in (8, 8, 7, 8, 5)]
+    for micro_rows, fill in ((1, 36 / 40), (2, 36 / 48), (4, 36 / 64), (0, 36 / 64)):
+        batch = pack(rows, 8, row_multiple=8, micro_rows=micro_rows).batch
+        assert batch.shape == (8, 8)
+        assert sorted(map(key, unpack(batch))) == sorted(map(key, rows))
+        assert forward_fill(batch.segment_ids, micro_rows) == pytest.approx(fill)
+    assert forward_fill(np.zeros((4, 8), np.int32), 2) == 0.0
+    with pytest.raises(UserError, match="8 rows are not a multiple of micro_rows=3"):
+        pack(rows, 8, row_multiple=8, micro_rows=3)
+
+
+def test_the_step_makes_no_pass_over_padding_alone() -> None:
+    """A loss that is not a number without tokens: its passes add nothing, gradients included."""
+
+    def loss_fn(params: jax.Array, micro: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        tokens = jnp.sum(micro.segment_ids > 0)
+        loss = params * jnp.sum(micro.tokens) * tokens / tokens
+        return loss, {"a/max": loss, "a/sum": 1.0 / tokens}
+
+    rows = [text_row([1] * 8), text_row([2] * 8), text_row([3] * 4)]
+    batch = pack(rows, 8, row_multiple=8, micro_rows=2).batch
+    batch = jax.tree.map(jnp.asarray, batch)
+    loss, metrics, grads = accumulate(loss_fn, jnp.float32(0.5), batch, micro_rows=2)
+    assert float(grads) == 8 + 16 + 12
+    assert float(loss) == 18
+    assert float(metrics["a/max"]) == 12 and float(metrics["a/sum"]) == pytest.approx(5 / 16)
 
 
 def test_row_counts_come_in_multiples() -> None:

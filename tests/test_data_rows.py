@@ -9,6 +9,8 @@ import pytest
 
 from agentcpm_jax.data.rows import (
     Row,
+    RowStats,
+    count_rows,
     demo_row,
     merge_prefixes,
     rows_from_segment,
@@ -114,6 +116,42 @@ def test_merging_never_changes_what_is_trained() -> None:
         assert total == len(trained(merged))
 
 
+def test_merged_rows_are_the_leaves_of_the_trie() -> None:
+    """Against a trie built node by node: one row per leaf, whose nodes are counted once each."""
+    rng = np.random.default_rng(1)
+    for _ in range(50):
+        rows = [random_walk(rng) for _ in range(6)]
+        nodes = {tuple(row.ids[: t + 1]) for row in rows for t in range(last_trained(row) + 1)}
+        leaves = {n for n in nodes if not any(m[: len(n)] == n for m in nodes if len(m) > len(n))}
+        merged = merge_prefixes(rows)
+        assert sorted(tuple(row.ids) for row in merged) == sorted(leaves)
+        assert trained(merged) == trained(rows)
+        stats = count_rows(merged, len(rows))
+        assert stats.unique == len(nodes)
+        assert stats.forward == sum(map(len, leaves))
+        assert stats.trained == len(trained(rows))
+
+
+def test_what_no_trained_token_sees_is_not_forwarded() -> None:
+    """Only an observation keeps the first segment from being a prefix of the second."""
+    parent = segment([T, S, O], ids=[1, 2, 3])
+    child = segment([T, H, O, S, O], ids=[1, 2, 9, 8, 7], parent_segment=0, shared_prefix_len=2)
+    trajectory = Trajectory((parent, child), (), StopReason.ANSWERED)
+    (row,) = rows_from_trajectory(trajectory, [credit(3), credit(5)])
+    assert list(row.ids) == [1, 2, 9, 8]
+    assert list(np.flatnonzero(row.loss_mask)) == [1, 3]
+
+
+def test_siblings_forward_their_prefix_twice_and_the_figures_say_so() -> None:
+    rows = [text_row([1, 2, 3, 4]), text_row([1, 2, 5])]
+    rows = [dataclasses.replace(r, loss_mask=np.arange(len(r)) >= 2) for r in rows]
+    stats = count_rows(merge_prefixes(rows), segments=2)
+    assert stats == RowStats(segments=2, rows=2, trained=3, forward=7, unique=5)
+    assert stats.shared == pytest.approx(2 / 7) and stats.efficiency == pytest.approx(3 / 7)
+    assert stats + RowStats() == stats
+    assert RowStats().efficiency == 0
+
+
 def test_disagreeing_rows_are_not_merged() -> None:
     row = text_row([1, 2, 3])
     other = dataclasses.replace(row, logprobs=row.logprobs - 1)
@@ -132,6 +170,19 @@ def random_prefix(stem: np.ndarray, rng: np.random.Generator) -> Row:
     mask = row.loss_mask & (rng.random(n) < 0.5)
     logprobs = np.where(mask, -0.1 * np.arange(n), 0).astype(np.float32)
     return dataclasses.replace(row, loss_mask=mask, logprobs=logprobs)
+
+
+def random_walk(rng: np.random.Generator) -> Row:
+    """A few tokens out of two, so that walks meet, part and end inside one another."""
+    ids = rng.integers(0, 2, int(rng.integers(2, 7))).astype(np.int32)
+    mask = rng.random(len(ids)) < 0.6
+    mask[0], mask[1] = False, True
+    logprobs = np.where(mask, -0.1 * np.arange(len(ids)), 0).astype(np.float32)
+    return dataclasses.replace(text_row(ids), loss_mask=mask, logprobs=logprobs)
+
+
+def last_trained(row: Row) -> int:
+    return int(np.flatnonzero(row.loss_mask)[-1])
 
 
 def trained(rows: list[Row]) -> set[tuple]:

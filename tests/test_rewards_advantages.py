@@ -7,13 +7,17 @@ import pytest
 from golden.rl import compare
 
 from agentcpm_jax.rewards.advantages import (
+    ESTIMATOR_OF,
     AdvantageConfig,
     credit_group,
     estimate,
-    grpo,
+    for_loss,
     leave_one_out,
+    punish_overlong,
+    soft_overlong,
     turn_advantage,
 )
+from agentcpm_jax.train.methods import METHODS
 from agentcpm_jax.types import (
     Provenance,
     Segment,
@@ -26,41 +30,6 @@ from agentcpm_jax.types import (
     TurnFlag,
     UserError,
 )
-
-# ---------------------------------------------------------------------------- reference cases
-
-
-def by_group(scores, group, **options):
-    out = np.zeros(len(scores))
-    for g in np.unique(group):
-        out[group == g] = grpo(scores[group == g], **options)
-    return out
-
-
-def verl(x, params, std):
-    scores = np.nansum(np.where(x["mask"] > 0, x["token_rewards"], 0.0), axis=1)
-    each = by_group(scores, x["group"], std=std, singleton="raw")
-    dense = each[:, None] * x["mask"]
-    return {"advantages": dense, "returns": dense}
-
-
-# id -> our function and its options
-TABLE = {
-    "verl_grpo_std": lambda x, p: verl(x, p, std=True),
-    "verl_grpo_nostd": lambda x, p: verl(x, p, std=False),
-    "tunix_grpo": lambda x, p: {"advantages": by_group(x["rewards"], x["group"])},
-    "prime_grpo": lambda x, p: {"advantages": by_group(x["rewards"], x["group"], std=False)},
-}
-CASES = [c for c in compare.load() if c.meta["family"] == "advantages"]
-
-
-def test_every_reference_estimator_is_in_the_table():
-    assert {c.id.split("__")[0] for c in CASES} == set(TABLE)
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
-def test_reference(case):
-    assert compare.check(case, TABLE[case.id.split("__")[0]]) == {}
 
 
 def test_reference_turn_rule():
@@ -104,6 +73,44 @@ def test_leave_one_out_is_the_mean_of_the_others():
     scores = [1.0, 0.0, 0.5, 0.25]
     expected = [s - np.mean(scores[:i] + scores[i + 1 :]) for i, s in enumerate(scores)]
     np.testing.assert_allclose(leave_one_out(scores), expected)
+
+
+def test_raw_scores_have_no_baseline():
+    assert estimate([0.3, 0.3], AdvantageConfig(estimator="raw")).tolist() == [0.3, 0.3]
+
+
+@pytest.mark.parametrize("estimator", ["leave_one_out", "grpo_no_std"])
+def test_a_lone_score_passes_only_when_asked_to(estimator):
+    assert estimate([0.7], AdvantageConfig(estimator=estimator)).tolist() == [0.0]
+    assert estimate([0.7], AdvantageConfig(estimator=estimator, singleton="raw")).tolist() == [0.7]
+
+
+def test_the_estimator_follows_the_loss_unless_it_is_named():
+    assert ESTIMATOR_OF.keys() == METHODS.keys()
+    minirl = for_loss(AdvantageConfig(), "minirl")
+    assert (minirl.estimator, minirl.scale, minirl.sign_clamp) == ("leave_one_out", 2.0, True)
+    dapo = for_loss(AdvantageConfig(drop_zero=False), "dapo")
+    assert (dapo.estimator, dapo.scale, dapo.sign_clamp) == ("grpo", 1.0, False)
+    named = AdvantageConfig(estimator="grpo")
+    assert for_loss(named, "rloo") is named
+    with pytest.raises(UserError, match=r"scale=3.0 would be ignored.*estimator"):
+        for_loss(AdvantageConfig(scale=3.0), "rloo")
+
+
+def test_soft_overlong_punishment_falls_over_the_buffer():
+    got = soft_overlong([0, 80, 90, 100, 120], max_length=100, buffer=20, factor=2.0)
+    assert got.tolist() == [0.0, 0.0, -1.0, -2.0, -4.0]
+
+
+def test_overlong_trajectories_are_punished_for_what_they_wrote():
+    """8 sampled tokens each; the template's two do not count."""
+    cfg = AdvantageConfig(overlong_max=8, overlong_buffer=4)
+    long, unknown = punish_overlong([trajectory(1.0), trajectory(None, 1)], cfg)
+    assert long.reward == 0.0 and unknown.reward is None
+    kept = trajectory(1.0)
+    assert punish_overlong([kept], AdvantageConfig()) == (kept,)
+    with pytest.raises(UserError, match="overlong_buffer=9"):
+        AdvantageConfig(overlong_max=8, overlong_buffer=9)
 
 
 def test_unknown_options_are_user_errors():

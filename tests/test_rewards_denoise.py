@@ -17,6 +17,8 @@ from agentcpm_jax.types import (
     StopReason,
     Task,
     ToolCall,
+    ToolResult,
+    ToolStatus,
     Trajectory,
     TrajectoryGroup,
     Turn,
@@ -28,6 +30,7 @@ from agentcpm_jax.types import (
 CALL = ToolCall("search", {"q": "x"}, span=(1, 2))
 BAD = ToolCall("", None, "bad_json", span=(2, 3))
 TASK = Task("?", ("!",))
+ORIGINAL = AdvantageConfig(estimator="leave_one_out")
 
 
 def sample(index, reward, stop=StopReason.ANSWERED, calls=(CALL,), flags=(), turns=None):
@@ -74,7 +77,9 @@ def test_failures_leave_before_the_baseline(stop):
     """The original counts them as 0 and so gives the right samples credit they did not earn."""
     done = run(sample(0, 1.0), sample(1, 1.0), sample(2, 0.0), sample(3, None, stop))
     assert samples(done) == [0, 1, 2] and done.counts == {f"environment/{stop}": 1}
-    credits = credit_group(done.group, AdvantageConfig(scale=1.0), scores=done.scores)
+    credits = credit_group(
+        done.group, AdvantageConfig("leave_one_out", scale=1.0), scores=done.scores
+    )
     assert credits[0][0].advantage[1] == 0.5 == leave_one_out([1.0, 1.0, 0.0])[0]
     assert leave_one_out([1.0, 1.0, 0.0, 0.0])[0] != 0.5  # the original's baseline
 
@@ -97,7 +102,103 @@ def test_unknown_verdicts_and_non_finite_rewards_are_noise():
     }
 
 
+def test_why_a_verdict_is_unknown_is_counted():
+    def unknown(index, error):
+        return dataclasses.replace(sample(index, None), error=error)
+
+    done = run(
+        sample(0, 1.0),
+        sample(1, 0.0),
+        unknown(2, "judge_disagreement: 1 right, 1 wrong, 0 unknown"),
+        unknown(3, "judge_abstained: 0 right, 0 wrong, 1 unknown"),
+        unknown(4, "non_finite_reward: nan"),
+        unknown(5, "something else"),
+    )
+    assert samples(done) == [0, 1] and done.counts == {
+        "environment/judge_disagreement": 1,
+        "environment/judge_abstained": 1,
+        "environment/non_finite_reward": 1,
+        "environment/unknown_verdict": 1,
+    }
+
+
+# ------------------------------------------------------------------------- checks of the reward
+
+
+def answering(index, answer, reward):
+    return dataclasses.replace(sample(index, reward), answer=answer)
+
+
+def test_of_equal_answers_the_rarer_verdict_is_dropped():
+    done = run(
+        answering(0, "Tor Min", 1.0),
+        answering(1, "tor min.", 1.0),
+        answering(2, "Tor Min", 0.0),
+        answering(3, "Bal Gun", 0.0),
+    )
+    assert samples(done) == [0, 1, 3] and done.scores == (1.0, 1.0, 0.0)
+    assert done.counts == {"disagreement/same_answer_other_verdict": 1}
+
+
+def test_equal_answers_without_a_majority_all_leave():
+    pair = (answering(0, "Tor Min", 1.0), answering(1, "Tor Min", 0.0))
+    rest = (answering(2, "Bal Gun", 0.0), answering(3, "Dar Hem", 1.0))
+    assert samples(run(*pair, *rest)) == [2, 3]
+    three = (*pair, answering(4, "Tor Min", 1.0))
+    assert samples(run(*three, *rest, agreement=0.7)) == [2, 3]
+    assert samples(run(*three, *rest)) == [0, 4, 2, 3]
+
+
+def test_no_answer_is_not_an_equal_answer():
+    silent = (sample(0, 1.0), sample(1, 0.0), sample(2, 0.0))
+    assert samples(run(*silent)) == [0, 1, 2]
+
+
+def visiting(index, reward, content="", arguments=None):
+    turn = Turn(
+        0,
+        0,
+        1,
+        4,
+        calls=(dataclasses.replace(CALL, arguments=arguments or {"q": "x"}),),
+        results=(ToolResult(ToolStatus.OK, content),),
+    )
+    return sample(index, reward, turns=(turn,))
+
+
+def test_samples_that_met_a_leak_leave_with_their_score():
+    done = run(
+        visiting(0, 1.0, "see https://HF.co/datasets/gaia/answers"),
+        visiting(1, 1.0, arguments={"url": "https://hf.co/datasets/gaia"}),
+        visiting(2, 1.0, "a page"),
+        visiting(3, 0.0),
+        contaminated=("hf.co/datasets",),
+    )
+    assert samples(done) == [2, 3] and done.scores == (1.0, 0.0)
+    assert done.counts == {"contamination/contaminated_source": 2}
+
+
+def test_a_held_out_task_is_not_trained():
+    done = run(sample(0, 1.0), sample(1, 0.0), contaminated=(TASK.uid,))
+    assert not done.keep and done.counts == {"contamination/held_out_task": 1}
+
+
 # ----------------------------------------------------------------------------- format errors
+
+
+def test_a_call_that_its_tool_refuses_is_a_format_error_of_that_call():
+    turn = Turn(
+        0,
+        0,
+        1,
+        4,
+        calls=(CALL, dataclasses.replace(CALL, span=(2, 3))),
+        results=(ToolResult(ToolStatus.OK, ""), ToolResult(ToolStatus.BAD_ARGUMENTS, "no code")),
+    )
+    done = run(sample(0, 1.0, turns=(turn,)), sample(1, 0.0))
+    assert done.counts == {"format/bad_arguments": 1}
+    (credit,), _ = credit_group(done.group, ORIGINAL, scores=done.scores)
+    assert credit.keep.tolist() == [False, True, False, True]
 
 
 def test_one_bad_call_is_counted_and_does_not_mute_its_turn():
@@ -105,7 +206,7 @@ def test_one_bad_call_is_counted_and_does_not_mute_its_turn():
     done = run(mixed, sample(1, 0.0))
     assert done.keep and samples(done) == [0, 1] and not done.muted_turns
     assert done.counts == {"format/bad_json": 1}
-    (credit,), _ = credit_group(done.group, AdvantageConfig(), scores=done.scores)
+    (credit,), _ = credit_group(done.group, ORIGINAL, scores=done.scores)
     assert credit.keep.tolist() == [False, True, False, True]
 
 
@@ -153,9 +254,7 @@ def test_over_long_turns_are_muted_alone():
     turns = (Turn(0, 0, 1, 2, calls=(CALL,)), Turn(0, 2, 3, 4))
     done = run(sample(0, 1.0, turns=turns), sample(1, 0.0), max_turn_tokens=3)
     assert done.muted_turns == {(0, 1), (1, 0)} and samples(done) == [0, 1]
-    credits = credit_group(
-        done.group, AdvantageConfig(), scores=done.scores, muted_turns=done.muted_turns
-    )
+    credits = credit_group(done.group, ORIGINAL, scores=done.scores, muted_turns=done.muted_turns)
     assert credits[0][0].keep.tolist() == [False, True, True, False]
     assert not credits[1][0].keep.any()
 
@@ -249,6 +348,10 @@ def test_bad_configurations_name_value_and_fix():
         DenoiseConfig(filters=("format", "environment"))
     with pytest.raises(UserError, match=r"'late'.*max_turns"):
         DenoiseConfig(extreme_stops=("late",))
+    with pytest.raises(UserError, match=r"agreement is 0\.2; use a share from 0\.5"):
+        DenoiseConfig(agreement=0.2)
+    with pytest.raises(UserError, match="empty text, which is in every page"):
+        DenoiseConfig(contaminated=("hf.co", " "))
 
 
 def test_sample_indices_are_unique():

@@ -6,12 +6,12 @@ import dataclasses
 import math
 import os
 import random
+import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -166,9 +166,8 @@ def lower(whole: Segment) -> tuple[np.ndarray, np.ndarray]:
 # ---- the log
 
 
-def test_a_group_goes_round_and_comes_back(tmp_path: Path) -> None:
-    where = tmp_path / "new" / "experience.db"
-    with ExperienceLog.open(where) as log:
+def test_a_group_goes_round_and_comes_back(log_url: str) -> None:
+    with ExperienceLog.open(log_url) as log:
         first, second = ready(log, 2)
         evaluated = log.issue("rl", "eval", task(7), 0, 0)
         assert (first, second, evaluated) == (1, 2, 3)
@@ -177,7 +176,7 @@ def test_a_group_goes_round_and_comes_back(tmp_path: Path) -> None:
         log.ship("rl", 0, entries([second, first]), [(first, Decision(0, "over_age", "old"))])
         log.event("rl", "forks", 2)
         log.event("rl", "forks", 3)
-    with ExperienceLog.open(where) as log:
+    with ExperienceLog.open(log_url) as log:
         batch = log.shipped("rl", 0)
         assert [(s.issue_id, s.sample, s.segment_index) for s in batch] == [(2, 0, 0), (1, 0, 0)]
         assert batch[0].segment.ids.tobytes() == trajectory(seed=2).segments[0].ids.tobytes()
@@ -197,8 +196,8 @@ def test_a_group_goes_round_and_comes_back(tmp_path: Path) -> None:
         assert log.next_ordinal("rl") == 2 and log.next_ordinal("rl", "eval") == 1
 
 
-def test_each_issue_ends_exactly_once(tmp_path: Path) -> None:
-    with ExperienceLog.open(tmp_path / "e.db") as log:
+def test_each_issue_ends_exactly_once(log_url: str) -> None:
+    with ExperienceLog.open(log_url) as log:
         a, b, c = ready(log, 3)
         flying = log.issue("rl", "train", task(), 0, 3)
         log.ship("rl", 0, entries([a]))
@@ -224,8 +223,8 @@ def test_each_issue_ends_exactly_once(tmp_path: Path) -> None:
             log.drop(99, "never issued")
 
 
-def test_the_last_attempt_counts_and_a_rerun_forgets_later_ones(tmp_path: Path) -> None:
-    with ExperienceLog.open(tmp_path / "e.db") as log:
+def test_the_last_attempt_counts_and_a_rerun_forgets_later_ones(log_url: str) -> None:
+    with ExperienceLog.open(log_url) as log:
         i = log.issue("rl", "train", task(), 0, 0)
         for attempt in range(3):
             log.record_trajectory(trajectory(i, attempt=attempt, seed=attempt))
@@ -241,7 +240,7 @@ def test_a_log_of_another_schema_or_no_log_at_all_is_one_clear_line(tmp_path: Pa
     with sqlite3.connect(where) as raw:
         raw.execute("UPDATE meta SET value = '7'")
     raw.close()
-    with pytest.raises(UserError, match=r"schema version 7, this release reads 1; upgrade"):
+    with pytest.raises(UserError, match=r"schema version 7, this release reads up to 2; upgrade"):
         ExperienceLog.open(where)
     text = tmp_path / "notes.txt"
     text.write_text("not a database at all, and longer than a header of sixteen bytes")
@@ -253,8 +252,38 @@ def test_a_log_of_another_schema_or_no_log_at_all_is_one_clear_line(tmp_path: Pa
         ExperienceLog.open("nosuch://host/db")
 
 
-def test_threads_write_side_by_side(tmp_path: Path) -> None:
-    with ExperienceLog.open(tmp_path / "e.db") as log:
+def test_a_log_of_an_older_release_is_read_and_migrated(tmp_path: Path) -> None:
+    """The file was written by schema 1, blobs of format 1 included."""
+    where = tmp_path / "old.db"
+    shutil.copy(Path(__file__).parent / "golden" / "experience" / "schema1.db", where)
+    for _ in range(2):
+        with ExperienceLog.open(where) as log:
+            states = {i.issue_id: i.state for i in log.issues("rl")}
+            assert states == {1: "shipped", 2: "shipped", 3: "ready", 4: "issued", 5: "dropped"}
+            for issue_id, seed in ((1, 1), (3, 3), (4, 9)):
+                (found,) = log.load_group(issue_id).trajectories
+                assert_same(found, trajectory(issue_id, seed=seed))
+            assert [s.issue_id for s in log.shipped("rl", 0)] == [1, 2]
+            assert log.decisions(1) == [Decision(0, "over_age", "old")]
+    with ExperienceLog.open(where) as log:
+        log.ship("rl", 1, entries([3]))
+        log.claims.offer("rl", 4, 0)
+        assert [claim.issue_id for claim in log.claims.take("rl", "w", 1, 60.0)] == [4]
+
+
+def test_ids_have_no_holes_after_a_lost_transaction(log_url: str) -> None:
+    """Sampling keys hold the id: a resumed run must give the same ones."""
+    with ExperienceLog.open(log_url) as log:
+        assert log.issue("rl", "train", task(0), 0, 0) == 1
+        with pytest.raises(TypeError):
+            log.issue_round(
+                "rl", "train", [(task(1), 0, 1), (Task("q", ("a",), meta={"x": {1}}), 0, 2)]
+            )
+        assert log.issue_round("rl", "train", [(task(1), 0, 1), (task(2), 0, 2)]) == [2, 3]
+
+
+def test_threads_write_side_by_side(log_url: str) -> None:
+    with ExperienceLog.open(log_url) as log:
 
         def work(k: int) -> None:
             for n in range(5):
@@ -279,11 +308,21 @@ WORKER = """
 import sys
 sys.path[:0] = [{root!r}, {tests!r}]
 from test_rollout_experience import *
-with ExperienceLog.open(sys.argv[1]) as log:
+from test_rollout_experience import ExperienceLog as Log
+
+def speaking(name):
+    method = getattr(Log, name)
+    def spoken(*args, **kwargs):
+        print("begun", flush=True)
+        return method(*args, **kwargs)
+    setattr(Log, name, spoken)
+
+for name in ("issue_round", "record_trajectory", "finish_group", "ship"):
+    speaking(name)
+with Log.open(sys.argv[1]) as log:
     for issue in log.in_flight("rl"):
         log.record_trajectory(trajectory(issue.issue_id, seed=issue.issue_id))
         log.finish_group(issue.issue_id, "ready")
-    print("begun", flush=True)
     while True:
         n = log.next_ordinal("rl")
         ids = log.issue_round("rl", "train", [(task(n + k), 0, n + k) for k in range(3)])
@@ -300,20 +339,20 @@ with ExperienceLog.open(sys.argv[1]) as log:
 """
 
 
-def test_kill_at_random_points_loses_and_doubles_nothing(tmp_path: Path) -> None:
+def test_kill_at_random_points_loses_and_doubles_nothing(log_url: str) -> None:
     """R2: after every kill each issue is terminal or resumable, each step whole or absent."""
-    where = tmp_path / "e.db"
     root, rnd = Path(__file__).parent.parent, random.Random(0)
     code = WORKER.format(root=str(root), tests=str(root / "tests"))
     seen: dict[int, list[int]] = {}
-    for _ in range(4):
-        worker = subprocess.Popen([sys.executable, "-c", code, str(where)], stdout=subprocess.PIPE)
-        assert worker.stdout is not None and worker.stdout.readline() == b"begun\n"
-        time.sleep(rnd.uniform(0.02, 0.4))
+    for _ in range(3):
+        worker = subprocess.Popen([sys.executable, "-c", code, log_url], stdout=subprocess.PIPE)
+        assert worker.stdout is not None
+        for _ in range(rnd.randrange(20, 60)):  # a line per transaction: then it is in another one
+            assert worker.stdout.readline() == b"begun\n"
         os.kill(worker.pid, signal.SIGKILL)
         worker.wait()
         worker.stdout.close()
-        with ExperienceLog.open(where) as log:
+        with ExperienceLog.open(log_url) as log:
             last = log.last_shipped_step("rl")
             steps = {k: [s.issue_id for s in log.shipped("rl", k)] for k in range(last + 1)}
             assert all(len(ids) == 2 for ids in steps.values())  # no half-shipped step

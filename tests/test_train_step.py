@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,11 +23,13 @@ from agentcpm_jax.data.pack import fill, pack
 from agentcpm_jax.data.rows import Row, text_row
 from agentcpm_jax.model import params as model_params
 from agentcpm_jax.model.config import TINY
+from agentcpm_jax.model.logprobs import token_logprobs
 from agentcpm_jax.model.qwen3 import forward
-from agentcpm_jax.train.loss import LossConfig
+from agentcpm_jax.train.correction import Correction
+from agentcpm_jax.train.methods import LossConfig
 from agentcpm_jax.train.optimizer import OptimizerConfig, make_optimizer
 from agentcpm_jax.train.state import TrainState
-from agentcpm_jax.train.step import make_rl_step, make_sft_step
+from agentcpm_jax.train.step import make_rl_step, make_sft_step, needs_reference
 
 MODEL = dataclasses.replace(
     TINY, vocab_size=16, width=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, ffw=16
@@ -31,7 +37,14 @@ MODEL = dataclasses.replace(
 VERSION = 5
 # Keeps the gradient as its state and changes nothing.
 RECORD = optax.chain(optax.trace(decay=0.0), optax.set_to_zero())
-LOSS = LossConfig(cap=None, aggregation="seq-mean-token-mean")
+# Sequence ratios, sequence masks and batch-wide advantages: what packing and splitting could break.
+LOSS = LossConfig(
+    "gspo",
+    eps_low=0.5,
+    eps_high=1.0,
+    corrections=(Correction("mis", 1e-4, 1e4), Correction("geometric", 0.2, 5.0)),
+    normalize="batch",
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -144,6 +157,115 @@ def test_masked_tokens_give_no_gradient(kind: str) -> None:
     assert not nothing.any()
 
 
+def updated(cfg: LossConfig, batch: Batch, micro_rows: int = 0) -> tuple[np.ndarray, dict]:
+    """Parameters after one step of plain descent, large enough to move the ratios."""
+    step = make_rl_step(MODEL, cfg, optax.sgd(0.5), micro_rows=micro_rows)
+    state, metrics = step(fresh(optax.sgd(0.5)), batch, VERSION)
+    return np.concatenate([np.asarray(p).ravel() for p in jax.tree.leaves(state.params)]), metrics
+
+
+def share(batch: Batch, j: int, updates: int) -> Batch:
+    part = jax.tree.map(lambda x: x[j::updates] if np.ndim(x) else x, batch)
+    trained = part.loss_mask > 0
+    sequences = {(b, s) for b, s in zip(*np.nonzero(trained), strict=True)}
+    ids = {(b, int(part.segment_ids[b, t])) for b, t in sequences}
+    return part.replace(num_tokens=np.float32(trained.sum()), num_sequences=np.float32(len(ids)))
+
+
+def test_several_updates_are_steps_on_shares_with_the_first_policy_as_proximal() -> None:
+    cfg = LossConfig("decoupled_ppo", eps_low=0.05, eps_high=0.05, dual_clip=3.0)
+    batch = pack(rows(), row_length=16, num_rows=4).batch
+    together, metrics = updated(dataclasses.replace(cfg, updates=2), batch, micro_rows=1)
+
+    first = jax.tree.map(jnp.asarray, initial())
+    where = (batch.tokens, batch.positions, batch.segment_ids)
+    old = token_logprobs(first, MODEL, *map(jnp.asarray, where))
+    batch = batch.replace(proximal_logprobs=np.asarray(old))
+    step = make_rl_step(MODEL, cfg, optax.sgd(0.5))
+    state = fresh(optax.sgd(0.5))
+    seen = []
+    for j in range(2):
+        state, each = step(state, share(batch, j, 2), VERSION)
+        seen.append(each)
+    alone = np.concatenate([np.asarray(p).ravel() for p in jax.tree.leaves(state.params)])
+    np.testing.assert_allclose(together, alone, rtol=1e-5, atol=1e-6)
+    assert seen[0]["loss/ratio_max"] == pytest.approx(1.0) and seen[1]["loss/ratio_max"] > 1.01
+    assert metrics["train/tokens"] == sum(m["train/tokens"] for m in seen)
+    largest = float(seen[1]["loss/ratio_max"])
+    assert metrics["loss/ratio_max"] == pytest.approx(largest, rel=1e-4)
+    losses = [float(m["train/loss"]) for m in seen]
+    assert metrics["train/loss"] == pytest.approx(np.mean(losses), rel=1e-4)
+
+
+def test_one_update_takes_the_proximal_policy_for_free() -> None:
+    """pi_old of a batch's only update are the current parameters: ratio 1, weights pi/mu."""
+    batch = pack(rows(), row_length=16, num_rows=4).batch
+    _, metrics = updated(LossConfig("decoupled_ppo"), batch)
+    assert metrics["loss/ratio_max"] == metrics["loss/ratio_mean"] == 1.0
+    assert 0 < metrics["loss/weight_mean"] < 1 and 0 < metrics["loss/ess"] < 1
+
+
+def test_the_reference_policy_pulls_back() -> None:
+    cfg = LossConfig("grpo", kl_coef=1e3, eps_low=0.0, eps_high=0.0)
+    assert needs_reference(cfg) and not needs_reference(LossConfig())
+    step = make_rl_step(MODEL, cfg, RECORD)
+    batch = pack(rows(), row_length=16, num_rows=4).batch
+    at_reference, metrics = step(fresh(RECORD), batch, VERSION, initial())
+    assert metrics["loss/kl_reference"] == pytest.approx(0.0, abs=1e-6)
+    elsewhere = jax.tree.map(lambda p: 1.1 * p, initial())
+    away, metrics = step(fresh(RECORD), batch, VERSION, elsewhere)
+    assert metrics["loss/kl_reference"] > 1e-4
+    assert optax.tree.norm(away.opt_state[0].trace) > optax.tree.norm(
+        at_reference.opt_state[0].trace
+    )
+
+
+MESH_SCRIPT = """
+import dataclasses, jax, numpy as np
+from test_train_step import LOSS, MODEL, RECORD, VERSION, fresh, initial, rows
+from agentcpm_jax.data.pack import pack
+from agentcpm_jax.run.placement import place, step_shardings
+from agentcpm_jax.sharding import MeshConfig, make_mesh
+from agentcpm_jax.train.step import make_rl_step
+
+batch = pack(rows(), row_length=16, num_rows=4).batch
+found = []
+for sizes in ((1, 1, 1, 1), (2, 2, 1, 1), (1, 2, 1, 2)):
+    count = int(np.prod(sizes))
+    shardings = step_shardings(
+        make_mesh(MeshConfig(*sizes), jax.devices()[:count]), MODEL, RECORD, 4
+    )
+    cfg = dataclasses.replace(LOSS, kl_coef=0.1, kl="k3+")
+    step = make_rl_step(MODEL, cfg, RECORD, shardings=shardings)
+    reference = jax.tree.map(lambda p: 1.1 * p, initial())
+    if shardings is not None:
+        reference = jax.device_put(reference, shardings.state.params)
+    state, metrics = step(place(fresh(RECORD), shardings), batch, VERSION, reference)
+    flat = [np.asarray(g).ravel() for g in jax.tree.leaves(state.opt_state[0].trace)]
+    found.append((np.concatenate(flat), float(metrics["train/loss"])))
+(grad, loss), *others = found
+for other, value in others:
+    assert np.linalg.norm(other - grad) <= 1e-5 * np.linalg.norm(grad)
+    assert abs(value - loss) <= 1e-6 * abs(loss), (value, loss)
+"""
+
+
+def test_a_mesh_changes_neither_loss_nor_gradient() -> None:
+    """Four virtual devices against one, sequence masks and batch-wide advantages included."""
+    flag = "--xla_force_host_platform_device_count=4 --xla_cpu_multi_thread_eigen=false"
+    here = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-c", MESH_SCRIPT],
+        capture_output=True,
+        text=True,
+        cwd=here,
+        env=os.environ
+        | {"XLA_FLAGS": flag, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+        | {"PYTHONPATH": f"{here.parent}{os.pathsep}{here}"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_a_non_finite_update_is_skipped_and_counted() -> None:
     tx, schedule = make_optimizer(OptimizerConfig(lr=0.1, schedule="linear", total_steps=4))
     step = make_sft_step(MODEL, tx, schedule)
@@ -181,7 +303,7 @@ def test_rl_raises_what_was_good_and_lowers_what_was_bad() -> None:
     """Two continuations of one prompt, advantages +1 and -1: the odds move to the first."""
     cfg = OptimizerConfig(lr=0.01, schedule="constant", weight_decay=0.0)
     tx, _ = make_optimizer(cfg)
-    step = make_rl_step(MODEL, LossConfig(cap=None), tx)
+    step = make_rl_step(MODEL, LossConfig(region="none"), tx)
     base = text_row([1, 2, 3])
     last = np.array([False, False, True])
     good, bad = (
@@ -208,5 +330,7 @@ def test_rl_raises_what_was_good_and_lowers_what_was_bad() -> None:
 
 def test_rows_must_split_evenly() -> None:
     batch = fill([[row] for row in rows()], 16, 6)
+    with pytest.raises(ValueError, match="6 rows are not a multiple of updates=4"):
+        updated(LossConfig(updates=4), batch)
     with pytest.raises(ValueError, match="6 rows are not a multiple of micro_rows=4"):
         make_sft_step(MODEL, RECORD, micro_rows=4)(fresh(RECORD), batch)

@@ -87,6 +87,7 @@ def test_worlds_larger_than_their_split_number_the_names() -> None:
         ("stale", 1.5),
         ("tool_fault_rate", -0.1),
         ("results", 0),
+        ("tool_latency", -1.0),
     ],
 )
 def test_an_impossible_world_names_the_value(field: str, value: object) -> None:

@@ -8,17 +8,19 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import DataObject
+from virtual_time import run_virtual
 
 from agentcpm_jax.types import ToolResult, ToolStatus, UserError
 from agentcpm_jax.world.graph import WorldConfig
 from agentcpm_jax.world.questions import oracle_calls, questions
 from agentcpm_jax.world.search import search_index
 from agentcpm_jax.world.site import Site
-from agentcpm_jax.world.tools import answer_call, open_toolbox
+from agentcpm_jax.world.tools import answer_call, call_latency, open_toolbox
 
 CFG = WorldConfig(stale=0.2, injections=0.2, distractors=3)
 NAME = search_index(CFG).world.entities[0]
@@ -193,3 +195,37 @@ def _kinds(results: list[ToolResult], clean: str) -> list[str]:
 
 def _meta(cfg: WorldConfig) -> Mapping[str, Any]:
     return {"world": asdict(cfg)}
+
+
+def test_a_call_takes_its_own_seeded_time_at_every_scale() -> None:
+    cfg = replace(CFG, tool_latency=3.0)
+
+    async def play() -> list[float]:
+        box, loop, spans = await open_toolbox(_meta(cfg), (5, 1, 0)), asyncio.get_running_loop(), []
+        for _ in range(4):
+            before = loop.time()
+            await box.call("visit", {"title": NAME})
+            spans.append(loop.time() - before)
+        return spans
+
+    drawn = [call_latency(cfg, (5, 1, 0, call)) for call in range(4)]
+    assert run_virtual(play()) == pytest.approx(drawn)
+    double = replace(cfg, tool_latency=6.0)
+    assert [call_latency(double, (5, 1, 0, call)) for call in range(4)] == pytest.approx(
+        [2 * seconds for seconds in drawn]
+    )
+    logs = np.log([call_latency(cfg, (issue, 0, 0, 0)) for issue in range(4000)])
+    assert np.mean(logs) == pytest.approx(np.log(3.0), abs=0.05)
+    assert np.std(logs) == pytest.approx(1.0, abs=0.05)
+    assert call_latency(CFG, (5, 1, 0, 0)) == 0.0
+
+
+def test_the_kinds_of_faults_can_be_chosen() -> None:
+    cfg = replace(CFG, tool_fault_rate=1.0, tool_faults=("truncated",))
+    whole = answer_call(search_index(CFG), "visit", {"title": NAME}).content
+    for result in _run(cfg, [("visit", {"title": NAME})] * 5):
+        assert (result.status, result.content) == (ToolStatus.OK, whole[: len(whole) // 2])
+    from_json = WorldConfig(**asdict(cfg) | {"tool_faults": ["truncated"]})  # type: ignore[arg-type]
+    assert from_json == cfg and hash(from_json) == hash(cfg)
+    with pytest.raises(UserError, match=r"tool_faults is \('slow',\); use some of tool_error"):
+        replace(CFG, tool_faults=("slow",))

@@ -28,6 +28,8 @@ class Batch:
       versions: i32[B,T], version of that policy; -1 where not sampled.
       num_tokens: f32[], trained tokens of the whole batch: the denominator of token means.
       num_sequences: f32[], sequences with at least one trained token.
+      proximal_logprobs: f32[B,T], nats, of the parameters before the batch's first update; the step
+        fills it in where its loss asks for it, elsewhere it is None.
     Both denominators are counted when the batch is packed, before any off-policy mask, and stay
     those of the whole batch when it is split into micro-batches.
     """
@@ -42,6 +44,7 @@ class Batch:
     versions: Array
     num_tokens: Array
     num_sequences: Array
+    proximal_logprobs: Array | None = None
 
     @property
     def shape(self) -> tuple[int, int]:

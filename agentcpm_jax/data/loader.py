@@ -105,23 +105,26 @@ class StepBatches(grain.IterDataset):
         row_length: int,
         num_rows: int | None = None,
         row_multiple: int = 1,
+        micro_rows: int = 0,
         start: int = 0,
         on_rejected: Callable[[int, tuple[Rejected, ...]], None] | None = None,
     ) -> None:
         """Args:
         source: step -> rows.
-        row_length, num_rows, row_multiple: the shape, as in `pack`.
+        row_length, num_rows, row_multiple, micro_rows: the shape, as in `pack`.
         start: the first step.
         on_rejected: called with (step, rows that did not fit); None: they raise UserError.
         """
         super().__init__()
         self._source, self._row_length, self._start = source, row_length, start
         self._num_rows, self._row_multiple = num_rows, row_multiple
+        self._micro_rows = micro_rows
         self._on_rejected = on_rejected
 
     def batch(self, step: int) -> Batch:
         """The batch of `step`; blocks as long as the source does."""
-        packed = pack(self._source(step), self._row_length, self._num_rows, self._row_multiple)
+        shape = (self._row_length, self._num_rows, self._row_multiple, self._micro_rows)
+        packed = pack(self._source(step), *shape)
         if packed.rejected and self._on_rejected is None:
             worst = max(packed.rejected, key=lambda r: r.length)
             raise UserError(

@@ -14,6 +14,7 @@ import numpy as np
 
 from agentcpm_jax.data.batch import Batch
 from agentcpm_jax.data.rows import Row
+from agentcpm_jax.types import UserError
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,11 @@ class Packed:
 
 
 def pack(
-    rows: Sequence[Row], row_length: int, num_rows: int | None = None, row_multiple: int = 1
+    rows: Sequence[Row],
+    row_length: int,
+    num_rows: int | None = None,
+    row_multiple: int = 1,
+    micro_rows: int = 0,
 ) -> Packed:
     """Pack `rows` into a `Batch` of `[num_rows, row_length]`.
 
@@ -48,6 +53,8 @@ def pack(
       row_length: T of the batch. A longer row is rejected as `too_long`.
       num_rows: B of the batch; what does not fit is rejected as `no_room`. None: as many as
         needed (at least one), rounded up to `row_multiple` so that few shapes get compiled.
+      micro_rows: rows of a forward pass. What is left over is padding in as few passes as possible,
+        so that the step can leave those out.
     """
     lengths = [len(row) for row in rows]
     bins, too_long = plan(lengths, row_length)
@@ -56,8 +63,20 @@ def pack(
         num_rows = -(-max(len(bins), 1) // row_multiple) * row_multiple
     for left_over in bins[num_rows:]:
         rejected.extend(Rejected(i, "no_room", lengths[i]) for i in left_over)
-    batch = fill([[rows[i] for i in members] for members in bins[:num_rows]], row_length, num_rows)
+    members = [[rows[i] for i in indices] for indices in bins[:num_rows]]
+    batch = fill(_by_micro_batch(members, num_rows, micro_rows), row_length, num_rows)
     return Packed(batch, tuple(rejected))
+
+
+def forward_fill(segment_ids: np.ndarray, micro_rows: int = 0) -> float:
+    """Share of the tokens in forward passes that are not padding; i32[B,T].
+
+    A micro-batch (row j of every B / micro_rows: see `train.step`) of padding alone is no pass.
+    """
+    used = segment_ids > 0
+    passes = used.reshape(micro_rows or len(used), -1, used.shape[1]).swapaxes(0, 1)
+    some = passes.any(axis=(1, 2))
+    return float(passes[some].mean()) if some.any() else 0.0
 
 
 def plan(lengths: Sequence[int], row_length: int) -> tuple[list[list[int]], list[int]]:
@@ -85,6 +104,17 @@ def plan(lengths: Sequence[int], row_length: int) -> tuple[list[list[int]], list
         if room > n:
             bisect.insort(open_bins, (room - n, target))
     return bins, sorted(too_long)
+
+
+def _by_micro_batch(bins: list[list[Row]], num_rows: int, micro_rows: int) -> list[list[Row]]:
+    """Micro-batch j takes row j of every num_rows / micro_rows: the first bins go to the first."""
+    if not 0 < micro_rows < num_rows:
+        return bins
+    if num_rows % micro_rows:
+        raise UserError(f"{num_rows} rows are not a multiple of micro_rows={micro_rows}")
+    bins = bins + [[] for _ in range(num_rows - len(bins))]
+    count = num_rows // micro_rows
+    return [bins[(r % count) * micro_rows + r // count] for r in range(num_rows)]
 
 
 def fill(bins: Sequence[Sequence[Row]], row_length: int, num_rows: int) -> Batch:

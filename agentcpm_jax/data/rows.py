@@ -1,14 +1,21 @@
 """From trajectories to rows: one row is one sequence with what is trained on it.
 
 Loss masks come from provenance alone (and, in RL, from the denoising filters' `keep`). A sampled
-token is trained exactly once: a fork shows its parent's tokens as HISTORY, and rows of one
-trajectory of which one is a prefix of another are merged into one forward pass.
+token is trained exactly once: a fork shows its parent's tokens as HISTORY.
+
+The rows of one trajectory are a trie over token ids. Attention is causal, so a row costs a forward
+pass of its own only where it is a leaf: what follows a row's last trained token is cut, and a row
+that is a prefix of another is trained inside it. A trajectory that was only appended to is one
+forward pass, however many segments it was recorded in. Two leaves forward the prefix that they
+share twice (trained once): one pass over the trie itself would need tree attention.
+`RowStats.shared` says how much that would save.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, fields, replace
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -88,7 +95,7 @@ def rows_from_segment(segment: Segment, credit: Credit) -> list[Row]:
 
 
 def rows_from_trajectory(trajectory: Trajectory, credits: Sequence[Credit]) -> list[Row]:
-    """RL rows of one trajectory (`credits` run parallel to its segments), prefixes merged.
+    """RL rows of one trajectory (`credits` run parallel to its segments), merged as a trie.
 
     Raises:
       ValueError: as `rows_from_segment`; or the trajectory is not trainable (its text came from a
@@ -100,46 +107,143 @@ def rows_from_trajectory(trajectory: Trajectory, credits: Sequence[Credit]) -> l
             "text, not sampled tokens"
         )
     pairs = zip(trajectory.segments, credits, strict=True)
-    rows = merge_prefixes([_rl_row(segment, credit) for segment, credit in pairs])
-    return [row for row in rows if row.num_trained]
+    return merge_prefixes([row for s, c in pairs for row in rows_from_segment(s, c)])
 
 
 def merge_prefixes(rows: Sequence[Row]) -> list[Row]:
-    """Merge each row that is a prefix of a longer (or equal) one into it.
+    """The leaves of the trie of `rows`: each row that is a prefix of another is merged into it.
 
-    Attention is causal, so a token's loss is the same in both; tokens trained in either are
-    trained once in the merged row. Rows of *one* trajectory only: equal rows of two samples are two
-    samples. A row whose trained tokens disagree with the longer one's (log-probability, version,
-    advantage or weight) stays as it is. The order of the remaining rows is kept.
+    Rows are first cut behind their last trained token. A token with the same context, log-
+    probability, version, advantage and weight in two rows is one token: it is trained once, in the
+    first leaf that holds it. A row whose trained tokens disagree with a longer one's stays a row of
+    its own. Rows of *one* trajectory only: equal rows of two samples are two samples. The order of
+    the leaves is kept.
     """
+    cut = [_cut(row) for row in rows]
     merged: dict[int, Row] = {}
-    by_length = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
-    for i in by_length:
-        for j, longer in merged.items():
-            union = _merge(rows[i], longer)
-            if union is not None:
-                merged[j] = union
-                break
+    for branch in _branches(cut):
+        leaves: list[int] = []  # more than one only where values disagree
+        for i in branch:
+            for j in leaves:
+                union = _merge(cut[i], merged[j])
+                if union is not None:
+                    merged[j] = union
+                    break
+            else:
+                merged[i] = cut[i]
+                leaves.append(i)
+    return _trained_once([merged[i] for i in sorted(merged) if len(merged[i])])
+
+
+@dataclass(frozen=True)
+class RowStats:
+    """What the forward passes of a batch are spent on, in tokens.
+
+    trained: each sampled token once. forward: tokens of all rows, padding not counted. unique: nodes
+    of the tries, i.e. what tree attention would forward. segments: recorded ones behind the rows.
+    """
+
+    segments: int = 0
+    rows: int = 0
+    trained: int = 0
+    forward: int = 0
+    unique: int = 0
+
+    def __add__(self, other: RowStats) -> RowStats:
+        return RowStats(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    @property
+    def efficiency(self) -> float:
+        """Unique trained tokens per token of the forward passes."""
+        return self.trained / max(self.forward, 1)
+
+    @property
+    def shared(self) -> float:
+        """Share of the forward tokens that repeat a context forwarded in another row."""
+        return 1.0 - self.unique / max(self.forward, 1)
+
+
+def count_rows(rows: Sequence[Row], segments: int) -> RowStats:
+    """The figures of the rows of one trajectory, made from `segments` recorded segments."""
+    forward = sum(len(row) for row in rows)
+    walk = sorted(map(_key, rows))
+    unique = forward - sum(_common(a, b) for a, b in pairwise(walk))
+    return RowStats(segments, len(rows), sum(row.num_trained for row in rows), forward, unique)
+
+
+def _branches(rows: Sequence[Row]) -> list[list[int]]:
+    """Indices of the rows in groups: a leaf of the trie, then those of its prefixes, ever shorter,
+    that are a prefix of no leaf in an earlier group.
+
+    In a walk through the trie, a row that is not a leaf comes right before one that extends it; so
+    a walk from the end needs to look at its last leaf only.
+    """
+    keys = [_key(row) for row in rows]
+    branches: list[list[int]] = []
+    for i in sorted(range(len(rows)), key=lambda i: (keys[i], -i), reverse=True):
+        if branches and keys[branches[-1][0]].startswith(keys[i]):
+            branches[-1].append(i)
         else:
-            merged[i] = rows[i]
-    return [merged[i] for i in sorted(merged)]
+            branches.append([i])
+    return branches
+
+
+def _key(row: Row) -> bytes:
+    """Sorting by it walks through the trie."""
+    return row.ids.astype(">u4").tobytes()
+
+
+def _common(a: bytes, b: bytes) -> int:
+    """Tokens of the longest common prefix of two keys."""
+    n = min(len(a), len(b))
+    different = np.flatnonzero(np.frombuffer(a[:n], ">u4") != np.frombuffer(b[:n], ">u4"))
+    return int(different[0]) if len(different) else n // 4
+
+
+def _cut(row: Row) -> Row:
+    """Without what follows the last trained token: nothing trained ever sees it."""
+    trained = np.flatnonzero(row.loss_mask)
+    end = int(trained[-1]) + 1 if len(trained) else 0
+    if end == len(row):
+        return row
+    return Row(**{f.name: getattr(row, f.name)[:end] for f in fields(Row)})
+
+
+def _trained_once(leaves: list[Row]) -> list[Row]:
+    """Takes out of each leaf what an earlier one trains; its last token is always its own."""
+    keys = [_key(row) for row in leaves]
+    for i, row in enumerate(leaves):
+        mask = row.loss_mask.copy()
+        for key, earlier in zip(keys[:i], leaves, strict=False):
+            n = _common(keys[i], key)
+            mask[:n] &= ~(earlier.loss_mask[:n] & _same_values(row, earlier, n))
+        leaves[i] = replace(row, loss_mask=mask)
+    return leaves
+
+
+def _same_values(a: Row, b: Row, n: int) -> np.ndarray:
+    """bool[n]: where the first n tokens would be trained alike."""
+    same = np.ones(n, bool)
+    for name in _VALUES:
+        same &= getattr(a, name)[:n] == getattr(b, name)[:n]
+    return same
 
 
 def _merge(prefix: Row, longer: Row) -> Row | None:
     n = len(prefix)
-    if not np.array_equal(prefix.ids, longer.ids[:n]):
-        return None
     both = prefix.loss_mask & longer.loss_mask[:n]
-    values = ("weights", "advantages", "logprobs", "versions")
-    for name in values:
-        if not np.array_equal(getattr(prefix, name)[both], getattr(longer, name)[:n][both]):
-            return None
+    same_ids = np.array_equal(prefix.ids, longer.ids[:n])
+    if not same_ids or not _same_values(prefix, longer, n)[both].all():
+        return None
     changes = {"loss_mask": longer.loss_mask.copy()}
     changes["loss_mask"][:n] |= prefix.loss_mask
-    for name in values:
+    for name in _VALUES:
         changes[name] = getattr(longer, name).copy()
         changes[name][:n][prefix.loss_mask] = getattr(prefix, name)[prefix.loss_mask]
     return replace(longer, **changes)
+
+
+_VALUES = ("weights", "advantages", "logprobs", "versions")
 
 
 def _rl_row(segment: Segment, credit: Credit) -> Row:

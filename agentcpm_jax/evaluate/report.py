@@ -125,7 +125,7 @@ def render(data: ReportData) -> str:
     """The page as text."""
     sections: list[tuple[str, str, str]] = []  # id, heading, body
     if data.charts or data.tables:
-        body = "".join([*map(_chart, data.charts), *map(_table, data.tables)])
+        body = "".join([*map(_chart, data.charts), *map(table, data.tables)])
         sections.append(("results", "Results", body))
     if data.stages:
         sections.append(("stages", "Stages", _timeline(data.stages)))
@@ -171,7 +171,8 @@ def _chart(chart: BarChart) -> str:
     return f'<figure class="wide">{svg}{_note(chart.note, "figcaption")}</figure>'
 
 
-def _table(table: Table) -> str:
+def table(table: Table) -> str:
+    """One table as HTML. Raises ValueError when a row has not as many cells as columns."""
     for row in table.rows:
         if len(row) != len(table.columns):
             raise ValueError(f"table {table.title}: {len(row)} cells, {len(table.columns)} columns")

@@ -1,229 +1,348 @@
 """The recipe of a merge: mergekit's YAML, read strictly.
 
-    merge_method: task_arithmetic
-    base_model: checkpoints/base
-    models:
-    - model: checkpoints/sft
-      parameters: {weight: 0.6}
-    parameters: {lambda: 1.0, normalize: false}
+    merge_method: ties
+    base_model: checkpoints/base          # a directory, or org/name[@revision] of the Hub cache
+    models:                               # or slices: [{sources: [{model, layer_range}, ...]}, ...]
+    - model: checkpoints/sft+adapters/x   # a LoRA adapter is added first
+      parameters: {weight: 0.6, density: 0.5}
+    - model: checkpoints/rl
+      parameters:
+        weight:
+        - {filter: mlp, value: [0.2, 0.8]}  # a gradient over the layers
+        - {value: 0.5}
+        density: 0.5
+    parameters: {lambda: 1.0, normalize: true}
     dtype: float32        # inputs are cast to this first; default: the dtype they have
     out_dtype: bfloat16   # the result is rounded to this; default: `dtype`
-    x_agentcpm:           # what mergekit does not have
-      compute_dtype: float32   # or native: task arithmetic in the inputs' dtype, as mergekit does
+    tokenizer: {source: union}
+    chat_template: auto
+    compat: mergekit-0.1.5                # reproduce its quirks, bit for bit where it is repeatable
 
-Deviation from mergekit: what is unknown or misspelt is an error, not ignored.
+Deviation from mergekit: what is unknown, misspelt or without effect is an error. Under `compat`
+such keys are ignored, as there, but reported as notes.
 """
 
 from __future__ import annotations
 
-import contextlib
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from agentcpm_jax.merge.methods import FLOATS, SMALLEST_SUM
+from agentcpm_jax.merge.methods import METHODS, MethodSpec
+from agentcpm_jax.merge.settings import check_setting
+from agentcpm_jax.merge.task_vectors import ELECTIONS, RESCALES
+from agentcpm_jax.merge.vocabulary import TokenizerOptions, parse_tokenizer
 from agentcpm_jax.types import UserError
 
-METHODS = ("linear", "task_arithmetic")
-KNOWN_METHODS = (
-    *("ties", "dare_linear", "dare_ties", "della", "della_linear", "breadcrumbs"),
-    *("breadcrumbs_ties", "slerp", "nuslerp", "multislerp", "karcher", "model_stock"),
-    *("nearswap", "arcee_fusion", "passthrough", "sce", "ram", "ramplus_tl"),
+COMPAT = "mergekit-0.1.5"
+DTYPES = ("float64", "float32", "float16", "bfloat16")
+BODY = ("models", "slices", "modules")
+TOP = (
+    *("merge_method", "base_model", *BODY, "parameters", "dtype", "out_dtype"),
+    *("tokenizer", "tokenizer_source", "chat_template", "compat"),
 )
-TOP = ("merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "x_agentcpm")
-LATER = ("slices", "modules", "tokenizer", "tokenizer_source", "chat_template")
+CHOICES = {"rescale": RESCALES, "elect": ELECTIONS, "trim_scope": ("tensor", "model")}
+#: Switches of mergekit that change its use of memory, never a result.
+WITHOUT_EFFECT = ("int8_mask",)
 
 
 @dataclass(frozen=True)
-class ModelEntry:
-    """One input: a checkpoint directory and its weight."""
+class Source:
+    """One input of a slice: a model, and which of its layers [first, last); None: all."""
 
     model: str
-    weight: float
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    layers: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Consecutive layers of the output, merged from as many layers of each source."""
+
+    sources: tuple[Source, ...]
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    base_model: str = ""
 
 
 @dataclass(frozen=True)
 class MergeRecipe:
-    """A checked merge. `linear` takes no base; `task_arithmetic` adds task vectors to it.
+    """A checked merge; made by `parse_recipe`.
 
-    `normalize` None stands for the method's own default: true for linear, false for task
-    arithmetic. Raises UserError when a value is impossible.
+    Attributes:
+      slices: in the order of the output's layers; `models:` is one slice of all layers.
+      scopes: shared parameter settings, those of the module before those of the top level.
+      notes: what was ignored under `compat`, for people.
+      raw: the YAML as it was read, for the model card.
     """
 
-    models: tuple[ModelEntry, ...]
-    merge_method: str = "linear"
+    merge_method: str
+    slices: tuple[Slice, ...]
     base_model: str = ""
-    normalize: bool | None = None
-    lambda_: float = 1.0
+    scopes: tuple[Mapping[str, Any], ...] = ()
     dtype: str = ""
     out_dtype: str = ""
-    compute_dtype: str = "float32"
-
-    def __post_init__(self) -> None:
-        if self.merge_method in KNOWN_METHODS:
-            raise UserError(
-                f"not supported yet: merge_method {self.merge_method}; use {' or '.join(METHODS)}"
-            )
-        if self.merge_method not in METHODS:
-            raise UserError(
-                f"unknown merge_method {self.merge_method!r}; use {' or '.join(METHODS)}"
-            )
-        if not self.models:
-            raise UserError("the recipe lists no models; add at least one under `models`")
-        names = [m.model for m in self.models]
-        for name in names:
-            if names.count(name) > 1:
-                raise UserError(f"model {name} is listed twice; add its weights up")
-        if self.merge_method == "linear":
-            if self.base_model and self.base_model not in names:
-                raise UserError(
-                    f"linear has no base_model, but {self.base_model} is given; "
-                    "list it under `models` with a weight"
-                )
-            if self.lambda_ != 1.0:
-                raise UserError("linear has no lambda; use merge_method: task_arithmetic")
-        elif not self.base_model:
-            raise UserError("task_arithmetic needs base_model; name the model to add to")
-        elif names == [self.base_model]:
-            raise UserError(f"{self.base_model} is the only model; list one to add to the base")
-        for field, value in (("dtype", self.dtype), ("out_dtype", self.out_dtype)):
-            if value and value not in FLOATS:
-                raise UserError(f"{field} {value!r} is not one of {', '.join(FLOATS)}")
-        if self.compute_dtype not in ("float32", "native"):
-            raise UserError(f"compute_dtype {self.compute_dtype!r} is not float32 or native")
-        total = sum(m.weight for m in self.inputs)
-        if self.normalized and not abs(total) > SMALLEST_SUM:
-            raise UserError(
-                f"the weights sum to {total:g}, which cannot be normalised; "
-                "change them or set normalize: false"
-            )
+    tokenizer: TokenizerOptions | None = None
+    chat_template: str = ""
+    compat: bool = False
+    notes: tuple[str, ...] = ()
+    raw: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def normalized(self) -> bool:
-        """`normalize`, or the method's default."""
-        return self.merge_method == "linear" if self.normalize is None else self.normalize
+    def spec(self) -> MethodSpec:
+        """What the method needs."""
+        return METHODS[self.merge_method]
 
     @property
-    def inputs(self) -> tuple[ModelEntry, ...]:
-        """The weighted models; a listed base has no task vector of its own and is left out."""
-        if self.merge_method == "linear":
-            return self.models
-        return tuple(m for m in self.models if m.model != self.base_model)
+    def base_apart(self) -> bool:
+        """Whether the method treats the base differently from its other inputs."""
+        return self.spec.needs_base is not False
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Every model once: as listed, then the bases that are not listed."""
+        listed = [s.model for part in self.slices for s in part.sources]
+        bases = [part.base_model or self.base_model for part in self.slices]
+        return tuple(dict.fromkeys([*listed, *(b for b in bases if b)]))
 
     def to_yaml(self) -> str:
-        """The same recipe as mergekit YAML, with every default written out."""
-        shared: dict[str, Any] = {"normalize": self.normalized}
-        if self.merge_method == "task_arithmetic":
-            shared["lambda"] = self.lambda_
-        body: dict[str, Any] = {"merge_method": self.merge_method}
-        if self.base_model:
-            body["base_model"] = self.base_model
-        body["models"] = [
-            {"model": m.model, "parameters": {"weight": m.weight}} for m in self.models
-        ]
-        body["parameters"] = shared
-        for field, value in (("dtype", self.dtype), ("out_dtype", self.out_dtype)):
-            if value:
-                body[field] = value
-        if self.compute_dtype != "float32":
-            body["x_agentcpm"] = {"compute_dtype": self.compute_dtype}
-        return yaml.safe_dump(body, sort_keys=False)
+        """The recipe as it was read, with `compat` if that was a flag."""
+        return yaml.safe_dump(dict(self.raw), sort_keys=False, allow_unicode=True)
 
 
-def load_recipe(path: Path) -> MergeRecipe:
-    """Reads a YAML file. Raises UserError, with the file's name, for whatever is wrong in it."""
+def load_recipe(path: Path, compat: str = "") -> MergeRecipe:
+    """Reads a YAML file; `compat` stands for the key of that name.
+
+    Raises UserError, with the file's name, for whatever is wrong in it.
+    """
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"recipe {path} does not exist; check the path") from None
     except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"recipe {path} cannot be read: {e}") from None
+        raise UserError(f"recipe {path} cannot be read: {e}; give a YAML file") from None
     except yaml.YAMLError as e:
         raise UserError(f"recipe {path} is not YAML: {' '.join(str(e).split())}") from None
     try:
-        return parse_recipe(data)
+        return parse_recipe(data, compat)
     except UserError as e:
         raise UserError(f"recipe {path}: {e}") from None
 
 
-def parse_recipe(data: Any) -> MergeRecipe:
+def parse_recipe(data: Any, compat: str = "") -> MergeRecipe:
     """A recipe from parsed YAML.
 
     Raises:
-      UserError: unknown or misspelt key, wrong type, or a feature of mergekit that is not here.
+      UserError: unknown or misspelt key, wrong type, impossible combination.
     """
-    top = _mapping(data, "the recipe", TOP, LATER)
-    if "merge_method" not in top:
+    if isinstance(data, Mapping) and "x_agentcpm" in data:
+        raise UserError(f"x_agentcpm is no longer read; write `compat: {COMPAT}` instead")
+    compat = compat or (data.get("compat") or "" if isinstance(data, Mapping) else "")
+    if compat not in ("", COMPAT):
+        raise UserError(f"compat is {compat!r}; write {COMPAT} or leave it out")
+    reader = _Reader(compat=bool(compat))
+    top = reader.mapping(data, "the recipe", TOP)
+    method = top.get("merge_method")
+    if method is None:
         raise UserError(f"merge_method is missing; add one of {', '.join(METHODS)}")
-    shared = _mapping(
-        top.get("parameters") or {}, "parameters", ("weight", "normalize", "lambda"), ()
-    )
-    extra = _mapping(top.get("x_agentcpm") or {}, "x_agentcpm", ("compute_dtype",), ())
-    normalize = shared.get("normalize")
-    if normalize is not None and not isinstance(normalize, bool):
-        raise UserError(f"normalize is {normalize!r}; write true or false")
-    models = top.get("models") or []
-    if not isinstance(models, list):
-        raise UserError("`models` is not a list; write one `- model: ...` per input")
-    method = _text(top["merge_method"], "merge_method")
-    base = _text(top.get("base_model") or "", "base_model")
-    # a base among the models has no task vector, so it needs no weight; in `linear` it does
-    weightless = base if method != "linear" else ""
-    return MergeRecipe(
+    if not isinstance(method, str) or method not in METHODS:
+        raise UserError(f"unknown merge_method {method!r}; use one of {', '.join(METHODS)}")
+    reader.spec = METHODS[method]
+    base = _model_name(top["base_model"], "base_model") if top.get("base_model") else ""
+    shared = reader.parameters(top.get("parameters"), "parameters")
+    slices, module = _body(reader, top)
+    recipe = MergeRecipe(
         merge_method=method,
         base_model=base,
-        models=tuple(_model_entry(m, shared, weightless) for m in models),
-        normalize=normalize,
-        lambda_=_number(shared.get("lambda", 1.0), "lambda"),
-        dtype=_text(top.get("dtype") or "", "dtype"),
-        out_dtype=_text(top.get("out_dtype") or "", "out_dtype"),
-        compute_dtype=_text(extra.get("compute_dtype", "float32"), "compute_dtype"),
+        slices=slices,
+        scopes=(module, shared),
+        dtype=_dtype(top.get("dtype"), "dtype"),
+        out_dtype=_dtype(top.get("out_dtype"), "out_dtype"),
+        tokenizer=parse_tokenizer(top.get("tokenizer"), top.get("tokenizer_source"), _model_name),
+        chat_template=_text(top.get("chat_template") or "", "chat_template"),
+        compat=bool(compat),
+        notes=tuple(reader.notes),
+        raw={**data, "compat": compat} if compat else dict(data),
     )
+    _check_models(recipe)
+    return recipe
 
 
-def _model_entry(data: Any, shared: Mapping[str, Any], weightless: str) -> ModelEntry:
-    entry = _mapping(data, "an entry of models", ("model", "parameters"), ())
-    name = _text(entry.get("model"), "model")
-    where = f"parameters of {name}"
-    parameters = _mapping(entry.get("parameters") or {}, where, ("weight",), ())
-    weight = parameters.get("weight", shared.get("weight"))
-    if weight is None and name == weightless:
-        weight = 0.0
-    if weight is None:
-        raise UserError(f"model {name} has no weight; add `parameters: {{weight: ...}}`")
-    return ModelEntry(name, _number(weight, f"weight of {name}"))
+class _Reader:
+    """Reads mappings; knows which keys there are and what an unknown one means."""
+
+    def __init__(self, compat: bool):
+        self.compat = compat
+        self.notes: list[str] = []
+        self.spec: MethodSpec
+
+    def mapping(self, data: Any, where: str, known: Sequence[str]) -> dict[str, Any]:
+        if not isinstance(data, Mapping):
+            raise UserError(f"{where} is {type(data).__name__}, not `key: value` lines")
+        return {k: v for k, v in data.items() if self._known(k, where, known)}
+
+    def parameters(self, data: Any, where: str, per_model: bool = False) -> dict[str, Any]:
+        """Settings by name, each checked against the method's parameters."""
+        shared, own = self.spec.global_params, dict(self.spec.model_params)
+        own.pop("keep", None)  # computed, see `streaming`
+        known = {**own} if per_model else {**shared, **own}
+        if data is None:
+            return {}
+        if not isinstance(data, Mapping):
+            raise UserError(f"{where} is {type(data).__name__}, not `key: value` lines")
+        out = {}
+        for key, value in data.items():
+            if key in WITHOUT_EFFECT and key not in shared:
+                continue
+            if per_model and key in shared and not self.compat:
+                raise UserError(
+                    f"{key} in {where} is shared by all models; move it to the top-level parameters"
+                )
+            if self._known(key, where, tuple(known), f" of {self.spec.name}"):
+                check_setting(value, known[key], f"{key} in {where}", CHOICES.get(key, ()))
+                out[key] = value
+        return out
+
+    def _known(self, key: Any, where: str, known: Sequence[str], of: str = "") -> bool:
+        if key in known:
+            return True
+        text = f"unknown key {key!r} in {where}; known{of}: {', '.join(known) or 'none'}"
+        if not self.compat:
+            raise UserError(text)
+        self.notes.append(f"{text}; ignored")
+        return False
 
 
-def _mapping(
-    data: Any, where: str, known: tuple[str, ...], later: tuple[str, ...]
-) -> Mapping[str, Any]:
-    if not isinstance(data, Mapping):
-        raise UserError(f"{where} is {type(data).__name__}, not `key: value` lines")
-    for key in data:
-        if key in later:
-            raise UserError(f"not supported yet: {key}")
-        if key not in known:
-            raise UserError(f"unknown key {key!r} in {where}; known: {', '.join(known)}")
-    return data
+def _body(reader: _Reader, top: Mapping[str, Any]) -> tuple[tuple[Slice, ...], dict[str, Any]]:
+    """The slices, and the parameters of the module if there is one."""
+    given = [key for key in BODY if top.get(key) is not None]
+    if len(given) != 1:
+        found = " and ".join(given) or "none of them"
+        raise UserError(f"give one of models, slices and modules; the recipe has {found}")
+    if given == ["models"]:
+        return (_models_slice(reader, top["models"]),), {}
+    if given == ["slices"]:
+        return _slices(reader, top["slices"]), {}
+    modules = top["modules"]
+    if not isinstance(modules, Mapping) or list(modules) != ["default"]:
+        names = ", ".join(map(str, modules)) if isinstance(modules, Mapping) else repr(modules)
+        raise UserError(f"modules are {names}; a text model has one, called default")
+    module = reader.mapping(
+        modules["default"], "module default", ("models", "slices", "parameters")
+    )
+    parameters = reader.parameters(module.get("parameters"), "parameters of module default")
+    body = {key: module.get(key) for key in ("models", "slices")}
+    return _body(reader, body)[0], parameters
 
 
-def _number(value: Any, where: str) -> float:
-    if isinstance(value, list):
-        kind = "filters" if any(isinstance(v, Mapping) for v in value) else "per-layer gradient"
-        raise UserError(f"not supported yet: {kind} ({where}); write one number")
-    if isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
-        with contextlib.suppress(ValueError):
-            value = float(value)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise UserError(f"{where} is {value!r}; write a finite number")
-    return float(value)
+def _models_slice(reader: _Reader, data: Any) -> Slice:
+    if not isinstance(data, list):
+        raise UserError("`models` is not a list; write one `- model: ...` per input")
+    if not data:
+        raise UserError("the recipe lists no models; add at least one under `models`")
+    return Slice(tuple(_source(reader, entry, "models", ("model", "parameters")) for entry in data))
+
+
+def _slices(reader: _Reader, data: Any) -> tuple[Slice, ...]:
+    if not isinstance(data, list) or not data:
+        raise UserError("`slices` is not a list of `- sources: [...]` entries; add at least one")
+    slices = []
+    for i, entry in enumerate(data):
+        where = f"slice {i}"
+        part = reader.mapping(entry, where, ("sources", "parameters", "base_model"))
+        sources = part.get("sources")
+        if not isinstance(sources, list) or not sources:
+            raise UserError(f"{where} has no sources; add `sources: [{{model, layer_range}}]`")
+        known = ("model", "layer_range", "parameters")
+        read = tuple(_source(reader, s, f"sources of {where}", known) for s in sources)
+        for s in read:
+            if s.layers is None:
+                raise UserError(f"{s.model} in {where} has no layer_range; add [first, last]")
+        lengths = {s.layers[1] - s.layers[0] for s in read if s.layers}
+        if len(lengths) > 1:
+            ranges = ", ".join(f"{s.model} {list(s.layers or ())}" for s in read)
+            raise UserError(f"layer ranges of {where} differ in length: {ranges}; make them equal")
+        base = _model_name(part["base_model"], "base_model") if part.get("base_model") else ""
+        parameters = reader.parameters(part.get("parameters"), f"parameters of {where}")
+        slices.append(Slice(read, parameters, base))
+    return tuple(slices)
+
+
+def _source(reader: _Reader, data: Any, where: str, known: Sequence[str]) -> Source:
+    entry = reader.mapping(data, f"an entry of {where}", known)
+    if "model" not in entry:
+        raise UserError(f"an entry of {where} names no model; add `model: ...`")
+    name = _model_name(entry["model"], "model")
+    layers = entry.get("layer_range")
+    if layers is not None and not _is_range(layers):
+        raise UserError(
+            f"layer_range of {name} is {layers!r}; write [first, last] with 0 <= first < last "
+            "(last is not included)"
+        )
+    parameters = reader.parameters(entry.get("parameters"), f"parameters of {name}", True)
+    return Source(name, parameters, (layers[0], layers[1]) if layers else None)
+
+
+def _is_range(value: Any) -> bool:
+    whole = isinstance(value, list) and len(value) == 2 and all(type(v) is int for v in value)
+    return whole and 0 <= value[0] < value[1]
+
+
+def _check_models(recipe: MergeRecipe) -> None:
+    spec = recipe.spec
+    for part in recipe.slices:
+        names = [s.model for s in part.sources]
+        for name in names:
+            if names.count(name) > 1:
+                raise UserError(f"model {name} is listed twice; add its weights up")
+        base = part.base_model or recipe.base_model
+        if spec.needs_base is True and not base:
+            raise UserError(f"{spec.name} needs base_model; name the model to start from")
+        inputs, besides = set(names), ""
+        if part.sources[0].layers is None and base:
+            inputs |= {base}
+        if recipe.base_apart and base:
+            inputs, besides = inputs - {base}, " besides the base"
+        found = f"model(s){besides}, found {len(inputs)}"
+        if len(inputs) < spec.min_models:
+            raise UserError(f"{spec.name} needs at least {spec.min_models} {found}; list more")
+        if spec.max_models is not None and len(inputs) > spec.max_models:
+            raise UserError(f"{spec.name} takes at most {spec.max_models} {found}; list fewer")
+
+
+def _model_name(value: Any, where: str) -> str:
+    """`path`, `path@revision`, `path+lora`; mergekit's mapping form is written as such text."""
+    if isinstance(value, str) and value:
+        return value
+    if isinstance(value, Mapping) and set(value) <= {"model", "lora", "override_architecture"}:
+        if value.get("override_architecture"):
+            raise UserError(f"{where}: override_architecture is not supported; remove it")
+        lora = value.get("lora")
+        return _pinned(value.get("model"), where) + (f"+{_pinned(lora, where)}" if lora else "")
+    raise UserError(f"{where} is {value!r}; write the name of a model")
+
+
+def _pinned(value: Any, where: str) -> str:
+    if isinstance(value, str) and value:
+        return value
+    if isinstance(value, Mapping) and set(value) <= {"path", "revision"} and value.get("path"):
+        revision = value.get("revision")
+        return f"{value['path']}@{revision}" if revision else str(value["path"])
+    raise UserError(f"{where} is {value!r}; write a path, or {{path: ..., revision: ...}}")
+
+
+def _dtype(value: Any, where: str) -> str:
+    if value is None:
+        return ""
+    name = str(value).removeprefix("torch.")
+    if name not in DTYPES:
+        raise UserError(f"{where} {value!r} is not one of {', '.join(DTYPES)}")
+    return name
 
 
 def _text(value: Any, where: str) -> str:
     if not isinstance(value, str):
-        raise UserError(f"{where} is {value!r}; write a name")
+        raise UserError(f"{where} is {value!r}; write text")
     return value

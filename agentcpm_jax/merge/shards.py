@@ -1,31 +1,33 @@
 """Hugging Face checkpoint directories, one tensor at a time.
 
-Reading goes through safetensors' lazy handles. Writing streams: the header of a safetensors file
-says where every tensor lies, and shapes are known before any value is, so a shard is never held
-in memory.
+Reading maps the files into memory: a tensor is a view of the page cache, and `release` hands its
+pages back. Writing streams: the header of a safetensors file says where every tensor lies, and
+shapes are known before any value is, so a file is never held in memory and can be continued after
+any of its tensors.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
+import mmap
 import os
-from collections.abc import Callable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
-from agentcpm_jax.merge.methods import FLOATS
+from agentcpm_jax.merge.chunked import FLOATS
 from agentcpm_jax.types import UserError
 
 INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 CODES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+LONGEST_HEADER = 100_000_000  # bytes; what the format allows
 
 
 @dataclass(frozen=True)
@@ -47,109 +49,225 @@ class Checkpoint:
     """
 
     def __init__(self, directory: Path):
-        self.directory = directory
-        self.config = _read_json(directory / "config.json")
+        self.directory = self.companions = directory  # tokenizer files lie in `companions`
+        self.config = read_json(directory / "config.json")
         self.files = _weight_files(directory)
-        self._stack = contextlib.ExitStack()
-        self._handle: dict[str, Any] = {}  # tensor name -> open file
+        self.tensors: dict[str, TensorInfo] = {}
+        self._mapped: dict[str, tuple[mmap.mmap, int, int]] = {}  # name -> file, start, end
 
     def __enter__(self) -> Checkpoint:
-        for file in self.files:
-            try:
-                handle = self._stack.enter_context(safe_open(file, framework="np"))
-            except (SafetensorError, OSError) as e:
-                self._stack.close()
-                raise UserError(
-                    f"{file} is not a whole safetensors file ({e}); copy or convert it again"
-                ) from None
-            self._handle.update(dict.fromkeys(handle.keys(), handle))
+        for path in self.files:
+            mapped, tensors = open_safetensors(path)
+            for name, (info, start, end) in tensors.items():
+                if name in self.tensors:
+                    raise UserError(f"{path} repeats tensor {name}; copy the checkpoint again")
+                self.tensors[name] = info
+                self._mapped[name] = (mapped, start, end)
+        self._check_index()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._stack.close()
-
-    @cached_property
-    def tensors(self) -> dict[str, TensorInfo]:
-        """Every tensor's shape and dtype, without reading any."""
-        out = {}
-        for name in sorted(self._handle):
-            s = self._handle[name].get_slice(name)
-            code = str(s.get_dtype())
-            out[name] = TensorInfo(tuple(s.get_shape()), CODES.get(code, code))
-        return out
+        self._mapped.clear()  # a map is closed when the last view of it goes
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor in its stored dtype."""
-        return self._handle[name].get_tensor(name)
+        """A read-only view of one tensor in its stored dtype."""
+        mapped, start, end = self._mapped[name]
+        info = self.tensors[name]
+        dtype = FLOATS.get(info.dtype)
+        if dtype is None:
+            raise UserError(
+                f"tensor {name} of {self.directory} has dtype {info.dtype}: only floating tensors "
+                "can be merged; convert the checkpoint first"
+            )
+        flat = np.frombuffer(mapped, np.uint8, end - start, start)
+        return flat.view(dtype).reshape(info.shape)
 
-    def sha256(self) -> dict[str, str]:
-        """Digest of each weight file, by file name."""
-        out = {}
-        for file in self.files:
-            with file.open("rb") as f:
-                out[file.name] = hashlib.file_digest(f, "sha256").hexdigest()
+    def copies(self, name: str) -> bool:
+        """Whether `read` makes a new array instead of a view."""
+        return False
+
+    def release(self, name: str) -> None:
+        """Takes the tensor's pages out of this process; the next `read` finds them again."""
+        mapped, start, end = self._mapped[name]
+        first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = end // mmap.PAGESIZE * mmap.PAGESIZE - first
+        if length > 0:
+            mapped.madvise(mmap.MADV_DONTNEED, first, length)
+
+    def identity(self) -> list[list[Any]]:
+        """File, size, time of change and header digest of every file: cheap, for resuming."""
+        out = []
+        for path in [self.directory / "config.json", *self.files]:
+            stat = path.stat()
+            with path.open("rb") as f:
+                head = f.read(8 + int.from_bytes(f.read(8), "little") if path in self.files else -1)
+            digest = hashlib.sha256(head).hexdigest()
+            out.append([path.name, stat.st_size, stat.st_mtime_ns, digest])
         return out
 
+    def sha256(self, stop: threading.Event | None = None) -> dict[str, str]:
+        """Digest of each weight file, by file name; incomplete once `stop` is set."""
+        return self._digest(self.files, stop)
 
-def write_shards(
-    directory: Path,
-    tensors: Mapping[str, TensorInfo],
-    values: Callable[[str], np.ndarray],
-    max_shard_bytes: int,
-) -> list[Path]:
-    """Writes `values(name)` for every tensor, asked for once each, in the order of the files.
+    def _digest(self, files: Sequence[Path], stop: threading.Event | None) -> dict[str, str]:
+        out = {}
+        block = bytearray(1 << 20)
+        for path in files:
+            digest = hashlib.sha256()
+            with path.open("rb", buffering=0) as f:
+                while (count := f.readinto(block)) and not (stop and stop.is_set()):
+                    digest.update(memoryview(block)[:count])
+            inside = path.is_relative_to(self.directory)
+            out[str(path.relative_to(self.directory)) if inside else path.name] = digest.hexdigest()
+        return out
 
-    The bytes depend on the tensors alone. Returns the paths of the weight files.
+    def _check_index(self) -> None:
+        index = self.directory / INDEX
+        if index.exists():
+            for name in sorted(read_json(index)["weight_map"].keys() - self.tensors.keys()):
+                raise UserError(
+                    f"tensor {name} of {index} is in none of its files; copy them again"
+                )
+
+
+def open_safetensors(path: Path) -> tuple[mmap.mmap, dict[str, tuple[TensorInfo, int, int]]]:
+    """The mapped file and {name: (info, first byte, last byte + 1)}.
+
+    Raises UserError when the file is cut short or its header does not describe it.
     """
-    shards = list(_plan(tensors, max_shard_bytes))
-    paths, weight_map = [], {}
-    for i, names in enumerate(shards):
-        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        path = directory / (file if len(shards) > 1 else "model.safetensors")
-        _write_file(path, {n: tensors[n] for n in names}, values)
-        paths.append(path)
-        weight_map.update(dict.fromkeys(names, path.name))
-    if len(shards) > 1:
+    try:
+        with path.open("rb") as f:
+            size = os.fstat(f.fileno()).st_size
+            length = int.from_bytes(f.read(8), "little")
+            if size < 8 or 8 + length > size or length > LONGEST_HEADER:
+                raise ValueError(f"{size} bytes hold no header")
+            header = json.loads(f.read(length))
+            if not isinstance(header, dict):
+                raise ValueError("its header is no object")
+            header.pop("__metadata__", None)
+            tensors = {n: _entry(n, e, 8 + length) for n, e in header.items()}
+            end = max((e for _, _, e in tensors.values()), default=8 + length)
+            if end != size:
+                raise ValueError(f"its header promises {end} bytes, it has {size}")
+            return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ), tensors
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(
+            f"{path} is not a whole safetensors file ({e}); copy or convert it again"
+        ) from None
+
+
+def _entry(name: str, entry: dict[str, Any], data: int) -> tuple[TensorInfo, int, int]:
+    start, end = entry["data_offsets"]
+    info = TensorInfo(tuple(entry["shape"]), CODES.get(entry["dtype"]) or str(entry["dtype"]))
+    if info.dtype in FLOATS and info.nbytes != end - start:
+        raise ValueError(f"{name} of shape {info.shape} has {end - start} bytes")
+    return info, data + start, data + end
+
+
+@dataclass(frozen=True)
+class FileLayout:
+    """One safetensors file to write: its name, header, and tensors in order with their offsets."""
+
+    name: str
+    header: bytes
+    tensors: tuple[tuple[str, int], ...]
+
+
+def plan_files(tensors: Mapping[str, TensorInfo], max_shard_bytes: int) -> list[FileLayout]:
+    """Which tensor goes where; depends on names, shapes and dtypes alone."""
+    groups = list(_groups(tensors, max_shard_bytes))
+    files = []
+    for i, names in enumerate(groups):
+        name = f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" if len(groups) > 1 else SINGLE
+        files.append(_layout(name, {n: tensors[n] for n in names}))
+    return files
+
+
+def write_files(
+    directory: Path,
+    files: list[FileLayout],
+    values: Callable[[str], Iterable[np.ndarray]],
+    done: int = 0,
+    wrote: Callable[[int, int], None] = lambda file, count: None,
+) -> None:
+    """Writes `values(name)`, pieces of the tensor in order, for every tensor in order.
+
+    Args:
+      done: so many tensors are in the files already; they are kept and not asked for.
+      wrote: called with (file descriptor, tensors written so far) after each tensor.
+    """
+    count = 0
+    for file in files:
+        kept = min(max(done - count, 0), len(file.tensors))
+        count += kept
+        if kept == len(file.tensors):
+            continue
+        path = directory / file.name
+        with path.open("r+b" if kept else "wb") as f:
+            if kept:
+                f.truncate(file.tensors[kept][1])
+                f.seek(0, os.SEEK_END)
+            else:
+                f.write(file.header)
+            for name, _ in file.tensors[kept:]:
+                for piece in values(name):
+                    # bfloat16 has no buffer protocol of its own
+                    f.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
+                f.flush()
+                count += 1
+                wrote(f.fileno(), count)
+            os.fsync(f.fileno())
+
+
+def write_index(
+    directory: Path, files: list[FileLayout], tensors: Mapping[str, TensorInfo]
+) -> None:
+    """The index of several files; nothing for one."""
+    if len(files) > 1:
         index = {
             "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
-            "weight_map": dict(sorted(weight_map.items())),
+            "weight_map": dict(sorted((n, f.name) for f in files for n, _ in f.tensors)),
         }
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return paths
 
 
-def _write_file(
-    path: Path, tensors: Mapping[str, TensorInfo], values: Callable[[str], np.ndarray]
-) -> None:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; UserError names the file when it is missing or something else."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{path} does not exist; give a Hugging Face checkpoint directory"
+        ) from None
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path} cannot be read: {e}; copy the checkpoint again") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path} is not a JSON object; copy the checkpoint again")
+    return data
+
+
+def _layout(name: str, tensors: Mapping[str, TensorInfo]) -> FileLayout:
     codes = {v: k for k, v in CODES.items()}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     # wide dtypes first keeps every tensor aligned to its own width
     order = sorted(tensors, key=lambda n: (-FLOATS[tensors[n].dtype].itemsize, n))
-    for name in order:
-        t = tensors[name]
-        header[name] = {
-            "dtype": codes[t.dtype],
-            "shape": list(t.shape),
-            "data_offsets": [offset, offset + t.nbytes],
+    offset = 0
+    for tensor in order:
+        info = tensors[tensor]
+        entries[tensor] = {
+            "dtype": codes[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": [offset, offset + info.nbytes],
         }
-        offset += t.nbytes
-    head = json.dumps(header, separators=(",", ":")).encode()
+        offset += info.nbytes
+    head = json.dumps(entries, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)
-    with path.open("wb") as f:
-        f.write(len(head).to_bytes(8, "little") + head)
-        for name in order:
-            value = values(name)
-            t = tensors[name]
-            if value.shape != t.shape or value.dtype != FLOATS[t.dtype]:
-                raise ValueError(f"{name}: {value.dtype}{value.shape} is not {t}")
-            # bfloat16 has no buffer protocol of its own
-            f.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
-        f.flush()
-        os.fsync(f.fileno())
+    head = len(head).to_bytes(8, "little") + head
+    starts = [len(head) + entries[tensor]["data_offsets"][0] for tensor in order]
+    return FileLayout(name, head, tuple(zip(order, starts, strict=True)))
 
 
-def _plan(tensors: Mapping[str, TensorInfo], max_shard_bytes: int) -> Iterator[list[str]]:
+def _groups(tensors: Mapping[str, TensorInfo], max_shard_bytes: int) -> Iterator[list[str]]:
     names: list[str] = []
     size = 0
     for name in sorted(tensors):
@@ -164,27 +282,17 @@ def _plan(tensors: Mapping[str, TensorInfo], max_shard_bytes: int) -> Iterator[l
 def _weight_files(directory: Path) -> list[Path]:
     index = directory / INDEX
     if index.exists():
-        weight_map = _read_json(index).get("weight_map")
+        weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise UserError(f"{index} has no weight_map; copy or convert the checkpoint again")
         names = sorted(set(weight_map.values()))
     else:
-        names = ["model.safetensors"]
+        names = [SINGLE]
     for name in names:
         if not (directory / name).is_file():
-            raise UserError(f"{directory / name} is missing; copy or convert the checkpoint again")
+            pickled = sorted(p.name for p in directory.glob("*.bin"))
+            hint = f" ({pickled[0]} is not read: it may run code)" if pickled else ""
+            raise UserError(
+                f"{directory / name} is missing{hint}; copy or convert the checkpoint again"
+            )
     return [directory / name for name in names]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"{path} does not exist; give a Hugging Face checkpoint directory"
-        ) from None
-    except (OSError, ValueError) as e:
-        raise UserError(f"{path} cannot be read: {e}; copy the checkpoint again") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path} is not a JSON object; copy the checkpoint again")
-    return data

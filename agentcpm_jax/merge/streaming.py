@@ -1,44 +1,76 @@
-"""Merges checkpoint directories without JAX, a few tensors in memory at a time."""
+"""Merges checkpoint directories without JAX, one tensor in memory at a time."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from agentcpm_jax.merge.methods import FLOATS, linear, task_arithmetic
+from agentcpm_jax.merge.adapters import AdaptedCheckpoint
+from agentcpm_jax.merge.card import model_card
+from agentcpm_jax.merge.chunked import FLOATS
+from agentcpm_jax.merge.companions import chat_template, donor_of, write_companions
+from agentcpm_jax.merge.locate import locate
+from agentcpm_jax.merge.methods import merge_tensors
 from agentcpm_jax.merge.recipe import MergeRecipe
-from agentcpm_jax.merge.shards import Checkpoint, TensorInfo, write_shards
+from agentcpm_jax.merge.resolve import Job, resolve_jobs, unmatched_filters
+from agentcpm_jax.merge.shards import Checkpoint, plan_files, write_files, write_index
+from agentcpm_jax.merge.staging import check_free, digest, staging, staging_path
+from agentcpm_jax.merge.trained import TrainingStep, is_training_step
+from agentcpm_jax.merge.trimming import with_kept_counts
+from agentcpm_jax.merge.vocabulary import Vocabulary, align, check_same_ids
 from agentcpm_jax.types import UserError
 
-#: Files that travel with the weights, copied from the base or else the first model.
-COMPANIONS = (
-    *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json"),
-    *("merges.txt", "added_tokens.json", "special_tokens_map.json"),
-    *("chat_template.jinja", "chat_template.json"),
-)
 #: Equal shapes do not make equal models: these must agree where both configs name them.
 ARCHITECTURE = (
     *("model_type", "num_attention_heads", "num_key_value_heads", "head_dim"),
     *("tie_word_embeddings", "rope_theta", "rope_scaling", "rms_norm_eps"),
 )
+#: Written bytes between two entries of the journal.
+SAVE_EVERY = 256_000_000
 
 
 @dataclass(frozen=True)
 class MergeResult:
-    """What was written."""
+    """What was written, and what a person should know about it."""
 
     directory: Path
     tensors: int
     parameters: int
     nbytes: int
+    resumed: int = 0  # tensors that an interrupted merge had left
+    notes: tuple[str, ...] = ()
+
+    def summary(self) -> str:
+        """One line for people."""
+        kept = f", {self.resumed} of them kept from an interrupted merge" if self.resumed else ""
+        return (
+            f"{self.directory}: {self.tensors} tensors{kept}, {self.parameters:,} parameters, "
+            f"{self.nbytes / 1e6:,.1f} MB"
+        )
+
+
+@dataclass(frozen=True)
+class Opened:
+    """The inputs of a merge, checked, and what is to be done with them."""
+
+    models: Mapping[str, Checkpoint]
+    jobs: Sequence[Job]
+    vocabulary: Vocabulary | None
+    template: str | None
+    notes: tuple[str, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the output's weights."""
+        return sum(job.info.nbytes for job in self.jobs)
 
 
 def merge_checkpoints(
@@ -47,201 +79,192 @@ def merge_checkpoints(
     roots: Sequence[Path] = (Path(),),
     max_shard_bytes: int = 5_000_000_000,
     progress: Callable[[int, int], None] | None = None,
+    seed: int = 0,
 ) -> MergeResult:
     """Writes the merged model as a Hugging Face directory that appears whole or not at all.
+
+    A killed merge is continued by the same call; the result is the same bit for bit.
 
     Args:
       recipe: what to merge.
       out: must not exist, or be an empty directory.
       roots: relative model paths are tried against these in order.
       max_shard_bytes: size at which a new safetensors file is begun.
-      progress: called with (tensors done, tensors in all).
+      progress: called with (bytes written, bytes in all) after each tensor.
+      seed: of DARE's and DELLA's random masks.
 
     Raises:
-      UserError: missing, truncated or mismatched checkpoint, `out` taken; nothing is left behind.
+      UserError: missing, truncated or mismatched checkpoint, `out` taken, disk full; nothing is
+        left behind.
     """
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"output {out} already exists; choose another or remove it")
-    names = [m.model for m in recipe.inputs]
-    if recipe.merge_method == "task_arithmetic":
-        names = [recipe.base_model, *names]
-    with contextlib.ExitStack() as stack:
-        models = [stack.enter_context(Checkpoint(_find(name, roots))) for name in names]
-        _check_same(models, names)
-        tensors = {
-            name: TensorInfo(
-                info.shape, _out_dtype(recipe, [m.tensors[name].dtype for m in models])
+    check_free(out)
+    with open_inputs(recipe, roots) as opened:
+        tensors = {job.name: job.info for job in opened.jobs}
+        files = plan_files(tensors, max_shard_bytes)
+        merge = {"recipe": dict(recipe.raw), "seed": seed, "shards": max_shard_bytes}
+        inputs = [model.identity() for model in opened.models.values()]
+        key = digest([merge, inputs, [str(m.directory) for m in opened.models.values()]])
+        _check_space(out, opened.nbytes)
+        with staging(out, key) as grown, _hashes(opened.models) as hashes:
+            jobs = {j.name: j for j in with_kept_counts(recipe, opened.jobs, opened.models)}
+            written = _Written(opened.nbytes, grown.record, progress)
+            order = [name for file in files for name, _ in file.tensors]
+            written.add(sum(tensors[name].nbytes for name in order[: grown.done]))
+
+            def values(name: str) -> Iterator[np.ndarray]:
+                yield merged_tensor(recipe, jobs[name], opened.models, seed)
+                written.add(tensors[name].nbytes)
+
+            resumed = grown.done
+            write_files(grown.path, files, values, resumed, written.note)
+            write_index(grown.path, files, tensors)
+            write_companions(
+                *(grown.path, recipe, opened.models, opened.jobs, opened.vocabulary),
+                opened.template,
             )
-            for name, info in models[0].tensors.items()
-        }
-        donor = models[names.index(recipe.base_model)] if recipe.base_model else models[0]
-        done = 0
-
-        def merged(name: str) -> np.ndarray:
-            nonlocal done
-            value = _merge_tensor(recipe, name, [m.read(name) for m in models], tensors[name])
-            done += 1
-            if progress:
-                progress(done, len(tensors))
-            return value
-
-        with _appearing(out) as partial:
-            write_shards(partial, tensors, merged, max_shard_bytes)
-            _write_config(partial, donor, {t.dtype for t in tensors.values()})
-            for file in COMPANIONS:
-                if (donor.directory / file).is_file():
-                    shutil.copyfile(donor.directory / file, partial / file)
-            card = _model_card(recipe, list(zip(names, models, strict=True)))
-            (partial / "README.md").write_text(card, encoding="utf-8")
+            card = model_card(recipe, seed, hashes(), opened.notes)
+            (grown.path / "README.md").write_text(card, encoding="utf-8")
     return MergeResult(
         directory=out,
         tensors=len(tensors),
         parameters=sum(int(np.prod(t.shape)) for t in tensors.values()),
-        nbytes=sum(t.nbytes for t in tensors.values()),
+        nbytes=opened.nbytes,
+        resumed=resumed,
+        notes=opened.notes,
     )
 
 
-def _merge_tensor(
-    recipe: MergeRecipe, name: str, values: list[np.ndarray], info: TensorInfo
+@contextlib.contextmanager
+def open_inputs(recipe: MergeRecipe, roots: Sequence[Path]) -> Iterator[Opened]:
+    """Opens every model, aligns vocabularies, resolves parameters; reads no weights.
+
+    Raises UserError for whatever makes the merge impossible.
+    """
+    with contextlib.ExitStack() as stack:
+        stored = {n: stack.enter_context(_checkpoint(n, roots)) for n in recipe.models}
+        _check_architecture(stored)
+        models: Mapping[str, Checkpoint] = stored
+        vocabulary = None
+        if recipe.tokenizer is None:
+            check_same_ids(stored)
+        else:
+            models, vocabulary = align(
+                recipe.tokenizer, recipe.base_model, stored, donor_of(recipe), recipe.compat
+            )
+        template = chat_template(recipe, models)
+        jobs = resolve_jobs(recipe, models)
+        notes = [*recipe.notes, *unmatched_filters(recipe, jobs)]
+        notes += vocabulary.notes if vocabulary else ()
+        yield Opened(models, jobs, vocabulary, template, tuple(notes))
+
+
+def merged_tensor(
+    recipe: MergeRecipe, job: Job, models: Mapping[str, Checkpoint], seed: int
 ) -> np.ndarray:
-    if recipe.dtype:
-        values = [v.astype(FLOATS[recipe.dtype]) for v in values]
-    trees = [{name: v} for v in values]  # the name, for the error message
-    weights = [m.weight for m in recipe.inputs]
-    dtype = FLOATS[info.dtype]
-    if recipe.merge_method == "linear":
-        out = linear(trees, weights, recipe.normalized, dtype)
-    else:
-        compute = None if recipe.compute_dtype == "native" else np.float32
-        out = task_arithmetic(
-            *(trees[0], trees[1:], weights, recipe.lambda_, recipe.normalized, dtype, compute)
-        )
-    return out[name]
+    """Reads the inputs of one job and merges them."""
+    places = [*job.inputs, *([job.base] if job.base else [])]
+    arrays = [_cast(models[model].read(name), recipe) for model, name in places]
+    merged = merge_tensors(
+        recipe.merge_method,
+        arrays[: len(job.inputs)],
+        base=arrays[-1] if job.base else None,
+        global_params=job.shared,
+        model_params=job.own,
+        name=job.name,
+        seed=seed,
+        compat=recipe.compat,
+        # mergekit rounds to the dtype of the inputs before it rounds to that of the output
+        dtype=None if recipe.compat else FLOATS[job.info.dtype],
+        labels=[model for model, _ in places],
+    )
+    for model, name in places:
+        models[model].release(name)
+    return merged.astype(FLOATS[job.info.dtype], copy=False)
 
 
-def _out_dtype(recipe: MergeRecipe, stored: list[str]) -> str:
-    if unknown := [d for d in stored if d not in FLOATS]:
-        raise UserError(f"dtype {unknown[0]} cannot be merged; convert the checkpoint to a float")
-    promoted = np.result_type(*(FLOATS[d] for d in stored)).name
-    return recipe.out_dtype or recipe.dtype or promoted
+def _cast(value: np.ndarray, recipe: MergeRecipe) -> np.ndarray:
+    """The input in the recipe's dtype; half precision may stay where float32 is computed anyway."""
+    if not recipe.dtype or value.dtype == FLOATS[recipe.dtype]:
+        return value
+    if recipe.dtype == "float32" and value.dtype.itemsize == 2 and not recipe.compat:
+        return value
+    return value.astype(FLOATS[recipe.dtype])
 
 
-def _check_same(models: list[Checkpoint], names: list[str]) -> None:
-    """Same tensors, shapes, architecture and token ids, or a UserError that says which differs."""
-    union = sorted({t for m in models for t in m.tensors})
-    for tensor in union:
-        for m, name in zip(models, names, strict=True):
-            if tensor not in m.tensors:
-                raise UserError(
-                    f"tensor {tensor} is missing from {name}; merge models of one architecture, "
-                    "all with tied or all with untied embeddings"
-                )
-            mine, first = m.tensors[tensor].shape, models[0].tensors[tensor].shape
-            if mine != first:
-                raise UserError(
-                    f"tensor {tensor} has shape {first} in {names[0]} but {mine} in {name}; "
-                    "merge models of one architecture and one vocabulary"
-                )
-    first_config, first_vocab = _architecture(models[0].config), _vocabulary(models[0])
-    for m, name in zip(models[1:], names[1:], strict=True):
-        config = _architecture(m.config)
+def _checkpoint(name: str, roots: Sequence[Path]) -> Checkpoint:
+    found = locate(name, roots)
+    if found.adapter is not None:
+        return AdaptedCheckpoint(found.model, found.adapter)
+    return TrainingStep(found.model) if is_training_step(found.model) else Checkpoint(found.model)
+
+
+def _check_architecture(models: Mapping[str, Checkpoint]) -> None:
+    """Raises UserError if two configs describe different models; depth may differ, for slices."""
+    first_name, first = next((name, _flat(model.config)) for name, model in models.items())
+    for name, model in models.items():
+        config = _flat(model.config)
         for key in ARCHITECTURE:
-            a, b = first_config.get(key), config.get(key)
+            a, b = first.get(key), config.get(key)
             if a is not None and b is not None and a != b:
                 raise UserError(
-                    f"{key} is {a!r} in {names[0]} but {b!r} in {name}; "
+                    f"{key} is {a!r} in {first_name} but {b!r} in {name}; "
                     "merge models of one architecture"
                 )
-        for token, i in _vocabulary(m).items():
-            if first_vocab.get(token, i) != i:
-                raise UserError(
-                    f"token {token!r} has id {first_vocab[token]} in {names[0]} but {i} in {name}; "
-                    "merge models of one tokenizer"
-                )
 
 
-def _architecture(config: dict[str, Any]) -> dict[str, Any]:
+def _flat(config: dict[str, Any]) -> dict[str, Any]:
     """The config with rope settings under their older names, which transformers 5 nests."""
     rope = config.get("rope_parameters")
     return {**config, "rope_theta": rope.get("rope_theta")} if isinstance(rope, dict) else config
 
 
-def _vocabulary(model: Checkpoint) -> dict[str, int]:
-    """Token -> id from tokenizer.json; empty when there is none or it is of another kind."""
-    path = model.directory / "tokenizer.json"
-    if not path.is_file():
-        return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise UserError(f"{path} is not JSON ({e}); copy the checkpoint again") from None
-    vocab = data.get("model", {}).get("vocab", {})
-    added = {t["content"]: t["id"] for t in data.get("added_tokens", [])}
-    return {**vocab, **added} if isinstance(vocab, dict) else added
+def _check_space(out: Path, nbytes: int) -> None:
+    folder = out.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    partial = staging_path(out)
+    there = sum(p.stat().st_size for p in partial.glob("*.safetensors")) if partial.is_dir() else 0
+    free = shutil.disk_usage(folder).free + there
+    if free < nbytes:
+        raise UserError(
+            f"output {out} needs {nbytes / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free; "
+            "free space or choose another disk"
+        )
 
 
-def _find(name: str, roots: Sequence[Path]) -> Path:
-    tried = [root / name for root in roots]
-    for path in tried:
-        if path.is_dir():
-            return path
-    raise UserError(
-        f"model {name} is not a directory (tried {', '.join(str(p) for p in tried)}); "
-        "give the path of a Hugging Face checkpoint"
-    )
+class _Written:
+    """Counts bytes, for progress and for when the journal is due."""
+
+    def __init__(
+        self,
+        total: int,
+        record: Callable[[int, int], None],
+        progress: Callable[[int, int], None] | None,
+    ):
+        self._total, self._record, self._progress = total, record, progress
+        self._done = self._recorded = 0
+
+    def add(self, nbytes: int) -> None:
+        self._done += nbytes
+
+    def note(self, fd: int, count: int) -> None:
+        """After each tensor: `count` are in the files."""
+        if self._done - self._recorded >= SAVE_EVERY:
+            self._record(fd, count)
+            self._recorded = self._done
+        if self._progress:
+            self._progress(self._done, self._total)
 
 
 @contextlib.contextmanager
-def _appearing(out: Path) -> Iterator[Path]:
-    """A directory beside `out` that becomes `out` when the block ends well, and vanishes if not."""
-    partial = out.absolute().with_name(f".{out.absolute().name}.partial-{os.getpid()}")
-    try:
-        partial.mkdir(parents=True)
-    except OSError as e:
-        raise UserError(f"output {out} cannot be created: {e}; choose another") from None
-    try:
-        yield partial
-        os.replace(partial, out)
-    except BaseException as e:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(e, OSError):  # a full disk, most of the time
-            raise UserError(f"output {out} cannot be written: {e}; free space or move it") from e
-        raise
-
-
-def _write_config(directory: Path, donor: Checkpoint, dtypes: set[str]) -> None:
-    config = dict(donor.config)
-    if len(dtypes) == 1:
-        config["torch_dtype" if "torch_dtype" in config else "dtype"] = next(iter(dtypes))
-    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    (directory / "config.json").write_text(text, encoding="utf-8")
-
-
-def _model_card(recipe: MergeRecipe, models: list[tuple[str, Checkpoint]]) -> str:
-    rows = [
-        f"| {name} | {file} | `{digest}` |"
-        for name, model in models
-        for file, digest in model.sha256().items()
-    ]
-    return "\n".join(
-        [
-            "---",
-            "library_name: transformers",
-            "tags:",
-            "- merge",
-            "---",
-            "# Merged model",
-            "",
-            f"{recipe.merge_method.replace('_', ' ').capitalize()} of {len(recipe.inputs)} "
-            "checkpoints, accumulated in float32 and rounded once.",
-            "",
-            "```yaml",
-            recipe.to_yaml().rstrip(),
-            "```",
-            "",
-            "| input | file | sha256 |",
-            "|---|---|---|",
-            *rows,
-            "",
-        ]
-    )
+def _hashes(
+    models: Mapping[str, Checkpoint],
+) -> Iterator[Callable[[], dict[str, dict[str, str]]]]:
+    """Digests of all inputs, computed beside the merge; call what this yields to wait for them."""
+    stop = threading.Event()
+    with ThreadPoolExecutor(1, "hashes") as executor:
+        digests = {n: executor.submit(m.sha256, stop) for n, m in models.items()}
+        try:
+            yield lambda: {name: future.result() for name, future in digests.items()}
+        finally:
+            stop.set()

@@ -2,12 +2,19 @@
 
 Estimators over the n scores s of one group:
     leave_one_out  A_i = s_i - mean_{j != i} s_j = n/(n-1) (s_i - mean s)   (RLOO; AgentCPM-Explore)
-    grpo           A_i = (s_i - mean s) / (std s + 1e-6), std with n - 1    (GRPO)
-    grpo_no_std    A_i = s_i - mean s                                      (Dr.GRPO)
+    grpo           A_i = (s_i - mean s) / (std s + 1e-6), std with n - 1    (GRPO, DAPO)
+    grpo_no_std    A_i = s_i - mean s                   (Dr.GRPO, MiniRL, REINFORCE++-baseline)
+    raw            A_i = s_i                                              (REINFORCE++)
+The batch-wide normalisation of REINFORCE++ is part of the train step (`loss.normalize`): only there
+the whole batch is seen. Its discount is 1, so every token's return is its trajectory's score.
 
 AgentCPM-Explore's rule then shapes it, per turn: A <- min(preset, A) where a turn carries a preset
 (0 for malformed and repeated turns: blame stays, credit goes), A <- min(A, 0) when s <= 0.5 and
 max(A, 0) otherwise (sign clamp), A <- scale A, and what is 0 leaves the loss.
+
+Soft overlong punishment (DAPO, arXiv 2503.14476), with len = the sampled tokens of a trajectory:
+    s <- s + factor min((L_max - L_buffer - len) / L_buffer, 0)
+It moves the advantages alone: the filters see the scores as they were graded.
 
 Deviations from the original:
 1. The baseline holds the scores of valid samples only; the original also counts environment
@@ -16,12 +23,14 @@ Deviations from the original:
    formed calls included. Only when the call cannot be located is it the whole turn.
 3. The preset of a repeated turn and that of a malformed call do not overwrite each other.
 4. A group of equal scores has advantages of exactly 0, whatever the rounding.
+5. A group of one has advantage 0 with every estimator but `raw`.
+6. The overlong punishment counts what the policy wrote, not what its tools returned.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -30,24 +39,81 @@ from agentcpm_jax.types import Trajectory, TrajectoryGroup, Turn, TurnFlag, User
 
 @dataclass(frozen=True)
 class AdvantageConfig:
-    """Which estimator, and how its result is shaped (defaults: the original's released recipe)."""
+    """Which estimator, and how its result is shaped (defaults: the original's released recipe).
 
-    estimator: str = "leave_one_out"  # leave_one_out | grpo | grpo_no_std
+    With the estimator left open, `for_loss` chooses it and the shaping that the loss's paper has.
+    """
+
+    estimator: str = ""  # leave_one_out | grpo | grpo_no_std | raw; "": that of the loss
     scale: float = 2.0
     sign_clamp: bool = True
     right_above: float = 0.5  # the sign clamp's threshold: a score above it is right
     drop_zero: bool = True
     minimal: float | None = None  # tokens whose advantage is below leave the loss
-    singleton: str = "zero"  # "raw": a group of one has its score as advantage (grpo only)
+    singleton: str = "zero"  # "raw": a group of one has its score as advantage
+    overlong_max: int = 0  # L_max in sampled tokens; 0: no soft overlong punishment
+    overlong_buffer: int = 4096
+    overlong_factor: float = 1.0
 
     def __post_init__(self) -> None:
-        for key, allowed in (
-            ("estimator", ("leave_one_out", "grpo", "grpo_no_std")),
-            ("singleton", ("zero", "raw")),
-        ):
+        for key, allowed in (("estimator", ("", *ESTIMATORS)), ("singleton", ("zero", "raw"))):
             value = getattr(self, key)
             if value not in allowed:
-                raise UserError(f"unknown advantage {key} {value!r}; use {' or '.join(allowed)}")
+                known = " or ".join(a for a in allowed if a)
+                raise UserError(f"unknown advantage {key} {value!r}; use {known}")
+        if self.overlong_max and not 0 < self.overlong_buffer <= self.overlong_max:
+            raise UserError(
+                f"overlong_buffer={self.overlong_buffer} must lie between 1 and "
+                f"overlong_max={self.overlong_max}"
+            )
+
+
+#: The estimator of each method of `train.methods`.
+ESTIMATOR_OF = {
+    "minirl": "leave_one_out",
+    "minirl_paper": "grpo_no_std",
+    "reinforce": "grpo_no_std",
+    "rloo": "leave_one_out",
+    "reinforce_pp": "raw",
+    "reinforce_pp_baseline": "grpo_no_std",
+    "ppo": "grpo",
+    "decoupled_ppo": "grpo",
+    "grpo": "grpo",
+    "dr_grpo": "grpo_no_std",
+    "dapo": "grpo",
+    "gspo": "grpo",
+    "cispo": "grpo",
+    "dppo_tv": "grpo",
+    "dppo_kl": "grpo",
+}
+ESTIMATORS = ("leave_one_out", "grpo", "grpo_no_std", "raw")
+
+
+def for_loss(cfg: AdvantageConfig, loss: str) -> AdvantageConfig:
+    """`cfg` with the estimator of the loss named `loss`, unless it names one itself.
+
+    Scale, sign clamp and the removal of zeros are the original recipe's: other losses' own
+    estimators come without them.
+
+    Raises:
+      UserError: the estimator is left open, and a shaping option that the loss's recipe does not
+        have was set to something else than its default.
+    """
+    if cfg.estimator:
+        return cfg
+    chosen = replace(cfg, estimator=ESTIMATOR_OF[loss])
+    if loss == "minirl":
+        return chosen
+    plain = {"scale": 1.0, "sign_clamp": False, "drop_zero": False}
+    default = AdvantageConfig()
+    for key, value in plain.items():
+        given = getattr(cfg, key)
+        if given not in (value, getattr(default, key)):
+            raise UserError(
+                f"advantages.{key}={given} would be ignored: {loss!r} has {value}; name "
+                f"advantages.estimator ({chosen.estimator!r}) to shape it yourself"
+            )
+    return replace(chosen, **plain)
 
 
 @dataclass(frozen=True)
@@ -99,8 +165,11 @@ def credit_group(
 
 def estimate(scores: Sequence[float] | np.ndarray, cfg: AdvantageConfig) -> np.ndarray:
     """f64[n] of the configured estimator, before shaping."""
-    if cfg.estimator == "leave_one_out":
-        return leave_one_out(scores)
+    if cfg.estimator == "raw":
+        return np.asarray(scores, np.float64).copy()
+    if cfg.estimator in ("", "leave_one_out"):
+        lone = np.asarray(scores, np.float64).copy()
+        return lone if len(lone) == 1 and cfg.singleton == "raw" else leave_one_out(scores)
     return grpo(scores, std=cfg.estimator == "grpo", singleton=cfg.singleton)
 
 
@@ -129,6 +198,33 @@ def grpo(
         return np.zeros(len(s))
     centred = s - s.mean()
     return centred / (s.std(ddof=1) + eps) if std else centred
+
+
+def punish_overlong(
+    trajectories: Sequence[Trajectory], cfg: AdvantageConfig
+) -> tuple[Trajectory, ...]:
+    """The trajectories with the soft overlong punishment taken off their rewards.
+
+    Call it after the filters, on the trajectories to train and on those of the baseline.
+    """
+    if not cfg.overlong_max:
+        return tuple(trajectories)
+    lengths = [sum(int(s.sampled.sum()) for s in t.segments) for t in trajectories]
+    penalties = soft_overlong(
+        lengths, cfg.overlong_max, cfg.overlong_buffer, cfg.overlong_factor
+    ).tolist()
+    return tuple(
+        t if t.reward is None else replace(t, reward=t.reward + penalty)
+        for t, penalty in zip(trajectories, penalties, strict=True)
+    )
+
+
+def soft_overlong(
+    lengths: Sequence[int] | np.ndarray, max_length: int, buffer: int, factor: float = 1.0
+) -> np.ndarray:
+    """DAPO's penalty f64[n], 0 up to max_length - buffer tokens, -factor at max_length."""
+    left = max_length - buffer - np.asarray(lengths, np.float64)
+    return factor * np.minimum(left / buffer, 0.0)
 
 
 def shape(
@@ -205,7 +301,7 @@ def _lower(bounds: np.ndarray, span: slice, value: float) -> None:
 def _spans_without_credit(turn: Turn) -> list[slice]:
     """Where A is bounded by 0: malformed calls, or the whole turn."""
     whole = [slice(turn.sample_start, turn.end)]
-    malformed = [c for c in turn.calls if c.error is not None]
+    malformed = [call for call, _ in turn.bad_calls]
     if TurnFlag.REPEATED in turn.flags or any(c.span[0] < 0 for c in malformed):
         return whole
     if TurnFlag.FORMAT_ERROR in turn.flags and not malformed:

@@ -7,11 +7,21 @@ for it is a true score of this policy), drops the whole group, or only *notes* s
 
 Filters, in the default order (ours; then AgentCPM-Explore's condition):
 
-environment    drop a sample whose stop is engine_error, infra_error, judge_error or cancelled,
-               whose verdict is unknown, or whose reward is missing or not finite. Original: final
+environment    drop a sample whose stop is engine_error, infra_error, judge_error or cancelled
+               (a failing engine, tool server or judge; a timeout; a broken connection), whose
+               verdict is unknown (the judge abstained, or its votes disagree), or whose reward is
+               missing or not finite. `rollout.repair` has tried it again before. Original: final
                state "failed_error" is abandoned, after its 0 entered the baseline. [1,2]
-format         note each malformed call by its parse error; `advantages` takes the credit of its
-               tokens. Original: the whole turn of a malformed call loses its credit. [3]
+disagreement   of samples of one group with the same answer (normalised) but different verdicts,
+               drop those of the rarer verdict; all of them, unless more than `agreement` of them
+               have the other one. Original: none. [10]
+contamination  drop a sample when a tool result or call argument of it holds one of the texts in
+               `contaminated` (case ignored); drop the group when its task's uid is one of them.
+               Original: URLs with "huggingface" are cut from the results, tasks are not
+               checked. [11]
+format         note each malformed call by its parse error, and each call that its tool refused for
+               its arguments; `advantages` takes the credit of its tokens. Original: the whole turn
+               loses its credit when a call is malformed or lacks an argument (but not code). [3]
 repeated       note each turn whose text stood earlier; `advantages` takes its credit. Original: the
                same, but the label replaces that of a malformed call. [4]
 extreme        mute samples whose stop is in `extreme_stops`, except the first `reserve` of them by
@@ -40,16 +50,20 @@ Deviations from the original:
    after idle talk is.
 8. A group that cannot give a gradient is dropped, to be refilled.
 9. Balancing is a filter among the others; the original returns early and skips the rest.
+10. A judge sees question, accepted answers and answer, so different verdicts on the same answer
+   are its error. Leave the filter out when the reward looks at more than the answer.
+11. What an agent saw is not edited: the sample that met a leak leaves, and is counted.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from agentcpm_jax.rewards.grade import NON_FINITE, UNKNOWN_NOTES, normalize
 from agentcpm_jax.types import (
     UNKNOWN_STOPS,
     StopReason,
@@ -67,6 +81,8 @@ class DenoiseConfig:
 
     filters: tuple[str, ...] = (
         "environment",
+        "disagreement",
+        "contamination",
         "format",
         "repeated",
         "extreme",
@@ -75,6 +91,9 @@ class DenoiseConfig:
         "too_few",
         "zero_variance",
     )
+    agreement: float = 0.5
+    # Hosts, canary strings, uids of held-out tasks. Benchmarks are published with their answers.
+    contaminated: tuple[str, ...] = ("huggingface.co/datasets", "hf.co/datasets")
     extreme_stops: tuple[str, ...] = ("max_turns", "max_context", "repetition", "truncated")
     reserve: int = 0
     min_calls: int = 0
@@ -91,6 +110,10 @@ class DenoiseConfig:
                 f"denoise.filters {self.filters!r} must begin with 'environment': the filters "
                 "after it read scores, which samples of unknown verdict do not have"
             )
+        if not 0.5 <= self.agreement <= 1.0:
+            raise UserError(f"denoise.agreement is {self.agreement}; use a share from 0.5 to 1")
+        if not all(text.strip() for text in self.contaminated):
+            raise UserError("denoise.contaminated holds an empty text, which is in every page")
         stops = [s for s in self.extreme_stops if s not in set(StopReason)]
         if stops:
             raise UserError(f"unknown stop {stops[0]!r}; use {', '.join(StopReason)}")
@@ -163,13 +186,44 @@ def environment(state: DenoisedGroup, cfg: DenoiseConfig) -> list[Decision]:
         reason = None
         if t.stop in UNKNOWN_STOPS:
             reason = str(t.stop)
+        elif t.reward is not None and not math.isfinite(t.reward):
+            reason = NON_FINITE
         elif t.verdict == Verdict.UNKNOWN or t.reward is None:
-            reason = "unknown_verdict"
-        elif not math.isfinite(t.reward):
-            reason = "non_finite_reward"
+            note = t.error.partition(":")[0]
+            reason = note if note in UNKNOWN_NOTES else "unknown_verdict"
         if reason is not None:
-            found.append(Decision("sample", "drop", "environment", reason, t.sample))
+            found.append(_drop("environment", reason, t))
     return found
+
+
+def disagreement(state: DenoisedGroup, cfg: DenoiseConfig) -> list[Decision]:
+    """Equal answers that were judged differently: the rarer verdict is the judge's error."""
+    by_answer: defaultdict[str, list[Trajectory]] = defaultdict(list)
+    for t in state.group.trajectories:
+        if t.answer is not None:
+            by_answer[normalize(t.answer)].append(t)
+    found = []
+    for same in by_answer.values():
+        counts = Counter(t.verdict for t in same)
+        if len(counts) < 2:
+            continue
+        (common, count), *_ = counts.most_common()
+        settled = count > cfg.agreement * len(same)
+        doubted = [t for t in same if not (settled and t.verdict == common)]
+        found += [_drop("disagreement", "same_answer_other_verdict", t) for t in doubted]
+    return found
+
+
+def contamination(state: DenoisedGroup, cfg: DenoiseConfig) -> list[Decision]:
+    """Samples that met a listed text, and groups whose task is listed."""
+    if state.group.task.uid in cfg.contaminated:
+        return [Decision("group", "drop", "contamination", "held_out_task")]
+    texts = [text.casefold() for text in cfg.contaminated]
+    return [
+        _drop("contamination", "contaminated_source", t)
+        for t in state.group.trajectories
+        if texts and any(text in seen for seen in _texts_seen(t) for text in texts)
+    ]
 
 
 def malformed_calls(state: DenoisedGroup, cfg: DenoiseConfig) -> list[Decision]:
@@ -177,7 +231,7 @@ def malformed_calls(state: DenoisedGroup, cfg: DenoiseConfig) -> list[Decision]:
     found = []
     for t in state.group.trajectories:
         for i, turn in enumerate(t.turns):
-            errors = [c.error for c in turn.calls if c.error is not None]
+            errors = [why for _, why in turn.bad_calls]
             if TurnFlag.FORMAT_ERROR in turn.flags and not errors:
                 errors = ["not_located"]
             found += [Decision("turn", "note", "format", e, t.sample, i) for e in errors]
@@ -251,6 +305,8 @@ def balance(state: DenoisedGroup, cfg: DenoiseConfig) -> list[Decision]:
 
 FILTERS: dict[str, Callable[[DenoisedGroup, DenoiseConfig], list[Decision]]] = {
     "environment": environment,
+    "disagreement": disagreement,
+    "contamination": contamination,
     "format": malformed_calls,
     "repeated": repeated,
     "extreme": extreme,
@@ -278,6 +334,19 @@ def _apply(state: DenoisedGroup, decisions: Sequence[Decision]) -> DenoisedGroup
 
 def _by_sample(trajectories: Iterable[Trajectory]) -> list[Trajectory]:
     return sorted(trajectories, key=lambda t: t.sample)
+
+
+def _texts_seen(trajectory: Trajectory) -> Iterator[str]:
+    """Tool results and call arguments, casefolded."""
+    for turn in trajectory.turns:
+        for result in turn.results:
+            yield result.content.casefold()
+        for call in turn.calls:
+            yield str(call.arguments).casefold()
+
+
+def _drop(name: str, reason: str, trajectory: Trajectory) -> Decision:
+    return Decision("sample", "drop", name, reason, trajectory.sample)
 
 
 def _mute(name: str, reason: str, trajectory: Trajectory) -> Decision:

@@ -5,8 +5,9 @@ goes `issued -> ready -> shipped`, or ends `dropped` (with a reason) or `done` (
 transitions are guarded in SQL, so each issue has exactly one terminal state. What is trained is
 what is stored: a step's batch is committed before the step runs and read back from here.
 
-SQLite (WAL) is the embedded default; a `postgresql+driver://` URL runs the same statements.
-Methods are synchronous, take milliseconds and may be called from any thread.
+SQLite (WAL) is the embedded default, for one process; a `postgresql+psycopg://` URL runs the same
+statements for any number of them (`claims`). Methods are synchronous, take milliseconds and may be
+called from any thread.
 """
 
 from __future__ import annotations
@@ -14,52 +15,59 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import sqlalchemy as sa
 
 from agentcpm_jax.rollout import experience_codec as codec
 from agentcpm_jax.rollout import experience_schema as db
-from agentcpm_jax.rollout.experience_schema import (
-    Decision,
-    DecisionLike,
-    Issue,
-    Result,
-    ShipEntry,
-    ShippedSegment,
+from agentcpm_jax.rollout.experience_claims import Claims, check_holds
+from agentcpm_jax.rollout.experience_engine import (
+    create_or_check,
+    is_shared,
+    lock_issuing,
+    open_engine,
 )
-from agentcpm_jax.types import StopReason, Task, Trajectory, TrajectoryGroup, Verdict
+from agentcpm_jax.rollout.experience_place import take_snapshot
+from agentcpm_jax.rollout.experience_reader import LogReader
+from agentcpm_jax.rollout.experience_schema import DecisionLike, ShipEntry
+from agentcpm_jax.rollout.experience_signals import Signals, listen_postgres, notify
+from agentcpm_jax.types import Task, Trajectory
 
 
-class ExperienceLog:
+class ExperienceLog(LogReader):
     """See the module's text. Make one with `open`; `close` it or use it as a context manager."""
 
     def __init__(self, engine: sa.Engine, durable: sa.Engine, where: str) -> None:
-        self._engine = engine
+        super().__init__(engine, where)
         self._durable = durable  # its commits survive a power cut: used by `ship`
         self._writing = threading.Lock()
-        self.where = where
+        self.signals = Signals(partial(listen_postgres, engine) if is_shared(engine) else None)
+        self.claims = Claims(self._read, self._write)
 
     @classmethod
     def open(cls, url_or_path: str | Path) -> ExperienceLog:
-        """Opens or creates a log.
+        """Opens or creates a log; one of an older schema version is migrated.
 
         Raises:
-            UserError: not a log, not a URL, or a log of another schema version.
+            UserError: not a log, not a URL, not reachable, or a log of a newer schema version.
         """
-        engine = db.open_engine(url_or_path, durable=False)
+        engine = open_engine(url_or_path, durable=False)
+        where = engine.url.database or ""
+        if is_shared(engine):
+            where = engine.url.render_as_string(hide_password=True)
         try:
-            db.create_or_check(engine, str(url_or_path))
+            create_or_check(engine, where)
         except BaseException:
             engine.dispose()
             raise
-        return cls(engine, db.open_engine(url_or_path, durable=True), str(url_or_path))
+        return cls(engine, open_engine(url_or_path, durable=True), where)
 
     def close(self) -> None:
+        self.signals.close()
         self._engine.dispose()
         self._durable.dispose()
 
@@ -68,6 +76,22 @@ class ExperienceLog:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def wait(self, kind: str, timeout: float, after: int | None = None) -> int:
+        """Sleeps until a change of `kind` may have happened; see `Signals.wait`."""
+        return self.signals.wait(kind, timeout, after)
+
+    def announce(self, kind: str) -> None:
+        """Wakes those who wait for `kind`, in every process: for changes outside the log."""
+        with self._write(announces=(kind,)):
+            pass
+
+    def snapshot(self, target: Path) -> bool:
+        """A consistent copy in the file `target`; False for a server, which is backed up itself."""
+        if self.shared:
+            return False
+        take_snapshot(Path(self.where), target)
+        return True
 
     # ---- issuing
 
@@ -86,10 +110,15 @@ class ExperienceLog:
     ) -> list[int]:
         """Hands out (task, epoch, ordinal)s, all or none; returns their ids, ascending."""
         now = time.time()
-        ids = []
         with self._write() as conn:
-            for task, epoch, ordinal in tasks:
+            lock_issuing(conn)
+            # Not the database's own counter: PostgreSQL's skips ids when a transaction is lost, and
+            # a resumed run would then sample with other keys. Issues are never deleted.
+            first = int(conn.scalar(sa.select(sa.func.max(db.issue.c.issue_id))) or 0) + 1
+            ids = list(range(first, first + len(tasks)))
+            for issue_id, (task, epoch, ordinal) in zip(ids, tasks, strict=True):
                 row = {
+                    "issue_id": issue_id,
                     "stage": stage,
                     "kind": kind,
                     "task_uid": task.uid,
@@ -101,30 +130,19 @@ class ExperienceLog:
                     "issued_at": now,
                     "changed_at": now,
                 }
-                key = conn.execute(sa.insert(db.issue).values(row)).inserted_primary_key
-                ids.append(int(key[0]))  # pyright: ignore[reportOptionalSubscript]
+                conn.execute(sa.insert(db.issue).values(row))
         return ids
-
-    def next_ordinal(self, stage: str, kind: str = "train") -> int:
-        """The first index of the task sequence that was never issued."""
-        query = sa.select(sa.func.max(db.issue.c.ordinal)).where(*_of(stage, kind))
-        last = self._scalar(query)
-        return 0 if last is None else int(last) + 1
-
-    def drop_counts(self, stage: str, kind: str, reason: str) -> dict[int, tuple[int, int]]:
-        """Ordinals dropped for `reason` at least once -> (times dropped for it, times issued)."""
-        c = db.issue.c
-        hits = sa.func.sum(sa.case((sa.and_(c.state == "dropped", c.reason == reason), 1), else_=0))
-        query = sa.select(c.ordinal, hits, sa.func.count()).where(*_of(stage, kind))
-        rows = self._rows(query.group_by(c.ordinal).having(hits > 0))
-        return {int(ordinal): (int(dropped), int(issued)) for ordinal, dropped, issued in rows}
 
     # ---- recording
 
-    def record_trajectory(self, traj: Trajectory) -> None:
+    def record_trajectory(self, traj: Trajectory, worker: str = "") -> None:
         """Stores one attempt. Later attempts of an earlier run of the same sample are forgotten.
 
-        Raises ValueError when its issue is not in flight.
+        worker: who must hold the claim on its issue; "": the process that issued it.
+
+        Raises:
+            ValueError: its issue is not in flight.
+            ClaimLost: `worker` does not hold the issue any more.
         """
         oldest, newest = traj.versions
         row = {
@@ -146,9 +164,11 @@ class ExperienceLog:
         c = db.trajectory.c
         stale = [c.issue_id == traj.issue_id, c.sample == traj.sample, c.attempt >= traj.attempt]
         with self._write() as conn:
-            state = conn.scalar(
-                sa.select(db.issue.c.state).where(db.issue.c.issue_id == traj.issue_id)
-            )
+            if worker:
+                check_holds(conn, traj.issue_id, worker)
+            # Shared lock: nobody settles the group between this look and the commit.
+            query = sa.select(db.issue.c.state).where(db.issue.c.issue_id == traj.issue_id)
+            state = conn.scalar(query.with_for_update(read=True))
             if state != "issued":
                 raise ValueError(f"issue {traj.issue_id} is {state}, not in flight: nothing stored")
             conn.execute(sa.delete(db.trajectory).where(*stale))
@@ -168,13 +188,13 @@ class ExperienceLog:
         """
         if state not in ("ready", "dropped", "done"):
             raise ValueError(f"a group finishes ready, dropped or done, not {state!r}")
-        with self._write() as conn:
+        with self._write(announces=("settled",)) as conn:
             _move(conn, issue_id, ("issued",), state, reason)
             _decide(conn, issue_id, decisions)
 
     def drop(self, issue_id: int, reason: str, decisions: Iterable[DecisionLike] = ()) -> None:
         """An issue in flight or ready ends `dropped`. Raises ValueError when it has ended."""
-        with self._write() as conn:
+        with self._write(announces=("settled",)) as conn:
             _move(conn, issue_id, ("issued", "ready"), "dropped", reason)
             _decide(conn, issue_id, decisions)
 
@@ -207,7 +227,7 @@ class ExperienceLog:
             for n, e in enumerate(entries)
         ]
         c = db.shipped.c
-        with self._write(durable=True) as conn:
+        with self._write(durable=True, announces=("shipped",)) as conn:
             taken = sa.select(c.ordinal).where(c.stage == stage, c.step == step).limit(1)
             if conn.scalar(taken) is not None:
                 raise ValueError(f"stage {stage!r} step {step} is shipped already")
@@ -223,156 +243,28 @@ class ExperienceLog:
         with self._write() as conn:
             conn.execute(sa.insert(db.event).values(row | {"at": time.time()}))
 
-    # ---- reading
-
-    def issues(
-        self,
-        stage: str,
-        kind: str = "train",
-        states: Sequence[str] | None = None,
-        batch: int | None = None,
-    ) -> list[Issue]:
-        """Issues of a stage, oldest first."""
-        c = db.issue.c
-        query = sa.select(db.issue).where(*_of(stage, kind)).order_by(c.issue_id)
-        if states is not None:
-            query = query.where(c.state.in_(list(states)))
-        if batch is not None:
-            query = query.where(c.batch == batch)
-        return [db.issue_from_row(row) for row in self._rows(query)]
-
-    def in_flight(self, stage: str, kind: str = "train") -> list[Issue]:
-        """Issued and not finished, oldest first."""
-        return self.issues(stage, kind, ["issued"])
-
-    def ready(self, stage: str) -> list[Issue]:
-        """Finished groups that wait for a batch, oldest first."""
-        return self.issues(stage, "train", ["ready"])
-
-    def load_group(self, issue_id: int) -> TrajectoryGroup:
-        """The last recorded attempt of each sample, in sample order. KeyError when unknown."""
-        c = db.trajectory.c
-        with self._read() as conn:
-            task = conn.scalar(sa.select(db.issue.c.task).where(db.issue.c.issue_id == issue_id))
-            query = (
-                sa.select(c.payload).where(c.issue_id == issue_id, db.is_last()).order_by(c.sample)
-            )
-            blobs = conn.scalars(query).all()
-        if task is None:
-            raise KeyError(f"issue {issue_id} is not in {self.where}")
-        trajectories = tuple(codec.decode_trajectory(blob) for blob in blobs)
-        return TrajectoryGroup(issue_id, Task.from_json(json.loads(task)), trajectories)
-
-    def attempts(self, issue_id: int) -> list[Trajectory]:
-        """Every recorded attempt of an issue, by sample and attempt."""
-        c = db.trajectory.c
-        query = sa.select(c.payload).where(c.issue_id == issue_id).order_by(c.sample, c.attempt)
-        return [codec.decode_trajectory(row.payload) for row in self._rows(query)]
-
-    def decisions(self, issue_id: int) -> list[Decision]:
-        """What the filters decided about a group, in the order in which they did."""
-        c = db.decision.c
-        query = sa.select(c.sample, c.filter, c.reason).where(c.issue_id == issue_id)
-        return [Decision(*row) for row in self._rows(query.order_by(c.decision_id))]
-
-    def shipped(self, stage: str, step: int) -> list[ShippedSegment]:
-        """The ordered batch of a step, bit for bit; empty when the step is not recorded."""
-        c, t = db.shipped.c, db.trajectory.c
-        here = [c.stage == stage, c.step == step]
-        pairs = sa.select(c.issue_id, c.sample).where(*here).distinct().subquery()
-        match = (t.issue_id == pairs.c.issue_id) & (t.sample == pairs.c.sample)
-        payloads = (
-            sa.select(t.issue_id, t.sample, t.payload)
-            .select_from(db.trajectory.join(pairs, match))
-            .where(db.is_last())
-        )
-        with self._read() as conn:
-            rows = conn.execute(sa.select(db.shipped).where(*here).order_by(c.ordinal)).all()
-            blobs = conn.execute(payloads).all() if rows else []
-        found = {(b.issue_id, b.sample): codec.decode_trajectory(b.payload).segments for b in blobs}
-        return [
-            ShippedSegment(
-                r.issue_id,
-                r.sample,
-                r.segment,
-                found[r.issue_id, r.sample][r.segment],
-                codec.decode_credit(r.credit),
-            )
-            for r in rows
-        ]
-
-    def last_shipped_step(self, stage: str) -> int:
-        """The newest recorded step; -1 when there is none."""
-        query = sa.select(sa.func.max(db.shipped.c.step)).where(db.shipped.c.stage == stage)
-        step = self._scalar(query)
-        return -1 if step is None else int(step)
-
-    def results(self, stage: str, kind: str = "eval") -> list[Result]:
-        """The last attempt of every sample of a stage, by issue and sample, without tokens."""
-        t = db.trajectory.c
-        columns = [t[name] for name in Result.__annotations__ if name in t]
-        query = (
-            sa.select(db.issue, *columns)
-            .select_from(db.trajectory.join(db.issue))
-            .where(*_of(stage, kind), db.is_last())
-            .order_by(t.issue_id, t.sample)
-        )
-        found = []
-        for row in self._rows(query):
-            values = {column.name: getattr(row, column.name) for column in columns}
-            values |= {"stop": StopReason(row.stop), "verdict": Verdict(row.verdict)}
-            found.append(Result(issue=db.issue_from_row(row), **values))
-        return found
-
-    def counts(self, stage: str | None = None) -> dict[str, Counter[str]]:
-        """Issues by `state` and, of those with a reason, by `reason`; `event` counter totals."""
-        c, e = db.issue.c, db.event.c
-        issues = sa.select(c.state, c.reason, sa.func.count()).group_by(c.state, c.reason)
-        events = sa.select(e.name, sa.func.sum(e["count"])).group_by(e.name)
-        if stage is not None:
-            issues, events = issues.where(c.stage == stage), events.where(e.stage == stage)
-        found: dict[str, Counter[str]] = {n: Counter() for n in ("state", "reason", "event")}
-        with self._read() as conn:
-            for state, reason, n in conn.execute(issues):
-                found["state"][state] += n
-                if reason:
-                    found["reason"][reason] += n
-            for name, n in conn.execute(events):
-                found["event"][name] += int(n)
-        return found
-
     # ---- connections
 
     @contextmanager
-    def _write(self, durable: bool = False) -> Iterator[sa.Connection]:
+    def _write(
+        self, durable: bool = False, announces: tuple[str, ...] = ()
+    ) -> Iterator[sa.Connection]:
+        """A transaction; `announces` the kinds of `signals` that change with its commit."""
         engine = self._durable if durable else self._engine
         with (
+            self._available(),
             self._writing,
             engine.connect().execution_options(writes=True) as conn,
             conn.begin(),
         ):
             yield conn
-
-    @contextmanager
-    def _read(self) -> Iterator[sa.Connection]:
-        with self._engine.connect() as conn, conn.begin():
-            yield conn
-
-    def _rows(self, query: sa.Executable) -> Sequence[Any]:
-        with self._read() as conn:
-            return conn.execute(query).all()
-
-    def _scalar(self, query: sa.Executable) -> Any:
-        with self._read() as conn:
-            return conn.scalar(query)
-
-
-def _of(stage: str, kind: str) -> list[sa.ColumnElement[bool]]:
-    return [db.issue.c.stage == stage, db.issue.c.kind == kind]
+            notify(conn, announces)
+        self.signals.announce(*announces)
 
 
 def _move(conn: sa.Connection, issue_id: int, old: Sequence[str], new: str, reason: str) -> None:
     """The only place where a state changes: guarded in SQL, so an ended issue stays ended."""
+    conn.execute(sa.delete(db.claim).where(db.claim.c.issue_id == issue_id))
     c = db.issue.c
     update = (
         sa.update(db.issue)

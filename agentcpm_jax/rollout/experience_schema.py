@@ -1,34 +1,32 @@
-"""The experience log's rows, tables and engines."""
+"""The experience log's rows and tables."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import sqlalchemy as sa
-from sqlalchemy import event as sa_event
-from sqlalchemy import exc as sa_exc
 
 from agentcpm_jax.rollout.experience_codec import Credit
-from agentcpm_jax.types import Segment, StopReason, Task, UserError, Verdict
+from agentcpm_jax.types import Segment, StopReason, Task, Verdict
 
-SCHEMA_VERSION = 1
+#: 2 added `claim`.
+SCHEMA_VERSION = 2
 
-_metadata = sa.MetaData()
+metadata = sa.MetaData()
 _Id = sa.BigInteger().with_variant(sa.Integer, "sqlite")  # SQLite numbers only INTEGER keys itself
 
 meta = sa.Table(
     "meta",
-    _metadata,
+    metadata,
     sa.Column("key", sa.String, primary_key=True),
     sa.Column("value", sa.String, nullable=False),
 )
 issue = sa.Table(
     "issue",
-    _metadata,
+    metadata,
     sa.Column("issue_id", _Id, primary_key=True, autoincrement=True),
     sa.Column("stage", sa.String, nullable=False),
     sa.Column("kind", sa.String, nullable=False),  # train | eval
@@ -47,7 +45,7 @@ issue = sa.Table(
 )
 trajectory = sa.Table(
     "trajectory",
-    _metadata,
+    metadata,
     sa.Column("issue_id", _Id, sa.ForeignKey("issue.issue_id"), primary_key=True),
     sa.Column("sample", sa.Integer, primary_key=True, autoincrement=False),
     sa.Column("attempt", sa.Integer, primary_key=True, autoincrement=False),
@@ -63,9 +61,20 @@ trajectory = sa.Table(
     sa.Column("seconds", sa.Double, nullable=False),
     sa.Column("payload", sa.LargeBinary, nullable=False),
 )
+claim = sa.Table(  # issues that are given to workers; the row goes when the issue leaves `issued`
+    "claim",
+    metadata,
+    sa.Column("issue_id", _Id, sa.ForeignKey("issue.issue_id"), primary_key=True),
+    sa.Column("stage", sa.String, nullable=False),
+    sa.Column("version", sa.Integer, nullable=False),  # the oldest weights it may be sampled with
+    sa.Column("worker", sa.String, nullable=False),  # "": nobody holds it
+    sa.Column("until", sa.Double, nullable=False),  # end of the lease, the database's seconds
+    sa.Column("delivered", sa.Integer, nullable=False),  # 1: all its samples are recorded
+    sa.Index("claim_by_stage", "stage", "delivered", "until"),
+)
 decision = sa.Table(
     "decision",
-    _metadata,
+    metadata,
     sa.Column("decision_id", _Id, primary_key=True, autoincrement=True),
     sa.Column("issue_id", _Id, sa.ForeignKey("issue.issue_id"), nullable=False, index=True),
     sa.Column("sample", sa.Integer, nullable=False),  # -1: the whole group
@@ -74,7 +83,7 @@ decision = sa.Table(
 )
 shipped = sa.Table(
     "shipped",
-    _metadata,
+    metadata,
     sa.Column("stage", sa.String, primary_key=True),
     sa.Column("step", sa.Integer, primary_key=True, autoincrement=False),
     sa.Column("ordinal", sa.Integer, primary_key=True, autoincrement=False),
@@ -87,7 +96,7 @@ shipped = sa.Table(
 )
 event = sa.Table(
     "event",
-    _metadata,
+    metadata,
     sa.Column("event_id", _Id, primary_key=True, autoincrement=True),
     sa.Column("stage", sa.String, nullable=False),
     sa.Column("name", sa.String, nullable=False),
@@ -180,70 +189,6 @@ class Result:
     num_turns: int
     num_tokens: int
     seconds: float
-
-
-def open_engine(url_or_path: str | Path, durable: bool) -> sa.Engine:
-    """An engine on a database URL or an SQLite path; `durable`: commits survive a power cut.
-
-    Ordinary commits survive a killed process either way. Raises `UserError` for a bad URL.
-    """
-    text = str(url_or_path)
-    try:
-        url = sa.make_url(text) if "://" in text else sa.URL.create("sqlite", database=text)
-        engine = sa.create_engine(url)
-    except (sa_exc.ArgumentError, ModuleNotFoundError) as err:
-        raise UserError(
-            f"experience log: cannot use {text!r} ({err}); give a file path or a "
-            "postgresql+psycopg:// URL with its driver installed"
-        ) from err
-    if engine.dialect.name == "sqlite":
-        if not url.database or url.database == ":memory:":
-            raise UserError("experience log: SQLite in memory is not durable; give a file path")
-        Path(url.database).parent.mkdir(parents=True, exist_ok=True)
-        _prepare_sqlite(engine, durable)
-    return engine
-
-
-def create_or_check(engine: sa.Engine, where: str) -> None:
-    """Creates the tables of a new log; refuses one of another schema version with `UserError`."""
-    try:
-        with engine.connect().execution_options(writes=True) as conn, conn.begin():
-            _metadata.create_all(conn)
-            found = conn.scalar(sa.select(meta.c.value).where(meta.c.key == "schema_version"))
-            if found is None:
-                row = {"key": "schema_version", "value": str(SCHEMA_VERSION)}
-                conn.execute(sa.insert(meta).values(row))
-                found = row["value"]
-    except sa_exc.DBAPIError as err:
-        raise UserError(
-            f"experience log {where}: {err.orig}; give the path of an experience.db "
-            "or of a file that does not exist yet"
-        ) from err
-    if int(found) != SCHEMA_VERSION:
-        newer = int(found) > SCHEMA_VERSION
-        fix = "upgrade agentcpm_jax" if newer else "use the release that wrote it"
-        raise UserError(
-            f"experience log {where} has schema version {found}, this release reads "
-            f"{SCHEMA_VERSION}; {fix} or start a new workdir"
-        )
-
-
-def _prepare_sqlite(engine: sa.Engine, durable: bool) -> None:
-    """WAL, own transaction control; every SQLite-only statement of the log stands here."""
-
-    @sa_event.listens_for(engine, "connect")
-    def _connect(dbapi: Any, _record: Any) -> None:
-        dbapi.isolation_level = None  # no implicit BEGIN: `_begin` sends it
-        dbapi.execute("PRAGMA busy_timeout = 60000")
-        dbapi.execute("PRAGMA journal_mode = WAL")
-        dbapi.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
-        dbapi.execute("PRAGMA foreign_keys = ON")
-
-    @sa_event.listens_for(engine, "begin")
-    def _begin(conn: sa.Connection) -> None:
-        # A reader that upgrades to a writer gets SQLITE_BUSY at once: writers say so first.
-        writes = conn.get_execution_options().get("writes", False)
-        conn.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 
 def is_last() -> sa.ColumnElement[bool]:

@@ -14,6 +14,7 @@ from collections import Counter, deque
 from collections.abc import Awaitable, Callable
 from functools import partial
 
+from agentcpm_jax.rollout.claimed import ClaimedGroups
 from agentcpm_jax.rollout.experience import ExperienceLog
 from agentcpm_jax.rollout.experience_schema import Issue
 from agentcpm_jax.rollout.repair import Repair, RunSample, is_known
@@ -45,11 +46,12 @@ class Producer:
         finish: Callable[[TrajectoryGroup], GroupOutcome],
         cfg: StreamConfig,
         use_version: Callable[[int], Awaitable[None]] | None,
+        groups: ClaimedGroups | None = None,
     ) -> None:
         self._log, self._stage, self._cfg = log, stage, cfg
         self._tasks, self._finish, self._use_version = tasks, finish, use_version
         self.admission = Admission(cfg.batch_groups, cfg.max_staleness, cfg.max_concurrent_groups)
-        self.repair = Repair(log, run_sample, cfg)
+        self.repair = groups or Repair(log, run_sample, cfg)
         self.stats = StreamStats()
         self.error: BaseException | None = None
         self.running: dict[int, RunningGroup] = {}
@@ -216,8 +218,8 @@ class Producer:
 
     def _launch(self, issue: Issue, resumed: bool = False) -> None:
         """Takes a slot; `_returned` gives it back on every way out, cancellation included."""
-        self.admission.submit()
         finished = self._reusable(issue) if resumed else {}
+        self.admission.submit()
         start = min([self.admission.version, *(t.versions[0] for t in finished.values())])
         now = self.repair.progress = time.monotonic()
         self.running[issue.issue_id] = RunningGroup(start, now)

@@ -83,8 +83,11 @@ class Repair:
                 await asyncio.sleep(self._cfg.retry_delay * attempt)
 
     async def _attempt(self, issue: Issue, sample: int, attempt: int) -> Trajectory:
+        limit = None if self._cfg.deterministic else self._cfg.sample_deadline or None
+        deadline = asyncio.timeout(limit)
         try:
-            traj = await self._run_sample(issue.task, issue.issue_id, sample, attempt)
+            async with deadline:
+                traj = await self._run_sample(issue.task, issue.issue_id, sample, attempt)
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if self.stopping or (task is not None and task.cancelling()):
@@ -92,6 +95,8 @@ class Repair:
             traj = Trajectory((), (), StopReason.CANCELLED, error="cancelled from within")
         except Exception as err:
             error = f"{type(err).__name__}: {err}"
+            if deadline.expired():  # a tool that hangs must not keep its group's slot for ever
+                error = f"no result within {limit:g} s (stream.sample_deadline)"
             traj = Trajectory((), (), StopReason.INFRA_ERROR, error=error)
         if self.stopping:
             raise asyncio.CancelledError

@@ -108,7 +108,9 @@ def choose(
     flight a lower bound of its oldest version. A segment is over-age when step - version >
     max_staleness; a group is when all its segments are. With `wait` the batch is held back until
     the deadlines (version + eta) of everything left over can still be met by later batches of B
-    (earliest deadline first), so that with admission's budget nothing ever grows over-age.
+    (earliest deadline first), so that with admission's budget nothing ever grows over-age. Only an
+    engine that lags behind admission's version can make it so; then waiting ends with the last
+    running group, and the age check decides.
     """
     limit = step - max_staleness  # the oldest version still allowed
     alive = {i: min(v for v in vs if v >= limit) for i, vs in ready.items() if max(vs) >= limit}
@@ -116,8 +118,9 @@ def choose(
     order = sorted(alive, key=lambda i: (alive[i], i))
     if len(order) < batch_size:
         return Choice((), over_age)
-    if wait:
-        left = sorted([alive[i] for i in order[batch_size:]] + list(running))
+    running = list(running)
+    if wait and running:  # else nothing will come that an older group could wait for
+        left = sorted([alive[i] for i in order[batch_size:]] + running)
         # The k-th oldest of what is left ships in batch step + 1 + k // B at the earliest.
         if any(v + max_staleness < step + 1 + k // batch_size for k, v in enumerate(left)):
             return Choice((), over_age)

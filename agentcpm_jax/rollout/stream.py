@@ -15,6 +15,7 @@ import time
 from collections.abc import Awaitable, Callable
 from functools import partial
 
+from agentcpm_jax.rollout.claimed import ClaimedGroups
 from agentcpm_jax.rollout.experience import ExperienceLog
 from agentcpm_jax.rollout.experience_schema import ShippedSegment
 from agentcpm_jax.rollout.producer import Producer
@@ -50,6 +51,7 @@ class Stream:
         finish: filters and credits a complete group; pure, since a restart calls it again.
         use_version: awaited before a round of rollouts, while nothing runs; deterministic mode
             only. After a restart it must still load versions from (first unrecorded step) - eta.
+        groups: runs the groups instead of this process (a log that workers share).
     """
 
     def __init__(
@@ -61,11 +63,12 @@ class Stream:
         finish: Callable[[TrajectoryGroup], GroupOutcome],
         cfg: StreamConfig,
         use_version: Callable[[int], Awaitable[None]] | None = None,
+        groups: ClaimedGroups | None = None,
     ) -> None:
         if cfg.deterministic and use_version is None:
             raise ValueError("a deterministic stream needs `use_version`")
         self._log, self._stage, self._cfg = log, stage, cfg
-        self._producer = Producer(log, stage, tasks, run_sample, finish, cfg, use_version)
+        self._producer = Producer(log, stage, tasks, run_sample, finish, cfg, use_version, groups)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._begun, self._over = threading.Event(), threading.Event()

@@ -37,6 +37,7 @@ class StreamConfig:
     over_age: str = "drop"  # drop | wait
     retries: int = 3  # of one failed sample, each in a fresh environment
     retry_delay: float = 0.5  # seconds, times the attempt; asynchronous mode only
+    sample_deadline: float = 3600.0  # seconds for one attempt; asynchronous mode only; 0: none
     min_valid: int = 2  # samples with a verdict that a group needs
     reissues: int = 1  # how often a task whose group failed is issued again
     epoch_size: int = 0  # tasks per epoch; failed ones return at its end (0: a batch later)
@@ -56,6 +57,9 @@ class StreamConfig:
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise UserError(f"stream.{name}: {getattr(self, name)}; it is at least {low}")
+        for name in ("retry_delay", "sample_deadline", "stall_timeout"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise UserError(f"stream.{name}: {getattr(self, name)}; give seconds, 0 or more")
 
 
 class StreamError(RuntimeError):

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from agentcpm_jax.model.hf import load_hf, save_hf
 from agentcpm_jax.rollout.chat import ChatFormat, template_text
 from agentcpm_jax.rollout.experience import ExperienceLog
 from agentcpm_jax.run.interrupt import StopSignal
+from agentcpm_jax.run.log import open_log
 from agentcpm_jax.run.metrics import Progress
 from agentcpm_jax.run.tiny import SHIPPED
 from agentcpm_jax.sharding import make_mesh
@@ -38,6 +40,7 @@ class RunContext:
     progress: Progress
     stop: StopSignal
     mesh: Mesh
+    announce: Callable[[str], None] = lambda line: None  # a line for whoever watches the run
 
     def directory(self, stage: Stage | str) -> Path:
         """workdir/<stage>."""
@@ -67,7 +70,11 @@ class RunContext:
 
 
 def open_context(
-    cfg: ExperimentConfig, workdir: Path, progress: Progress, stop: StopSignal
+    cfg: ExperimentConfig,
+    workdir: Path,
+    progress: Progress,
+    stop: StopSignal,
+    announce: Callable[[str], None] = lambda line: None,
 ) -> RunContext:
     """Create or reopen a workdir.
 
@@ -89,8 +96,8 @@ def open_context(
         tokenizer = Path(cfg.tokenizer or workdir / "tokenizer")
         if not tokenizer.exists():
             shutil.copytree(scratch, tokenizer)
-    log = ExperienceLog.open(cfg.log_url or str(workdir / "experience.db"))
-    return RunContext(cfg, workdir, tokenizer, chat, log, progress, stop, mesh)
+    log = open_log(cfg, workdir, announce)
+    return RunContext(cfg, workdir, tokenizer, chat, log, progress, stop, mesh, announce)
 
 
 def write_atomically(path: Path, text: str) -> None:

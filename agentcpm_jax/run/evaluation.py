@@ -19,11 +19,11 @@ from agentcpm_jax.evaluate.runner import evaluate
 from agentcpm_jax.evaluate.skills import skill_documents, skill_scores
 from agentcpm_jax.rollout.episode import check_prompt
 from agentcpm_jax.run.context import RunContext, write_atomically
+from agentcpm_jax.run.custom import make_reward, make_tools
 from agentcpm_jax.run.decisions import decision_accuracy
 from agentcpm_jax.run.interrupt import Interrupted
 from agentcpm_jax.run.sampling import evaluation_tasks, make_run_sample
 from agentcpm_jax.types import Task
-from agentcpm_jax.world.tools import SCHEMAS, open_toolbox
 
 DECISION_TASKS = 96
 
@@ -33,7 +33,7 @@ def run_eval(ctx: RunContext, stage: Stage) -> None:
     spec = stage.eval
     assert spec is not None
     check_capacity(spec.engine, ctx.cfg.episode.max_context)
-    check_prompt(ctx.chat, ctx.cfg.episode, SCHEMAS)
+    check_prompt(ctx.chat, ctx.cfg.episode, make_tools(ctx.cfg.tools)[1])
     tasks = evaluation_tasks(spec, ctx.cfg.test_tasks)
     sources = {name: f"stage:{name}" for name in spec.models} | _sweep_points(ctx)
     for name, source in sources.items():
@@ -99,7 +99,15 @@ def _scores(
     scores: list[TaskScore] = asyncio.run(
         evaluate(
             tasks,
-            make_run_sample(engine, ctx.chat, episode, open_toolbox, seed=ctx.cfg.seed),
+            make_run_sample(
+                engine,
+                ctx.chat,
+                episode,
+                make_tools(ctx.cfg.tools)[0],
+                seed=ctx.cfg.seed,
+                reward=make_reward(spec.grader, spec.judge, ctx.workdir),
+                deadline=spec.judge.deadline,
+            ),
             ctx.log,
             f"{stage.name}/{name}",
             samples=spec.samples if sampled else 1,

@@ -6,7 +6,7 @@ import itertools
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -16,24 +16,30 @@ import numpy as np
 from agentcpm_jax.checkpoint import Checkpointer
 from agentcpm_jax.config import RLStage, Stage, to_json
 from agentcpm_jax.data.batch import Batch
-from agentcpm_jax.data.loader import StepBatches, StepIterator
-from agentcpm_jax.data.rows import Row, merge_prefixes, rows_from_segment
-from agentcpm_jax.engine.local import LocalEngine, check_capacity
+from agentcpm_jax.data.loader import StepIterator
+from agentcpm_jax.data.pack import forward_fill
+from agentcpm_jax.data.rows import Row, RowStats, count_rows, merge_prefixes, rows_from_segment
+from agentcpm_jax.engine.local import LocalEngine
+from agentcpm_jax.rewards.advantages import for_loss
+from agentcpm_jax.rollout.claimed import ClaimedGroups
 from agentcpm_jax.rollout.episode import check_prompt
 from agentcpm_jax.rollout.experience_schema import ShippedSegment
-from agentcpm_jax.rollout.staleness import oldest_trained
 from agentcpm_jax.rollout.stream import Stream
+from agentcpm_jax.run import machine
+from agentcpm_jax.run.advice import Adviser
 from agentcpm_jax.run.context import RunContext
+from agentcpm_jax.run.custom import make_reward, make_tools
+from agentcpm_jax.run.health import is_lockstep
 from agentcpm_jax.run.interrupt import Interrupted
+from agentcpm_jax.run.learner import make_batches, make_learner
 from agentcpm_jax.run.meter import Meter
 from agentcpm_jax.run.metrics import MetricsWriter
-from agentcpm_jax.run.placement import place, step_shardings
+from agentcpm_jax.run.pool import PoolEngine, engine_metrics, open_engine
 from agentcpm_jax.run.sampling import make_finish, make_run_sample, task_sequence
+from agentcpm_jax.run.staleness import age_metrics, drop_metrics, stale_drops
 from agentcpm_jax.run.versions import VersionStore
-from agentcpm_jax.train.optimizer import make_optimizer
+from agentcpm_jax.run.worker import WorkerThread, make_worker
 from agentcpm_jax.train.state import TrainState
-from agentcpm_jax.train.step import make_rl_step
-from agentcpm_jax.world.tools import SCHEMAS, open_toolbox
 
 
 def train(ctx: RunContext, stage: Stage) -> None:
@@ -62,12 +68,27 @@ def train(ctx: RunContext, stage: Stage) -> None:
 
 
 def shipped_rows(shipped: Sequence[ShippedSegment]) -> list[Row]:
-    """Rows in shipped order; segments of one trajectory that prefix one another share a row."""
-    rows: list[Row] = []
-    for _, segments in itertools.groupby(shipped, key=lambda s: (s.issue_id, s.sample)):
-        own = [row for s in segments for row in rows_from_segment(s.segment, s.credit)]
-        rows += merge_prefixes(own)
-    return rows
+    """Rows in shipped order; the segments of one trajectory are merged as a trie."""
+    return [row for rows, _ in _by_trajectory(shipped) for row in rows]
+
+
+def row_metrics(shipped: Sequence[ShippedSegment]) -> dict[str, float]:
+    """`data/...`: what the forward passes of a batch are spent on (see `RowStats`)."""
+    stats = sum((count_rows(*found) for found in _by_trajectory(shipped)), RowStats())
+    return {
+        "data/rows": stats.rows,
+        "data/rows_merged": stats.segments - stats.rows,
+        "data/token_efficiency": stats.efficiency,
+        "data/shared_prefix": stats.shared,
+    }
+
+
+def _by_trajectory(shipped: Sequence[ShippedSegment]) -> Iterator[tuple[list[Row], int]]:
+    """(rows, recorded segments) of each trajectory."""
+    for _, found in itertools.groupby(shipped, key=lambda s: (s.issue_id, s.sample)):
+        segments = list(found)
+        rows = [row for s in segments for row in rows_from_segment(s.segment, s.credit)]
+        yield merge_prefixes(rows), len(segments)
 
 
 @dataclass
@@ -75,23 +96,27 @@ class _Circle:
     """The parts that `train` turns: made by `_open`, closed by it on every exit path."""
 
     ctx: RunContext
+    stage: str
     rl: RLStage
     state: TrainState
     version: int
     step: Any
     batches: StepIterator
     stream: Stream
-    engine: LocalEngine
+    engine: LocalEngine | PoolEngine
     store: VersionStore
     checkpoints: Checkpointer
     metrics: MetricsWriter
     bar: Any
     meter: Meter
+    adviser: Adviser
     shipped: dict[int, list[ShippedSegment]]
 
     def publish(self, version: int) -> None:
         """Hand the new weights to the engine and the new version to admission."""
         self.store.publish(version, self.state.params)
+        if self.ctx.log.shared:
+            self.ctx.log.announce("version")
         if not self.rl.stream.deterministic:  # there the stream asks for versions itself
             self.engine.set_params(self.state.params, version)
         self.stream.set_version(version)
@@ -101,19 +126,18 @@ class _Circle:
     ) -> None:
         """Metrics of one step: losses, rewards, staleness, filters, time."""
         values = dict(jax.device_get(values))
-        oldest = (oldest_trained(s.segment, s.credit.keep) for s in self.shipped.pop(step - 1))
-        ages = [step - 1 - version for version in oldest if version is not None]
         values |= self.meter.drain() | self.stream.snapshot()
+        shipped = self.shipped.pop(step - 1)
+        values |= age_metrics(shipped, step - 1) | row_metrics(shipped)
+        values |= drop_metrics(stale_drops(self.ctx.log, self.stage))
         values |= {
-            "stale/age_mean": float(np.mean(ages)),
-            "stale/age_max": max(ages, default=0),
-            "data/fill": float((np.asarray(batch.segment_ids) > 0).mean()),
+            "data/fill": forward_fill(np.asarray(batch.segment_ids), self.rl.shape.micro_rows),
             "time/step_seconds": seconds,
             "time/waited_seconds": waited,
-            "engine/tokens_sampled": self.engine.tokens_sampled,
-            "engine/tokens_prefilled": self.engine.tokens_prefilled,
+            "time/trainer_idle": waited / seconds,
         }
-        self.metrics.write(step, values)
+        values |= engine_metrics(self.engine)
+        self.adviser.hear(self.metrics.write(step, values))
         reward = values.get("reward/mean")
         shown = "" if reward is None else f"reward {reward:.2f}  "
         self.bar.set_postfix_str(f"{shown}age {values['stale/age_mean']:.1f}")
@@ -122,7 +146,9 @@ class _Circle:
     def save(self, step: int) -> None:
         """Checkpoint `step` and forget versions that no resume can ask for."""
         config = to_json(self.ctx.cfg)
-        self.checkpoints.save(step, state=self.state, loader=self.batches, config=config)
+        self.checkpoints.save(
+            step, state=self.state, loader=self.batches, config=config, log=self.ctx.log
+        )
         self.checkpoints.wait()
         self.store.collect_garbage(step - self.rl.stream.max_staleness)
 
@@ -131,12 +157,8 @@ class _Circle:
 def _open(ctx: RunContext, stage: Stage, rl: RLStage) -> Iterator[_Circle]:
     """Restore, start the engine and the stream; stop them whatever happens."""
     directory = ctx.directory(stage)
-    optimizer = rl.optimizer
-    if not optimizer.total_steps:
-        optimizer = replace(optimizer, total_steps=rl.shape.steps)
-    tx, schedule = make_optimizer(optimizer)
-    shardings = step_shardings(ctx.mesh, ctx.cfg.model, tx, rl.shape.micro_rows or rl.shape.rows)
-    state = place(TrainState.create(ctx.load_params(stage.init_from), tx), shardings)
+    learner = make_learner(ctx, stage, rl)
+    state = learner.state
     checkpoints = Checkpointer(directory / "checkpoints", keep=2)
     shipped: dict[int, list[ShippedSegment]] = {}
 
@@ -144,61 +166,77 @@ def _open(ctx: RunContext, stage: Stage, rl: RLStage) -> Iterator[_Circle]:
         shipped[step] = stream.next_step_segments(step)
         return shipped_rows(shipped[step])
 
-    batches = iter(StepBatches(rows, rl.shape.row_length, row_multiple=rl.shape.rows))
-    restored = checkpoints.restore(abstract_state=state, loader=batches)
+    batches = iter(make_batches(rl, rows))
+    restored = checkpoints.restore(abstract_state=state, loader=batches, log=ctx.log)
     version = restored.step if restored is not None else 0
     state = restored.state if restored is not None else state
 
-    check_capacity(rl.engine, ctx.cfg.episode.max_context)
-    check_prompt(ctx.chat, ctx.cfg.episode, SCHEMAS)
-    engine_cfg = replace(rl.engine, deterministic=rl.stream.deterministic)
-    engine = LocalEngine(state.params, ctx.cfg.model, engine_cfg, version=version)
-    store = VersionStore(directory, ctx.cfg.model, enabled=rl.stream.deterministic)
+    open_tools, schemas = make_tools(ctx.cfg.tools)
+    check_prompt(ctx.chat, ctx.cfg.episode, schemas)
+    engine = open_engine(ctx, stage, rl, state.params, version)
+    deterministic = rl.stream.deterministic
+    store = VersionStore(directory, ctx.cfg.model, enabled=deterministic or ctx.log.shared)
     store.publish(version, state.params)
 
     async def use_version(wanted: int) -> None:
         engine.set_params(await store.wait(wanted), wanted)
 
     meter = Meter()
+    run_sample = make_run_sample(
+        meter.watching_policy(engine),
+        ctx.chat,
+        ctx.cfg.episode,
+        open_tools,
+        seed=ctx.cfg.seed,
+        reward=make_reward(rl.grader, rl.judge, ctx.workdir),
+        deadline=0.0 if deterministic else rl.judge.deadline,
+    )
+    groups = worker = None
+    if ctx.log.shared and not deterministic:  # others may claim, and so does this process
+        groups = ClaimedGroups(ctx.log, stage.name, lambda: engine.version, meter.see)
+        own = rl.workers.trainer_groups
+        own = rl.stream.max_concurrent_groups if own < 0 else own
+        claims = make_worker(ctx, stage, rl, engine, own, run_sample)  # type: ignore[arg-type]
+        worker = WorkerThread(claims, groups.fail)
     stream = Stream(
         ctx.log,
         stage.name,
         task_sequence(rl, ctx.cfg.train_tasks, ctx.cfg.seed),
-        meter.watching(
-            make_run_sample(engine, ctx.chat, ctx.cfg.episode, open_toolbox, seed=ctx.cfg.seed)
-        ),
-        make_finish(rl.denoise, rl.advantages),
+        meter.watching(run_sample),
+        make_finish(rl.denoise, for_loss(rl.advantages, rl.loss.name)),
         rl.stream,
         use_version=use_version,
+        groups=groups,
     )
+    metrics = MetricsWriter(directory / "metrics.jsonl", version)
+    machine.note(directory, version)
     circle = _Circle(
         ctx=ctx,
+        stage=stage.name,
         rl=rl,
         state=state,
         version=version,
-        step=make_rl_step(
-            ctx.cfg.model,
-            rl.loss,
-            tx,
-            schedule,
-            micro_rows=rl.shape.micro_rows,
-            shardings=shardings,
-        ),
+        step=learner.step,
         batches=batches,
         stream=stream,
         engine=engine,
         store=store,
         checkpoints=checkpoints,
-        metrics=MetricsWriter(directory / "metrics.jsonl", version),
+        metrics=metrics,
         bar=ctx.progress(stage.name, rl.shape.steps, version),
         meter=meter,
+        adviser=Adviser(ctx.announce, metrics.kept, lockstep=is_lockstep(stage)),
         shipped=shipped,
     )
     try:
+        if worker is not None:
+            worker.start()
         stream.start(version)
         yield circle
     finally:
         stream.stop()
+        if worker is not None:
+            worker.stop()
         engine.close()
         checkpoints.close()
         circle.bar.close()

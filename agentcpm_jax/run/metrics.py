@@ -53,12 +53,17 @@ class MetricsWriter:
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(_line(row) for row in kept))
         os.replace(temporary, path)
+        self.kept = kept  # the rows of the steps before
 
-    def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """`values` are scalars named `group/name`; NaN and infinities become null."""
-        row = {"step": step} | {k: _scalar(v) for k, v in sorted(values.items())}
+    def write(self, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
+        """`values` are scalars named `group/name`; NaN and infinities become null.
+
+        Returns the row as written.
+        """
+        row = {"step": step} | {k: scalar(v) for k, v in sorted(values.items())}
         with self._path.open("a") as file:
             file.write(_line(row))
+        return row
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -84,7 +89,8 @@ def series(path: Path) -> dict[str, list[tuple[int, float]]]:
     return out
 
 
-def _scalar(value: Any) -> float | int | None:
+def scalar(value: Any) -> float | int | None:
+    """As `metrics.jsonl` holds it: every bit of a float32, NaN and infinities as null."""
     number = value.item() if hasattr(value, "item") else value
     return number if math.isfinite(number) else None
 

@@ -47,6 +47,7 @@ def step_shardings(
     tokens = batch_sharding(mesh)
     fields = dict.fromkeys(Batch.__dataclass_fields__, tokens)
     fields |= {"num_tokens": everywhere, "num_sequences": everywhere}
+    fields["proximal_logprobs"] = None  # made within the step
     return StepShardings(state, Batch(**fields))
 
 

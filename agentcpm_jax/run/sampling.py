@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
-from agentcpm_jax.config import EvalStage, RLStage
+from agentcpm_jax.config import EvalStage, ExperimentConfig, RLStage
 from agentcpm_jax.dock.protocol import OpenToolbox
 from agentcpm_jax.evaluate.runner import RunSample
-from agentcpm_jax.rewards.advantages import AdvantageConfig, credit_group
+from agentcpm_jax.rewards.advantages import AdvantageConfig, credit_group, punish_overlong
 from agentcpm_jax.rewards.denoise import DenoiseConfig, denoise
-from agentcpm_jax.rewards.grade import Grader, grade_exact, score
+from agentcpm_jax.rewards.grade import Reward, normalize, score
 from agentcpm_jax.rollout.chat import ChatFormat
 from agentcpm_jax.rollout.episode import EpisodeConfig, run_episode
 from agentcpm_jax.rollout.policy import TokenPolicy
@@ -30,9 +31,11 @@ def make_run_sample(
     open_toolbox: OpenToolbox,
     *,
     seed: int,
-    grader: Grader = grade_exact,
+    reward: Reward | None = None,
+    deadline: float = 0.0,
 ) -> RunSample:
-    """An episode in a fresh environment, then the grader."""
+    """An episode in a fresh environment, then its reward (None: `grade_exact` of the answer), for
+    which an async one has `deadline` seconds (0: no limit)."""
 
     async def run_sample(task: Task, issue_id: int, sample: int, attempt: int) -> Trajectory:
         toolbox = await open_toolbox(task.meta, (issue_id, sample, attempt))
@@ -50,7 +53,7 @@ def make_run_sample(
             )
         finally:
             await toolbox.close()
-        return score(trajectory, task, grader)
+        return await score(trajectory, task, reward, deadline)
 
     return run_sample
 
@@ -69,7 +72,10 @@ def _finish(
     if not clean.keep:
         reason = clean.decisions[-1].filter  # the one that ended the group
         return GroupOutcome(keep=False, reason=reason, decisions=clean.decisions)
-    credits = credit_group(clean.group, advantages, clean.scores, clean.muted_turns)
+    punished = punish_overlong(clean.group.trajectories, advantages)
+    scores = [t.reward for t in punish_overlong(clean.baseline, advantages) if t.reward is not None]
+    trained = replace(clean.group, trajectories=punished)
+    credits = credit_group(trained, advantages, scores, clean.muted_turns)
     return GroupOutcome(
         keep=True,
         credits={
@@ -79,6 +85,28 @@ def _finish(
         },
         decisions=clean.decisions,
     )
+
+
+def check_held_out(cfg: ExperimentConfig) -> None:
+    """No question of a training file stands in a file that an eval stage reads.
+
+    Raises:
+      UserError: some do (case, white space and surrounding punctuation ignored).
+    """
+    # A file that is missing is the business of the stage that reads it: it may be done by now.
+    trained = [s.rl for s in cfg.stages if s.rl is not None and Path(s.rl.tasks_path).is_file()]
+    held_out = [s.eval for s in cfg.stages if s.eval and Path(s.eval.tasks_path).is_file()]
+    for spec in held_out:
+        theirs, _ = load_tasks(spec.tasks_path, skip_bad=spec.skip_bad)
+        asked = {normalize(task.question) for task in theirs}
+        for rl in trained:
+            ours, _ = load_tasks(rl.tasks_path, skip_bad=rl.skip_bad)
+            both = [task for task in ours if normalize(task.question) in asked]
+            if both:
+                raise UserError(
+                    f"{len(both)} questions of {rl.tasks_path} are evaluated in {spec.tasks_path} "
+                    f"too, the first is {both[0].question!r:.80}; take them out of one of the files"
+                )
 
 
 def task_sequence(rl: RLStage, world: WorldTasks, seed: int) -> Callable[[int], Task]:

@@ -9,11 +9,13 @@ from pathlib import Path
 
 from agentcpm_jax.config import ExperimentConfig, Stage
 from agentcpm_jax.run.context import RunContext, open_context, write_atomically
+from agentcpm_jax.run.custom import check_custom
 from agentcpm_jax.run.evaluation import run_eval
 from agentcpm_jax.run.interrupt import StopSignal
 from agentcpm_jax.run.loop import train
 from agentcpm_jax.run.merging import run_merge
 from agentcpm_jax.run.metrics import Progress, silent
+from agentcpm_jax.run.sampling import check_held_out
 from agentcpm_jax.run.summary import write_summary
 from agentcpm_jax.run.supervised import run_pretrain, run_sft
 from agentcpm_jax.types import UserError
@@ -34,8 +36,10 @@ def run_experiment(
     """
     if not cfg.stages:
         raise UserError("config.stages is empty; name at least one stage")
+    check_custom(cfg)
+    check_held_out(cfg)
     with StopSignal() as stop:
-        ctx = open_context(cfg, Path(workdir or cfg.workdir), progress, stop)
+        ctx = open_context(cfg, Path(workdir or cfg.workdir), progress, stop, announce)
         with ctx.log:
             for stage in cfg.stages:
                 if (ctx.directory(stage) / "DONE").exists():

@@ -35,6 +35,7 @@ from agentcpm_jax.evaluate.report import (
     TrajectoryReport,
     write_report,
 )
+from agentcpm_jax.run import health
 from agentcpm_jax.run.context import RunContext, write_atomically
 from agentcpm_jax.run.decisions import DECISIONS
 from agentcpm_jax.run.metrics import series
@@ -55,6 +56,7 @@ PANELS = {
             "Seconds per step, and waiting for rollouts",
             ("time/step_seconds", "time/waited_seconds"),
         ),
+        *health.PANELS,
     ),
     "sft": (Panel("Loss", ("train/loss",)), Panel("Learning rate", ("train/lr",), smooth=False)),
 }
@@ -75,7 +77,10 @@ def write_summary(ctx: RunContext, announce: Callable[[str], None]) -> Path:
         headlines += _headlines(models)
         charts += _charts(models)
         tables += _tables(models)
-    tables += [t for s in ctx.cfg.stages if s.rl for t in _filter_tables(ctx, s)]
+    for stage in (s for s in ctx.cfg.stages if s.rl):
+        headlines += health.staleness_headline(ctx, stage)
+        charts += health.staleness_chart(ctx, stage)
+        tables += [*health.advice_table(ctx, stage), *_filter_tables(ctx, stage)]
     path = ctx.workdir / "report.html"
     write_report(
         path,

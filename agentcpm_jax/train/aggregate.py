@@ -9,9 +9,15 @@
 A sequence is one segment of a packed row. N_tokens and N_seq count the whole optimizer batch,
 before any off-policy mask, so that a mask never inflates the tokens it leaves and the losses of
 micro-batches add up to the loss of the batch.
+
+A trajectory whose context was edited has several segments. They are sequences of their own, here
+and in every sequence-level ratio: each is one chain of sampling decisions given its prefix, and
+what it shares with its parent is not trained in it.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +87,7 @@ def token_weights(
     """Weight of each token before the global division: the mask, or mask / trained length."""
     if mode != "seq-mean-token-mean":
         return mask
-    return mask / jnp.maximum(_trained_lengths(mask, segment_ids), 1.0)
+    return mask / jnp.maximum(sequence_sum(mask, segment_ids), 1.0)
 
 
 def count_sequences(
@@ -89,19 +95,50 @@ def count_sequences(
 ) -> Float[Array, ""]:
     """Sequences with at least one trained token."""
     trained = (mask > 0).astype(mask.dtype)
-    per_token = trained / jnp.maximum(_trained_lengths(trained, segment_ids), 1.0)
+    per_token = trained / jnp.maximum(sequence_sum(trained, segment_ids), 1.0)
     return jnp.round(jnp.sum(per_token))
 
 
-def _trained_lengths(
-    mask: Float[Array, "B T"], segment_ids: Int[Array, "B T"] | None
+def sequence_sum(
+    values: Float[Array, "B T"], segment_ids: Int[Array, "B T"] | None
 ) -> Float[Array, "B T"]:
-    """Trained tokens of the sequence that each token belongs to."""
+    """At each token, the sum of `values` over its sequence."""
+    return _over_sequences(values, segment_ids, jnp.sum, jax.ops.segment_sum)
+
+
+def sequence_mean(
+    values: Float[Array, "B T"],
+    mask: Float[Array, "B T"],
+    segment_ids: Int[Array, "B T"] | None,
+) -> Float[Array, "B T"]:
+    """At each token, the mean of `values` over the trained tokens of its sequence (0: none)."""
+    total = sequence_sum(jnp.where(mask > 0, values, 0.0), segment_ids)
+    length = sequence_sum((mask > 0).astype(values.dtype), segment_ids)
+    return total / jnp.maximum(length, 1.0)
+
+
+def sequence_max(
+    values: Float[Array, "B T"],
+    mask: Float[Array, "B T"],
+    segment_ids: Int[Array, "B T"] | None,
+) -> Float[Array, "B T"]:
+    """At each token, the largest of `values` over the trained tokens of its sequence (0: none)."""
+    trained = jnp.where(mask > 0, values, -jnp.inf)
+    largest = _over_sequences(trained, segment_ids, jnp.max, jax.ops.segment_max)
+    return jnp.where(jnp.isfinite(largest), largest, 0.0)
+
+
+def _over_sequences(
+    values: Float[Array, "B T"],
+    segment_ids: Int[Array, "B T"] | None,
+    over_row: Callable[..., Array],
+    over_segment: Callable[..., Array],
+) -> Float[Array, "B T"]:
     if segment_ids is None:
-        return jnp.broadcast_to(jnp.sum(mask, axis=1, keepdims=True), mask.shape)
-    slots = mask.shape[1] + 1
+        return jnp.broadcast_to(over_row(values, axis=1, keepdims=True), values.shape)
+    slots = values.shape[1] + 1
 
-    def one_row(m: Float[Array, " T"], s: Int[Array, " T"]) -> Float[Array, " T"]:
-        return jax.ops.segment_sum(m, s, num_segments=slots)[s]
+    def one_row(v: Float[Array, " T"], s: Int[Array, " T"]) -> Float[Array, " T"]:
+        return over_segment(v, s, num_segments=slots)[s]
 
-    return jax.vmap(one_row)(mask, segment_ids)
+    return jax.vmap(one_row)(values, segment_ids)

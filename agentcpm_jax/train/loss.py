@@ -1,71 +1,34 @@
 """Losses of reinforcement learning and of supervised training: pure functions of log-probabilities.
 
-With l = log pi(y), b = log mu(y) of the engine that sampled, o = log pi_old(y), A the advantage
-and sg the stop-gradient:
+    L = aggregate(w M L_objective) + kl_coef aggregate(KL(pi || ref))
 
-MiniRL (Zheng et al. 2025, arXiv 2512.01374, in the form that AgentCPM-Explore trains with)
-    rho = exp(l - b);  L = -M sg(rho) A l
-    M = 0 where (A > 0 and rho > U) or (A < 0 and rho < D), else 1
-    U = 1 + (clip_low + clip_high) cap g,  D = 1 - clip_low cap g
-    g = 1/cap if strict, else exp(-decay age) if decay is set, else 1
-GRPO / PPO (Shao et al. 2024, arXiv 2402.03300; Schulman et al. 2017)
-    r = exp(l - o);  L = w max(-A r, -A clip(r, 1 - clip_low, 1 + clip_low + clip_high))
-    dual clip: where A < 0, L = min(L, -dual_clip A);  w = sg(min(exp(o - b), tis_cap))
-    and M as above with rho = r when `cap` is set.
+The objective and the region M stand in `objectives`, the off-policy factor w in `correction`, the
+aggregation in `aggregate`, the published combinations of them in `methods`.
 
-Deviations from the original implementation:
-1. Denominators count the tokens before M (`denominator="all"`). The original counts what M leaves,
-   which inflates the survivors of a heavy mask; `denominator="kept"` reproduces it.
+Deviations from the original implementation (AgentCPM-Explore):
+1. Denominators count the tokens before M and w (`denominator="all"`). The original counts what M
+   leaves, which inflates the survivors of a heavy mask; `denominator="kept"` reproduces it.
 2. Denominators are global counts: the original averages micro-batches and ranks, so its loss
    depends on their number.
 3. A missing behaviour log-probability is an error of the caller, never ratio 1.
-4. The log ratio is clamped to +-20 (value frozen): exp cannot overflow. `log_ratio_clamp=None`
-   reproduces the original.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from agentcpm_jax.train.aggregate import MODES, aggregate, count_sequences, trained_mask
+from agentcpm_jax.train.aggregate import aggregate, count_sequences, trained_mask
+from agentcpm_jax.train.correction import correct, log_linear
 from agentcpm_jax.train.kl import kl_per_token
+from agentcpm_jax.train.methods import LossConfig, resolve
+from agentcpm_jax.train.objectives import OBJECTIVES, Scored, Tokens, log_ratio, within
 from agentcpm_jax.types import UserError
 
-
-@dataclass(frozen=True)
-class LossConfig:
-    """Which loss, and its constants (the defaults are the original's released recipe)."""
-
-    name: str = "minirl"  # minirl | grpo
-    clip_low: float = 0.2
-    clip_high: float = 0.1  # added to clip_low: the band is [1 - low, 1 + low + high]
-    cap: float | None = 4.0  # widens the band of the bound mask; None: no bound mask
-    strict: bool = True  # the bound mask's band is the clip band itself
-    decay: float | None = None  # per version of age; tightens the bound mask (not when strict)
-    dual_clip: float | None = None  # grpo only; e.g. 3.0
-    tis_cap: float | None = None  # grpo with its own `old` log-probabilities; e.g. 2.0
-    log_ratio_clamp: float | None = 20.0
-    kl_coef: float = 0.0
-    kl: str = "k3"
-    aggregation: str = "seq-mean-token-sum"
-    norm: float | None = None  # C of "seq-mean-token-sum-norm"
-    denominator: str = "all"  # "kept": count only what the bound mask leaves (see the module)
-
-    def __post_init__(self) -> None:
-        for key, allowed in (
-            ("name", ("minirl", "grpo")),
-            ("aggregation", MODES),
-            ("denominator", ("all", "kept")),
-            ("kl", ("k1", "k2", "k3")),
-        ):
-            if getattr(self, key) not in allowed:
-                value = getattr(self, key)
-                raise UserError(f"unknown loss.{key} {value!r}; use one of {', '.join(allowed)}")
+Metrics = dict[str, Float[Array, ""]]
 
 
 def policy_loss(
@@ -81,7 +44,7 @@ def policy_loss(
     *,
     old: Float[Array, "B T"] | None = None,
     reference: Float[Array, "B T"] | None = None,
-) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+) -> tuple[Float[Array, ""], Metrics]:
     """The loss to minimise, and what to watch.
 
     Args:
@@ -92,21 +55,24 @@ def policy_loss(
       segment_ids: 1..K within a packed row, 0 = padding; None: one sequence per row.
       age: current version minus the version that sampled the token; None: 0 everywhere.
       num_tokens, num_sequences: counts over the whole optimizer batch; None: counted here.
-      cfg: which loss, and its constants.
-      old: log-probabilities of the proximal policy (grpo only); None: `behavior`.
+      cfg: which method, and its constants.
+      old: log pi_old, read with `proximal="recompute"` only.
       reference: log-probabilities of the policy that `kl_coef` pulls to.
     Returns:
       (loss, metrics): scalars named `loss/...`. With the global counts given, losses and metrics
       of micro-batches add up to those of the batch, except `loss/ratio_max`: take the maximum.
+      `finish_metrics` turns the sums into what is reported.
     Raises:
-      UserError: `kl_coef` without `reference`, `tis_cap` without `old`.
+      UserError: `kl_coef` without `reference`, `proximal="recompute"` without `old`.
     """
+    cfg = resolve(cfg)
     mask = trained_mask(mask.astype(logprobs.dtype), segment_ids)
     with jax.named_scope("policy_loss"):
-        if cfg.name == "minirl":
-            per_token, keep, seen = minirl(logprobs, behavior, advantages, mask, cfg, age)
-        else:
-            per_token, keep, seen = grpo(logprobs, behavior, advantages, mask, cfg, age, old)
+        x = _tokens(logprobs, behavior, advantages, mask, segment_ids, age, old, cfg)
+        scored = OBJECTIVES[cfg.objective](x, cfg)
+        inside = within(x, jax.lax.stop_gradient(scored.ratio), cfg)
+        weight, kept, seen = _corrections(x, cfg)
+        per_token = jnp.where(inside & (mask > 0), weight * scored.per_token, 0.0)
         if num_sequences is None:
             num_sequences = count_sequences(mask, segment_ids)
         if num_tokens is None:
@@ -119,77 +85,49 @@ def policy_loss(
             norm=cfg.norm,
         )
         if cfg.denominator == "kept":
-            policy = reduce(per_token, jnp.where(keep, mask, 0.0))
+            policy = reduce(per_token, jnp.where(inside & kept, mask, 0.0))
         else:
             policy = reduce(per_token, mask, num_tokens=num_tokens)
-        loss, metrics = policy, {"loss/policy": policy} | _watch(seen, keep, mask, num_tokens)
+        seen |= _watch(x, scored, cfg)
+        seen["loss/bound_fraction"] = ~inside
+        loss, metrics = policy, {"loss/policy": policy} | _means(seen, mask, num_tokens)
+        metrics["loss/ratio_max"] = jnp.max(jnp.where(mask > 0, scored.ratio, 0.0))
         if cfg.kl_coef:
-            if reference is None:
-                raise UserError(f"kl_coef={cfg.kl_coef} needs reference log-probabilities; set 0")
-            current, pulled_to = _clean(mask, logprobs, reference)
-            kl = kl_per_token(current, pulled_to, cfg.kl)
+            kl = _kl_to_reference(x, reference, cfg)
             metrics["loss/kl_reference"] = reduce(kl, mask, num_tokens=num_tokens)
             loss = policy + cfg.kl_coef * metrics["loss/kl_reference"]
     return loss, jax.lax.stop_gradient(metrics)
 
 
-def minirl(
-    logprobs: Float[Array, "B T"],
-    behavior: Float[Array, "B T"],
+def finish_metrics(metrics: Metrics) -> Metrics:
+    """What is reported, from metrics that were summed over micro-batches.
+
+    `loss/ess` in [0, 1] is the normalised effective sample size (sum w)^2 / (N sum w^2) of the
+    importance weights w = pi/mu; it takes the place of their mean square.
+    """
+    if "loss/importance_square" not in metrics:
+        return metrics
+    square = jnp.maximum(metrics["loss/importance_square"], jnp.finfo(jnp.float32).tiny)
+    rest = {k: v for k, v in metrics.items() if k != "loss/importance_square"}
+    return rest | {"loss/ess": metrics["loss/importance_mean"] ** 2 / square}
+
+
+def normalize_advantages(
     advantages: Float[Array, "B T"],
     mask: Float[Array, "B T"],
-    cfg: LossConfig,
-    age: Float[Array, "B T"] | None = None,
-) -> tuple[Float[Array, "B T"], Bool[Array, "B T"], dict[str, Float[Array, "B T"]]]:
-    """MiniRL: REINFORCE weighted by the (stopped) ratio to the behaviour policy.
+    segment_ids: Int[Array, "B T"] | None = None,
+) -> Float[Array, "B T"]:
+    """Advantages of mean 0 and (unbiased) variance 1 over the trained tokens; 0 elsewhere.
 
-    Returns:
-      (per-token loss, 0 where masked or out of bounds; keep: the token lies within the bounds;
-      per-token diagnostics, see `_seen`).
+    REINFORCE++ (arXiv 2501.03262): the statistics are those of the whole batch, so call this
+    before it is split into micro-batches.
     """
-    logprobs, behavior, advantages = _clean(mask, logprobs, behavior, advantages)
-    ratio = jnp.exp(jax.lax.stop_gradient(_log_ratio(logprobs, behavior, cfg)))
-    keep = _within_bounds(ratio, advantages, mask, cfg, age)
-    per_token = jnp.where(keep & (mask > 0), -ratio * advantages * logprobs, 0.0)
-    return per_token, keep, _seen(logprobs, behavior, advantages, ratio, mask, cfg, age)
-
-
-def grpo(
-    logprobs: Float[Array, "B T"],
-    behavior: Float[Array, "B T"],
-    advantages: Float[Array, "B T"],
-    mask: Float[Array, "B T"],
-    cfg: LossConfig,
-    age: Float[Array, "B T"] | None = None,
-    old: Float[Array, "B T"] | None = None,
-) -> tuple[Float[Array, "B T"], Bool[Array, "B T"], dict[str, Float[Array, "B T"]]]:
-    """The clipped surrogate of PPO and GRPO; returns as `minirl`.
-
-    Without `old` the behaviour policy is the proximal one (two policies). With it, the ratio is
-    pi/pi_old and `tis_cap` corrects for pi_old/mu.
-
-    Raises:
-      UserError: `tis_cap` without `old`.
-    """
-    if cfg.tis_cap is not None and old is None:
-        raise UserError(f"tis_cap={cfg.tis_cap} needs a proximal policy's log-probabilities (old)")
-    proximal = behavior if old is None else old
-    logprobs, behavior, advantages, proximal = _clean(
-        mask, logprobs, behavior, advantages, proximal
-    )
-    ratio = jnp.exp(_log_ratio(logprobs, proximal, cfg))
-    keep = _within_bounds(jax.lax.stop_gradient(ratio), advantages, mask, cfg, age)
-    clipped = jnp.clip(ratio, 1.0 - cfg.clip_low, 1.0 + cfg.clip_low + cfg.clip_high)
-    per_token = jnp.maximum(-advantages * ratio, -advantages * clipped)
-    if cfg.dual_clip is not None:
-        ceiling = jnp.minimum(per_token, -cfg.dual_clip * advantages)
-        per_token = jnp.where(advantages < 0, ceiling, per_token)
-    seen = _seen(logprobs, behavior, advantages, ratio, mask, cfg, age)
-    if cfg.tis_cap is not None:
-        weight = jnp.minimum(jnp.exp(_log_ratio(proximal, behavior, cfg)), cfg.tis_cap)
-        seen["tis_weight"] = jnp.where(mask > 0, jax.lax.stop_gradient(weight), 0.0)
-        per_token = per_token * seen["tis_weight"]
-    return jnp.where(keep & (mask > 0), per_token, 0.0), keep, seen
+    mask = trained_mask(mask, segment_ids)
+    (clean,) = _clean(mask, advantages)
+    count = jnp.maximum(jnp.sum(mask), 1.0)
+    centred = jnp.where(mask > 0, clean - jnp.sum(clean) / count, 0.0)
+    variance = jnp.sum(centred * centred) / jnp.maximum(count - 1.0, 1.0)
+    return centred * jax.lax.rsqrt(variance + 1e-8)
 
 
 def cross_entropy(
@@ -218,67 +156,85 @@ def _clean(mask: Float[Array, "B T"], *arrays: Float[Array, "B T"]) -> tuple[Arr
     return tuple(jnp.where(mask > 0, x, 0.0) for x in arrays)
 
 
-def _log_ratio(top: Array, bottom: Array, cfg: LossConfig) -> Array:
-    if cfg.log_ratio_clamp is None:
-        return top - bottom
-    return jnp.clip(top - bottom, -cfg.log_ratio_clamp, cfg.log_ratio_clamp)
-
-
-def _within_bounds(
-    ratio: Array, advantages: Array, mask: Array, cfg: LossConfig, age: Array | None
-) -> Bool[Array, "B T"]:
-    """M of the module's equations."""
-    if cfg.cap is None:
-        return jnp.ones(ratio.shape, bool)
-    scale: Array | float = 1.0 if cfg.strict else cfg.cap
-    if cfg.decay is not None and not cfg.strict and age is not None:
-        scale = cfg.cap * jnp.exp(-cfg.decay * jnp.maximum(_clean(mask, age)[0], 0.0))
-    too_high = ratio > 1.0 + (cfg.clip_low + cfg.clip_high) * scale
-    too_low = ratio < 1.0 - cfg.clip_low * scale
-    return ~((too_high & (advantages > 0)) | (too_low & (advantages < 0)))
-
-
-def _seen(
+def _tokens(
     logprobs: Array,
     behavior: Array,
     advantages: Array,
-    ratio: Array,
     mask: Array,
-    cfg: LossConfig,
+    segment_ids: Array | None,
     age: Array | None,
-) -> dict[str, Float[Array, "B T"]]:
-    """Per-token diagnostics, finite everywhere, meaningful where trained; not differentiated."""
-    high = (ratio > 1.0 + cfg.clip_low + cfg.clip_high) & (advantages > 0)
-    low = (ratio < 1.0 - cfg.clip_low) & (advantages < 0)
-    drift = _log_ratio(logprobs, behavior, cfg)
-    seen = {
-        "ratio": ratio,
-        "clipped": (high | low).astype(ratio.dtype),
-        "kl_behavior_k1": -drift,
-        "kl_behavior_k3": jnp.expm1(drift) - drift,
-        "advantage": advantages,
-        "logprob": logprobs,
-        "age": jnp.zeros_like(ratio) if age is None else _clean(mask, age)[0],
-    }
-    return jax.lax.stop_gradient(seen)
+    old: Array | None,
+    cfg: LossConfig,
+) -> Tokens:
+    if cfg.proximal == "recompute" and old is None:
+        raise UserError("proximal='recompute' needs the log-probabilities of pi_old (old)")
+    age = jnp.zeros_like(logprobs) if age is None else age
+    logprobs, behavior, advantages, age = _clean(mask, logprobs, behavior, advantages, age)
+    proximal = behavior
+    if cfg.proximal == "loglinear":
+        proximal = log_linear(logprobs, behavior, age)
+    elif cfg.proximal == "recompute" and old is not None:
+        (proximal,) = _clean(mask, old)
+    return Tokens(logprobs, proximal, behavior, advantages, mask, segment_ids, age)
 
 
-def _watch(
-    seen: dict[str, Array], keep: Array, mask: Array, num_tokens: Array | float
-) -> dict[str, Float[Array, ""]]:
-    """Token means (over the global count) of the diagnostics, the largest ratio, what M removed."""
+def _corrections(
+    x: Tokens, cfg: LossConfig
+) -> tuple[Float[Array, "B T"], Bool[Array, "B T"], dict[str, Array]]:
+    """(factor of each token, False where a mask drops it, what each rule found out of bounds)."""
+    # With two policies the mismatch and the staleness lie in one ratio.
+    top = x.logprobs if cfg.proximal == "bypass" else x.proximal
+    weight, kept = jnp.ones_like(x.mask), jnp.ones(x.mask.shape, bool)
+    seen: dict[str, Array] = {}
+    for correction in cfg.corrections:
+        if correction.name == "none":
+            continue
+        done = correct(top - x.behavior, x.mask, x.segment_ids, correction.rule)
+        weight = weight * done.weight
+        seen[f"loss/{correction.name}_fraction"] = ~done.inside
+        if not correction.weights:
+            kept = kept & done.inside
+    if seen:
+        seen |= {"loss/mask_fraction": weight == 0, "loss/weight_mean": weight}
+    return weight, kept, seen
 
-    def mean(x: Array) -> Array:
-        return jnp.sum(jnp.where(mask > 0, x, 0.0)) / jnp.maximum(num_tokens, 1.0)
 
+def _kl_to_reference(x: Tokens, reference: Array | None, cfg: LossConfig) -> Float[Array, "B T"]:
+    if reference is None:
+        raise UserError(f"kl_coef={cfg.kl_coef} needs reference log-probabilities; set 0")
+    (reference,) = _clean(x.mask, reference)
+    kl = kl_per_token(
+        x.logprobs,
+        reference,
+        cfg.kl,
+        exponent_clamp=cfg.log_ratio_clamp,
+        value_clamp=cfg.kl_clamp if cfg.kl.startswith("k3") else 0.0,
+    )
+    if cfg.kl_ratio:
+        kl = kl * jax.lax.stop_gradient(jnp.exp(log_ratio(x.logprobs, x.proximal, cfg)))
+    return kl
+
+
+def _watch(x: Tokens, scored: Scored, cfg: LossConfig) -> dict[str, Array]:
+    """Per-token diagnostics, finite everywhere, meaningful where trained."""
+    drift = log_ratio(x.logprobs, x.behavior, cfg)
+    importance = jnp.exp(drift)
     return {
-        "loss/kl_behavior_k1": mean(seen["kl_behavior_k1"]),
-        "loss/kl_behavior_k3": mean(seen["kl_behavior_k3"]),
-        "loss/ratio_mean": mean(seen["ratio"]),
-        "loss/ratio_max": jnp.max(jnp.where(mask > 0, seen["ratio"], 0.0)),
-        "loss/bound_fraction": mean(~keep),
-        "loss/clip_fraction": mean(seen["clipped"]),
-        "loss/advantage_mean": mean(seen["advantage"]),
-        "loss/logprob_mean": mean(seen["logprob"]),
-        "loss/age_mean": mean(seen["age"]),
+        "loss/kl_behavior_k1": -drift,
+        "loss/kl_behavior_k3": jnp.expm1(drift) - drift,
+        "loss/importance_mean": importance,
+        "loss/importance_square": importance * importance,
+        "loss/ratio_mean": scored.ratio,
+        "loss/clip_fraction": scored.clipped,
+        "loss/advantage_mean": x.advantages,
+        "loss/logprob_mean": x.logprobs,
+        "loss/age_mean": x.age,
+    }
+
+
+def _means(seen: dict[str, Array], mask: Array, num_tokens: Array | float) -> Metrics:
+    """Means over the trained tokens of the whole batch."""
+    return {
+        name: jnp.sum(jnp.where(mask > 0, value, 0.0)) / jnp.maximum(num_tokens, 1.0)
+        for name, value in seen.items()
     }

@@ -1,4 +1,4 @@
-"""What a train step carries from batch to batch."""
+"""What a train step carries from update to update."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import optax
 
 @flax.struct.dataclass
 class TrainState:
-    """Parameters and optimiser state after `step` batches, of which `skipped` changed nothing.
+    """Parameters and optimiser state after `step` updates, of which `skipped` changed nothing.
 
-    step i32[], skipped i32[] (batches with a non-finite loss or gradient), params and opt_state
+    step i32[], skipped i32[] (updates with a non-finite loss or gradient), params and opt_state
     pytrees. Donated to the step that consumes it.
     """
 

@@ -1,4 +1,4 @@
-"""One optimizer update, jitted: gradients over micro-batches, clip, update, metrics.
+"""Optimizer updates, jitted: gradients over micro-batches, clip, update, metrics.
 
 Losses divide by the counts of the whole batch, so the gradients of micro-batches add up to the
 gradient of the batch: the result does not depend on how it is split, packed or padded.
@@ -7,6 +7,7 @@ gradient of the batch: the result does not depend on how it is split, packed or 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,14 @@ from agentcpm_jax.data.batch import Batch
 from agentcpm_jax.model.attention import Attention
 from agentcpm_jax.model.config import ModelConfig
 from agentcpm_jax.model.logprobs import token_logprobs, token_logprobs_and_entropy
-from agentcpm_jax.train.loss import LossConfig, cross_entropy, policy_loss
+from agentcpm_jax.train.aggregate import count_sequences, trained_mask
+from agentcpm_jax.train.loss import (
+    cross_entropy,
+    finish_metrics,
+    normalize_advantages,
+    policy_loss,
+)
+from agentcpm_jax.train.methods import LossConfig, resolve
 from agentcpm_jax.train.optimizer import Schedule
 from agentcpm_jax.train.state import TrainState
 
@@ -79,11 +87,18 @@ def make_rl_step(
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """The step of reinforcement learning; arguments as in `make_sft_step`.
 
+    With `loss_cfg.updates` = K, a batch makes K optimizer updates, each on every K-th row and with
+    the denominators of its own rows. Advantages are normalised over the whole batch, and pi_old of
+    `proximal="recompute"` are the parameters before its first update: with K = 1 those are the
+    current ones, which costs nothing; with more, one forward pass.
+
     Returns:
-      A jitted (state, batch, version, reference=None) -> (state, metrics). `version` i32[] is that
-      of the current parameters: the age of a token is `version - batch.versions`. `reference` are
-      the parameters that `loss_cfg.kl_coef` pulls to.
+      A jitted (state, batch, version) -> (state, metrics). `version` i32[] is that of the current
+      parameters: the age of a token is `version - batch.versions`. When `needs_reference(loss_cfg)`
+      a fourth argument holds the parameters that `kl_coef` pulls to.
     """
+    cfg = resolve(loss_cfg)
+    recompute = cfg.proximal == "recompute"
 
     def step(
         state: TrainState, batch: Batch, version: jax.Array, reference: Any = None
@@ -96,6 +111,9 @@ def make_rl_step(
             pulled_to = None
             if reference is not None:
                 pulled_to = token_logprobs(reference, model, *where, attention=attention)
+            old = batch.proximal_logprobs
+            if recompute and old is None:
+                old = jax.lax.stop_gradient(logprobs)
             age = jnp.where(batch.versions >= 0, version - batch.versions, 0)
             loss, metrics = policy_loss(
                 logprobs,
@@ -106,7 +124,8 @@ def make_rl_step(
                 age.astype(jnp.float32),
                 batch.num_tokens,
                 batch.num_sequences,
-                loss_cfg,
+                cfg,
+                old=old,
                 reference=pulled_to,
             )
             tokens = jnp.maximum(batch.num_tokens, 1.0)
@@ -114,9 +133,26 @@ def make_rl_step(
             metrics["train/entropy"] = jnp.sum(entropy) / tokens
             return loss, metrics
 
-        return _update(state, batch, loss_fn, tx, schedule, micro_rows)
+        def one_update(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+            return _update(state, batch, loss_fn, tx, schedule, micro_rows)
 
-    return _jit(step, shardings, extra=2)
+        if cfg.normalize == "batch":
+            where = (batch.advantages, batch.loss_mask, batch.segment_ids)
+            batch = replace(batch, advantages=normalize_advantages(*where))
+        if cfg.updates == 1:
+            return one_update(state, batch)
+        if recompute:
+            old = _logprobs(state.params, model, batch, micro_rows, attention)
+            batch = replace(batch, proximal_logprobs=old)
+        state, metrics = jax.lax.scan(one_update, state, _shares(batch, cfg.updates))
+        return state, _over_updates(metrics)
+
+    return _jit(step, shardings, extra=2 if needs_reference(cfg) else 1)
+
+
+def needs_reference(loss_cfg: LossConfig) -> bool:
+    """Whether the step takes the parameters of a reference policy."""
+    return resolve(loss_cfg).kl_coef > 0
 
 
 def accumulate(
@@ -137,8 +173,16 @@ def accumulate(
         value, grads = value_and_grad(params, micro)
         return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, grads), value
 
+    def one_or_none(total: Any, micro: Batch) -> tuple[Any, tuple[jax.Array, Metrics]]:
+        def skipped(total: Any, micro: Batch) -> tuple[Any, tuple[jax.Array, Metrics]]:
+            _, value = jax.eval_shape(one, total, micro)
+            return total, jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), value)
+
+        # Padding alone adds nothing: one compiled shape serves batches of any number of rows.
+        return jax.lax.cond(jnp.any(micro.segment_ids > 0), one, skipped, total, micro)
+
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-    total, (loss, metrics) = jax.lax.scan(one, zeros, _split(batch, micro_rows))
+    total, (loss, metrics) = jax.lax.scan(one_or_none, zeros, _split(batch, micro_rows))
     grads = jax.tree.map(lambda t, p: t.astype(p.dtype), total, params)
     metrics = {k: v.max() if k.endswith("max") else v.sum() for k, v in metrics.items()}
     return loss.sum(), metrics, grads
@@ -159,6 +203,56 @@ def _split(batch: Batch, micro_rows: int) -> Batch:
     return jax.tree.map(one, batch)
 
 
+def _shares(batch: Batch, updates: int) -> Batch:
+    """The rows of each update on a new first axis, with denominators of their own."""
+    rows = batch.tokens.shape[0]
+    if rows % updates:
+        raise ValueError(f"{rows} rows are not a multiple of updates={updates}")
+    parts = _split(batch, rows // updates)
+
+    def counts(mask: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+        trained = trained_mask(mask, segment_ids)
+        return jnp.sum(trained), count_sequences(trained, segment_ids)
+
+    tokens, sequences = jax.vmap(counts)(parts.loss_mask, parts.segment_ids)
+    return replace(parts, num_tokens=tokens, num_sequences=sequences)
+
+
+def _logprobs(
+    params: Any,
+    model: ModelConfig,
+    batch: Batch,
+    micro_rows: int,
+    attention: Attention | None,
+) -> jax.Array:
+    """log pi of every token of a batch, `micro_rows` rows at a time: f32[B,T], a constant."""
+    rows, length = batch.shape
+
+    def some(part: Batch) -> jax.Array:
+        return token_logprobs(
+            params, model, part.tokens, part.positions, part.segment_ids, attention=attention
+        )
+
+    if micro_rows <= 0 or micro_rows >= rows:
+        return jax.lax.stop_gradient(some(batch))
+    parts = jax.lax.map(some, _split(batch, micro_rows))
+    return jax.lax.stop_gradient(parts.swapaxes(0, 1).reshape(rows, length))
+
+
+def _over_updates(metrics: Metrics) -> Metrics:
+    """Metrics of a batch from those of its updates (first axis): means, but for extremes, counts
+    and what only the last update knows."""
+
+    def fold(name: str, values: jax.Array) -> jax.Array:
+        if name.endswith("max"):
+            return values.max()
+        if name in ("train/tokens", "train/sequences"):
+            return values.sum()
+        return values[-1] if name in ("train/nonfinite", "train/lr") else values.mean()
+
+    return {name: fold(name, values) for name, values in metrics.items()}
+
+
 def _update(
     state: TrainState,
     batch: Batch,
@@ -168,6 +262,7 @@ def _update(
     micro_rows: int,
 ) -> tuple[TrainState, Metrics]:
     loss, metrics, grads = accumulate(loss_fn, state.params, batch, micro_rows)
+    metrics = finish_metrics(metrics)
     with jax.named_scope("optimizer"):
         grad_norm = optax.tree.norm(grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)

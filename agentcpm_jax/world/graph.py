@@ -13,14 +13,19 @@ from agentcpm_jax.world.names import FIRST, RELATIONS, SECOND, SPLITS, seconds_o
 _DRAWS = 32  # a draw of 40 held-out names repeats a second word about once in seven
 
 
+#: What can happen to a tool call.
+TOOL_FAULTS = ("tool_error", "infra_error", "truncated")
+
+
 @dataclass(frozen=True)
 class WorldConfig:
     """One world. Equal configs give equal worlds, in any process.
 
     `entities` pages with `facts` facts each, in families of `family` names that share the first
     word. `distractors` is a number of extra pages; `stale`, `contradictory` and `injections` are
-    shares of the entities (0 to 1); `tool_fault_rate` is a share of the tool calls; `results` is
-    the most titles that one search returns.
+    shares of the entities (0 to 1); `tool_fault_rate` is a share of the tool calls, each of which
+    has one of `tool_faults`: an error the agent sees, a lost server, or half of the text without a
+    word about it; `results` is the most titles that one search returns.
     """
 
     seed: int = 0
@@ -33,9 +38,17 @@ class WorldConfig:
     contradictory: float = 0.0
     injections: float = 0.0
     tool_fault_rate: float = 0.0
+    tool_faults: tuple[str, ...] = TOOL_FAULTS
     results: int = 4
+    tool_latency: float = 0.0
+    tool_latency_sigma: float = 1.0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "tool_faults", tuple(self.tool_faults))  # JSON has lists
+        if not self.tool_faults or not set(self.tool_faults) <= set(TOOL_FAULTS):
+            raise UserError(
+                f"world.tool_faults is {self.tool_faults}; use some of {', '.join(TOOL_FAULTS)}"
+            )
         if self.split not in SPLITS:
             raise UserError(f"world.split is {self.split!r}; use one of {', '.join(SPLITS)}")
         if not 1 <= self.facts <= len(RELATIONS):
@@ -48,6 +61,9 @@ class WorldConfig:
         for name in ("stale", "contradictory", "injections", "tool_fault_rate"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise UserError(f"world.{name} is {getattr(self, name)}; use a share from 0 to 1")
+        for name in ("tool_latency", "tool_latency_sigma"):
+            if not 0.0 <= getattr(self, name) < float("inf"):
+                raise UserError(f"world.{name} is {getattr(self, name)}; use a number from 0 on")
         if self.results < 1 or self.distractors < 0:
             raise UserError(
                 f"world.results is {self.results}, distractors {self.distractors}; "

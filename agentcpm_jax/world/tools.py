@@ -1,4 +1,5 @@
-"""The world's tools: `search` and `visit`, in-process or through the HTTP site, with seeded faults.
+"""The world's tools: `search` and `visit`, in-process or through the HTTP site, with seeded faults
+and latencies.
 
 `WorldToolbox` is a `dock.protocol.Toolbox`; `open_toolbox` is an `OpenToolbox`. Both back ends give
 the same statuses and texts.
@@ -6,6 +7,7 @@ the same statuses and texts.
 
 from __future__ import annotations
 
+import asyncio
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -58,7 +60,7 @@ class Pages(Protocol):
 
 
 class WorldToolbox:
-    """The tools of one attempt. `key` = (issue_id, sample, attempt) seeds the injected faults."""
+    """The tools of one attempt. `key` = (issue_id, sample, attempt) seeds faults and latencies."""
 
     def __init__(self, pages: Pages, cfg: WorldConfig, key: tuple[int, ...] = ()) -> None:
         self._pages, self._cfg, self._key = pages, cfg, key
@@ -70,8 +72,11 @@ class WorldToolbox:
     async def call(self, name: str, arguments: Mapping[str, Any]) -> ToolResult:
         """Run one call. Calls are numbered in the order in which they arrive."""
         start = time.perf_counter()
-        fault = _fault(self._cfg, (*self._key, self._calls))
+        key = (*self._key, self._calls)
+        fault, latency = _fault(self._cfg, key), call_latency(self._cfg, key)
         self._calls += 1
+        if latency:
+            await asyncio.sleep(latency)
         status, content = await self._answer(name, arguments, fault)
         return ToolResult(status, content, time.perf_counter() - start)
 
@@ -208,6 +213,17 @@ class SitePages:
         await self._client.aclose()
 
 
+def call_latency(cfg: WorldConfig, key: tuple[int, ...]) -> float:
+    """Seconds that the call `key` = (issue_id, sample, attempt, call) is made to take.
+
+    Proportional to `cfg.tool_latency`: the same call is the same draw at every scale.
+    """
+    if not cfg.tool_latency:
+        return 0.0
+    rng = random.Random(f"latency/{cfg.key}/{key}")
+    return cfg.tool_latency * rng.lognormvariate(0.0, cfg.tool_latency_sigma)
+
+
 def _clean(text: str) -> str:
     """Untrusted text made short and encodable (a lone surrogate becomes `?`)."""
     return text[:MAX_ARGUMENT_CHARS].encode("utf-8", "replace").decode("utf-8")
@@ -220,4 +236,4 @@ def _fault(cfg: WorldConfig, key: tuple[int, ...]) -> str:
     rng = random.Random(f"fault/{cfg.key}/{key}")
     if rng.random() >= cfg.tool_fault_rate:
         return ""
-    return rng.choice(("tool_error", "infra_error", "truncated"))
+    return rng.choice(cfg.tool_faults)

@@ -1,0 +1,52 @@
+"""The in-process engine as a server sees it: Hugging Face directories in, tokens out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from agentcpm_jax.engine.local import EngineConfig, LocalEngine
+from agentcpm_jax.model.config import ModelConfig
+from agentcpm_jax.model.hf import load_hf
+from agentcpm_jax.rollout.policy import Completion, SampleRequest
+from agentcpm_jax.types import UserError
+
+
+class ServedLocal:
+    """A `ServedEngine` over `LocalEngine`, with the weights of a directory.
+
+    Args:
+      path: config.json and safetensors. Raises `UserError` when they are not a Qwen3 checkpoint.
+      dtype: of parameters and computation, 'float32' or 'bfloat16'; default: as stored.
+    """
+
+    def __init__(self, path: str, cfg: EngineConfig, dtype: str | None = None) -> None:
+        params, model = load_hf(path, param_dtype=dtype)
+        if dtype is not None:
+            model = replace(model, dtype=dtype)
+        self._model: ModelConfig = model
+        self._engine = LocalEngine(params, model, cfg, version=0)
+        self.capacity, self.vocab_size = cfg.capacity, model.vocab_size
+
+    async def sample(self, request: SampleRequest) -> Completion:
+        return await self._engine.sample(request)
+
+    def load(self, path: str, version: int) -> None:
+        if not (Path(path) / "config.json").is_file():
+            raise UserError(f"{path} holds no config.json; name a Hugging Face directory")
+        params, _ = load_hf(path, self._model)
+        self._engine.set_params(params, version)
+
+    def close(self) -> None:
+        self._engine.close()
+
+    def describe(self, path: str) -> dict[str, Any]:
+        """What `/model_info` says beside the version."""
+        return {
+            "model_path": path,
+            "tokenizer_path": path,
+            "model_type": "qwen3",
+            "architectures": ["Qwen3ForCausalLM"],
+            "dtype": self._model.param_dtype,
+        }

@@ -1,0 +1,221 @@
+"""What a merge would do, without doing it: parameters, bytes, memory, time, and where models clash.
+
+Conflict map, per layer, over a sample of every tensor's entries d_m = W_m - B:
+
+    disagreement  share of entries, among those that at least two models move, that they move in
+                  different directions
+    cosine        <d_i, d_j> / |d_i||d_j|, the mean over pairs of models
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from agentcpm_jax.merge.chunked import FLOATS
+from agentcpm_jax.merge.meter import duration
+from agentcpm_jax.merge.recipe import MergeRecipe
+from agentcpm_jax.merge.resolve import Job
+from agentcpm_jax.merge.shards import Checkpoint
+from agentcpm_jax.merge.streaming import merged_tensor, open_inputs
+from agentcpm_jax.merge.trimming import with_kept_counts
+
+BLOCKS, BLOCK = 16, 1 << 14  # of a tensor: 262,144 entries at most
+INTERPRETER = 80_000_000  # bytes: numpy, chunks, headers
+TRIAL = 4_000_000  # entries of the tensor that is timed, at most
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """How the task vectors of a layer (or of what lies outside the layers) agree."""
+
+    layer: str
+    disagreement: float
+    cosine: float
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """See the module; sizes in bytes, time in seconds.
+
+    Attributes:
+      parameters: per output tensor, 'name=value' of every parameter, models' by their position.
+      models: in that order.
+    """
+
+    method: str
+    models: tuple[str, ...]
+    base: str
+    tensors: tuple[tuple[str, tuple[int, ...], str], ...]
+    parameters: Mapping[str, str]
+    read: int
+    written: int
+    peak_memory: int
+    free_disk: int
+    seconds: float
+    conflicts: tuple[Conflict, ...]
+    notes: tuple[str, ...]
+
+    def text(self) -> str:
+        """For people."""
+        lines = [f"method   {self.method}"]
+        lines += [f"base     {self.base}"] if self.base else []
+        lines += [f"model {i}  {name}" for i, name in enumerate(self.models, 1)]
+        lines += [
+            f"reads    {_size(self.read)}",
+            f"writes   {_size(self.written)} in {len(self.tensors)} tensors; "
+            f"{_size(self.free_disk)} are free",
+            f"memory   {_size(self.peak_memory)} at most, besides mapped files",
+            f"time     about {duration(self.seconds)}",
+            *(f"note     {note}" for note in self.notes),
+            "",
+        ]
+        names = [name for name, _, _ in self.tensors]
+        width = max(map(len, names), default=0)
+        for name, shape, dtype in self.tensors:
+            size = "x".join(map(str, shape))
+            lines.append(f"{name:{width}}  {size:>12} {dtype:8}  {self.parameters[name]}")
+        if self.conflicts:
+            lines += ["", "task vectors by layer   signs that disagree   cosine"]
+            for c in self.conflicts:
+                bar = "#" * round(20 * c.disagreement)
+                lines.append(f"{c.layer:>21}   {c.disagreement:6.1%} {bar:20} {c.cosine:+.3f}")
+        return "\n".join(lines)
+
+
+def plan_merge(recipe: MergeRecipe, roots: Sequence[Path], out: Path, seed: int = 0) -> MergePlan:
+    """Reads headers and a sample of the weights; writes nothing.
+
+    Raises UserError as `streaming.merge_checkpoints` does before it writes.
+    """
+    with open_inputs(recipe, roots) as opened:
+        jobs, models = opened.jobs, opened.models
+        read = sum(models[m].tensors[n].nbytes for j in jobs for m, n in _places(j))
+        return MergePlan(
+            method=recipe.merge_method + (" as in mergekit" if recipe.compat else ""),
+            models=tuple(model for model, _ in jobs[0].inputs),
+            base=jobs[0].base[0] if jobs[0].base else "",
+            tensors=tuple((j.name, j.info.shape, j.info.dtype) for j in jobs),
+            parameters={j.name: _parameters(j) for j in jobs},
+            read=read,
+            written=opened.nbytes,
+            peak_memory=INTERPRETER + max(_memory(recipe, j, models) for j in jobs),
+            free_disk=shutil.disk_usage(_existing(out)).free,
+            seconds=_seconds(recipe, jobs, models, seed, read),
+            conflicts=tuple(conflicts(jobs, models)),
+            notes=opened.notes,
+        )
+
+
+def conflicts(jobs: Sequence[Job], models: Mapping[str, Checkpoint]) -> list[Conflict]:
+    """The conflict map; empty without a base or with fewer than two other models."""
+    sums: dict[int | None, np.ndarray] = {}  # layer -> clash, moved, and the Gram matrix
+    for job in jobs:
+        if job.base is None or len(job.inputs) < 2:
+            continue
+        base = _sample(models[job.base[0]].read(job.base[1]))
+        d = np.stack([_sample(models[m].read(n)) - base for m, n in job.inputs])
+        signs = np.sign(d)
+        several = np.count_nonzero(signs, axis=0) >= 2
+        clash = several & (np.abs(signs.sum(axis=0)) < np.abs(signs).sum(axis=0))
+        # a sample of each tensor stands for all of it
+        share = math.prod(job.info.shape) / max(base.size, 1)
+        found = np.array([clash.sum(), several.sum(), *(d @ d.T).reshape(-1)]) * share
+        sums[job.layer] = sums.get(job.layer, 0.0) + found
+    order = sorted(sums, key=lambda layer: (layer is None, layer or 0))
+    return [_conflict(layer, sums[layer]) for layer in order]
+
+
+def _conflict(layer: int | None, sums: np.ndarray) -> Conflict:
+    clash, moved, *flat = sums
+    count = math.isqrt(len(flat))
+    gram = np.array(flat).reshape(count, count)
+    norms = np.sqrt(np.diag(gram))
+    pairs = itertools.combinations(range(count), 2)
+    cosines = [gram[i, j] / (norms[i] * norms[j] or 1.0) for i, j in pairs]
+    name = "outside the layers" if layer is None else f"layer {layer}"
+    return Conflict(name, float(clash / max(moved, 1.0)), float(np.mean(cosines)))
+
+
+def _sample(x: np.ndarray) -> np.ndarray:
+    """Evenly spaced runs of entries, float64."""
+    flat = x.reshape(-1)
+    if flat.size > BLOCKS * BLOCK:
+        starts = np.linspace(0, flat.size - BLOCK, BLOCKS).astype(int)
+        flat = np.concatenate([flat[s : s + BLOCK] for s in starts])
+    return flat.astype(np.float64)
+
+
+def _parameters(job: Job) -> str:
+    shared = [f"{key}={_shown(value)}" for key, value in job.shared.items()]
+    own = [
+        f"{key}={','.join(_shown(o[key]) for o in job.own)}"
+        for key in (job.own[0] if job.own else {})
+        if key != "keep"
+    ]
+    return " ".join([*own, *shared])
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:.6g}" if isinstance(value, int | float) else str(value)
+
+
+def _memory(recipe: MergeRecipe, job: Job, models: Mapping[str, Checkpoint]) -> int:
+    """The result, and inputs that are not used where they lie in the file."""
+    total = job.info.nbytes
+    for model, name in _places(job):
+        info = models[model].tensors[name]
+        if recipe.dtype and recipe.dtype != info.dtype:
+            total += math.prod(info.shape) * FLOATS[recipe.dtype].itemsize
+        if models[model].copies(name):
+            total += info.nbytes
+    if recipe.merge_method == "arcee_fusion":
+        total += 2 * math.prod(job.info.shape) * 4  # the scores, and a copy to find their median
+    return total
+
+
+def _seconds(
+    recipe: MergeRecipe,
+    jobs: Sequence[Job],
+    models: Mapping[str, Checkpoint],
+    seed: int,
+    read: int,
+) -> float:
+    """From merging one tensor and hashing some bytes, here and now."""
+    small = [j for j in jobs if math.prod(j.info.shape) <= TRIAL] or [jobs[0]]
+    (job,) = with_kept_counts(recipe, [max(small, key=lambda j: j.info.nbytes)], models)
+    start = time.perf_counter()
+    merged_tensor(recipe, job, models, seed)
+    merging = (time.perf_counter() - start) / max(job.info.nbytes, 1)
+    start = time.perf_counter()
+    hashlib.sha256(bytes(TRIAL))
+    hashing = (time.perf_counter() - start) / TRIAL
+    return merging * sum(j.info.nbytes for j in jobs) + hashing * read
+
+
+def _places(job: Job) -> list[tuple[str, str]]:
+    return [*job.inputs, *([job.base] if job.base else [])]
+
+
+def _existing(path: Path) -> Path:
+    folder = path.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return folder
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"

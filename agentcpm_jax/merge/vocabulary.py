@@ -1,0 +1,271 @@
+"""Models of different vocabularies: rows of embeddings are matched by token before merging.
+
+    tokenizer_source: base            # or union, or a model
+    tokenizer:
+      source: union                   # base's ids, then what only others have
+      tokens: {<|im_end|>: {source: org/chat, force: true}}
+      pad_to_multiple_of: 64
+
+A token that a model lacks takes the base's row, else that of the one model which has it, else the
+mean of those that have it; a row nobody has is zero. Deviation from mergekit: padding rows stay
+(Qwen3 has 151,936 rows for 151,669 tokens) unless `compat` trims them as mergekit does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from agentcpm_jax.merge.shards import Checkpoint, TensorInfo, read_json
+from agentcpm_jax.types import UserError
+
+#: Parts of the names of tensors with one row per token.
+PER_TOKEN = ("embed_tokens.", "lm_head.", "wte.", "word_embeddings.", "embed_out.")
+Rows = dict[str, np.ndarray]  # model -> for every output row, its row there or -1
+
+
+@dataclass(frozen=True)
+class TokenizerOptions:
+    """Whose tokens the output has. `tokens` maps a token to its {source, force}."""
+
+    source: str
+    tokens: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    pad_to_multiple_of: int = 0
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The output's token -> id, and where every row comes from.
+
+    Attributes:
+      rows: number of rows of the output's embeddings.
+      places: per model, the row of each output row, -1 where it lacks the token.
+      given: output row -> (model, row) or None for zero: what `tokens` says.
+      added: tokens that the donor of the tokenizer files lacks.
+      donor: the model whose tokenizer files are copied.
+    """
+
+    ids: Mapping[str, int]
+    rows: int
+    places: Rows
+    given: Mapping[int, tuple[str, int] | None]
+    added: tuple[str, ...]
+    donor: str
+    notes: tuple[str, ...] = ()
+
+
+def parse_tokenizer(
+    options: Any, source: Any, model_name: Callable[[Any, str], str]
+) -> TokenizerOptions | None:
+    """Of the keys `tokenizer` and `tokenizer_source`; None when neither is there."""
+    if options is None and source is None:
+        return None
+    if options is not None and source is not None:
+        raise UserError("give tokenizer or tokenizer_source, not both")
+    if options is None:
+        options = {"source": source}
+    if not isinstance(options, Mapping):
+        raise UserError(f"tokenizer is {options!r}; write {{source: base, union or a model}}")
+    for key in options:
+        if key not in ("source", "tokens", "pad_to_multiple_of"):
+            raise UserError(
+                f"unknown key {key!r} in tokenizer; known: source, tokens, pad_to_multiple_of"
+            )
+    multiple = options.get("pad_to_multiple_of") or 0
+    if type(multiple) is not int or multiple < 0:
+        raise UserError(f"pad_to_multiple_of is {multiple!r}; write a positive whole number")
+    tokens = options.get("tokens") or {}
+    if not isinstance(tokens, Mapping):
+        raise UserError(f"tokens in tokenizer is {tokens!r}; write `token: {{source: ...}}`")
+    for token, entry in tokens.items():
+        if not isinstance(entry, Mapping) or not set(entry) <= {"source", "force"}:
+            raise UserError(f"token {token!r} in tokenizer is {entry!r}; write {{source, force}}")
+    name = model_name(options.get("source") or "union", "source in tokenizer")
+    return TokenizerOptions(name.removeprefix("model:"), tokens, multiple)
+
+
+def align(
+    options: TokenizerOptions,
+    base: str,
+    models: Mapping[str, Checkpoint],
+    first: str,
+    compat: bool,
+) -> tuple[dict[str, Checkpoint], Vocabulary]:
+    """The models with their embeddings' rows in the output's order, and that order.
+
+    `first` is the model a union starts from.
+
+    Raises:
+      UserError: no tokenizer.json, no base, a token or model that is not there.
+    """
+    known = {name: token_ids(m.companions) for name, m in models.items()}
+    for name, ids in known.items():
+        if not ids:
+            where = models[name].companions / "tokenizer.json"
+            raise UserError(f"{where} has no vocabulary, which `tokenizer` needs; add the file")
+    donor = {"base": base, "union": first}.get(options.source, options.source)
+    if options.source == "base" and not base:
+        raise UserError("tokenizer source is base, but the recipe has no base_model; name one")
+    if donor not in models:
+        raise UserError(f"tokenizer source {donor} is not a model of this recipe; list it")
+    ids = dict(known[donor])
+    added = []
+    if options.source == "union":
+        free = max(ids.values()) + 1
+        for other in known.values():
+            for token in sorted(other, key=other.__getitem__):
+                if token not in ids:
+                    ids[token] = free
+                    added.append(token)
+                    free += 1
+    used = max(ids.values()) + 1
+    had = _row_count(models[donor])
+    rows = used if compat else max(used, had)
+    if options.pad_to_multiple_of:
+        rows = -(-rows // options.pad_to_multiple_of) * options.pad_to_multiple_of
+    places = {n: _places(ids, known[n], rows, _row_count(m)) for n, m in models.items()}
+    given = {}
+    for token, entry in options.tokens.items():
+        if token not in ids:
+            raise UserError(f"token {token!r} in tokenizer is not in the output's vocabulary")
+        given[ids[token]] = _given(token, entry.get("source"), known, models)
+        if entry.get("force"):
+            for rows_of in places.values():
+                rows_of[ids[token]] = -1
+    notes = [f"embeddings have {rows} rows, those of {donor} {had}"] if rows != had else []
+    vocabulary = Vocabulary(ids, rows, places, given, tuple(added), donor, tuple(notes))
+    aligned: dict[str, Checkpoint] = {
+        name: AlignedCheckpoint(name, models, base, vocabulary) for name in models
+    }
+    return aligned, vocabulary
+
+
+class AlignedCheckpoint(Checkpoint):
+    """An open Checkpoint whose per-token tensors have the output's rows."""
+
+    def __init__(
+        self, name: str, models: Mapping[str, Checkpoint], base: str, vocabulary: Vocabulary
+    ):
+        self._name, self._models, self._base, self._vocabulary = name, models, base, vocabulary
+        self._inner = models[name]
+        place = vocabulary.places[name]
+        self._unmoved = np.array_equal(place, np.arange(len(place)))
+        for attribute in ("directory", "companions", "config", "files"):
+            setattr(self, attribute, getattr(self._inner, attribute))
+        self.identity, self.sha256 = self._inner.identity, self._inner.sha256
+        self.release = self._inner.release
+        self.tensors = {n: self._info(n, t) for n, t in self._inner.tensors.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor in its stored dtype, rows in the output's order."""
+        stored = self._inner.read(name)
+        if not _per_token(name):
+            return stored
+        place = self._vocabulary.places[self._name]
+        if self._unmoved:
+            return stored[: len(place)]
+        out = stored[np.maximum(place, 0)]
+        missing = np.flatnonzero(place < 0)
+        out[missing] = self._fill(name, missing, stored.shape[1:])
+        return out
+
+    def copies(self, name: str) -> bool:
+        """Whether rows are moved or made up."""
+        return _per_token(name) and not self._unmoved
+
+    def _fill(self, name: str, rows: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """What stands in for output rows this model lacks, in float32."""
+        total, count = np.zeros((len(rows), *shape), np.float32), np.zeros(len(rows), np.int64)
+        # the base alone where it has the token, so it comes first
+        order = sorted(self._models, key=lambda m: m != self._base)
+        for model in order:
+            if name not in self._models[model].tensors:
+                continue
+            place = self._vocabulary.places[model][rows]
+            has = place >= 0
+            if model != self._base and self._base:
+                has &= self._vocabulary.places[self._base][rows] < 0
+            total[has] += self._models[model].read(name)[place[has]].astype(np.float32)
+            count += has
+        total /= np.maximum(count, 1).reshape(-1, *(1 for _ in shape))
+        for row, source in self._vocabulary.given.items():
+            at = np.flatnonzero(rows == row)
+            if at.size:
+                total[at] = 0 if source is None else self._models[source[0]].read(name)[source[1]]
+        return total
+
+    def _info(self, name: str, info: TensorInfo) -> TensorInfo:
+        if not _per_token(name):
+            return info
+        return TensorInfo((self._vocabulary.rows, *info.shape[1:]), info.dtype)
+
+
+def token_ids(directory: Path) -> dict[str, int]:
+    """Token -> id from tokenizer.json; empty when there is none or it is of another kind."""
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        return {}
+    data = read_json(path)
+    vocab = data.get("model", {}).get("vocab", {})
+    if isinstance(vocab, list):  # Unigram: [[token, score], ...]
+        vocab = {entry[0]: i for i, entry in enumerate(vocab)}
+    return {**vocab, **{t["content"]: t["id"] for t in data.get("added_tokens", [])}}
+
+
+def check_same_ids(models: Mapping[str, Checkpoint]) -> None:
+    """Raises UserError if two tokenizers give one token different ids."""
+    first_name, first = "", {}
+    for name, model in models.items():
+        ids = token_ids(model.companions)
+        if not first:
+            first_name, first = name, ids
+        for token, i in ids.items():
+            if first.get(token, i) != i:
+                raise UserError(
+                    f"token {token!r} has id {first[token]} in {first_name} but {i} in {name}; "
+                    "merge models of one tokenizer, or add `tokenizer: {source: base}`"
+                )
+
+
+def _per_token(name: str) -> bool:
+    return any(part in f"{name}." for part in PER_TOKEN)
+
+
+def _row_count(model: Checkpoint) -> int:
+    return max((t.shape[0] for n, t in model.tensors.items() if _per_token(n)), default=0)
+
+
+def _places(ids: Mapping[str, int], own: Mapping[str, int], rows: int, has: int) -> np.ndarray:
+    place = np.full(rows, -1, np.int64)
+    used = max(ids.values()) + 1
+    own_used = max(own.values()) + 1
+    padding = np.arange(used, rows)  # rows without a token stay where they are
+    place[used:] = np.where((padding >= own_used) & (padding < has), padding, -1)
+    for token, i in ids.items():
+        j = own.get(token, -1)
+        place[i] = j if j < has else -1
+    return place
+
+
+def _given(
+    token: str,
+    source: Any,
+    known: Mapping[str, Mapping[str, int]],
+    models: Mapping[str, Checkpoint],
+) -> tuple[str, int] | None:
+    """(model, row) a token's embedding is taken from; None: zero."""
+    if isinstance(source, Mapping) and source.get("kind") == "zero":
+        return None
+    model, wanted = source, token
+    if isinstance(source, Mapping) and source.get("kind") == "model_token":
+        model, wanted = source.get("model"), source.get("token", source.get("token_id"))
+    if not isinstance(model, str) or model not in models:
+        raise UserError(f"source of token {token!r} is {source!r}, not a model of this recipe")
+    row = wanted if isinstance(wanted, int) else known[model].get(str(wanted), -1)
+    if not 0 <= row < _row_count(models[model]):
+        raise UserError(f"model {model} has no token {wanted!r}, the source of {token!r}")
+    return model, row

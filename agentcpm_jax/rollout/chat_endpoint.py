@@ -1,0 +1,137 @@
+"""A `ChatPolicy` over any OpenAI-compatible server: judges, summarisers, evaluation.
+
+One try per call and typed failures: who calls decides about retries, so that they do not multiply.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import ssl
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+
+from agentcpm_jax.rollout.policy import AssistantMessage, Finish
+from agentcpm_jax.types import UserError
+
+#: What `AssistantMessage.error` begins with; asking again can help with all but `refused`.
+FAILURES = ("timeout", "transport", "busy", "refused", "malformed")
+
+_FINISH = {"length": Finish.LENGTH}
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+@dataclass(frozen=True)
+class EndpointConfig:
+    """`url` up to and with the version, e.g. http://localhost:30000/v1; `timeout` in seconds.
+
+    `key_env` names the environment variable that holds the key; empty: no key is sent.
+    """
+
+    url: str
+    model: str
+    key_env: str = ""
+    temperature: float = 0.0
+    max_tokens: int = 1024
+    timeout: float = 60.0
+
+
+class ChatEndpoint:
+    """Replies of one model. Each call has a connection of its own, so any event loop may call.
+
+    Raises:
+      UserError: no usable URL or model, or the key's variable is not set.
+    """
+
+    def __init__(self, cfg: EndpointConfig) -> None:
+        parts = urlsplit(cfg.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise UserError(f"endpoint url is {cfg.url!r}; give one like http://localhost:30000/v1")
+        if not cfg.model:
+            raise UserError(f"no model is named for the endpoint {cfg.url}; name one it serves")
+        if cfg.key_env and not os.environ.get(cfg.key_env):
+            raise UserError(
+                f"environment variable {cfg.key_env} is not set; export the endpoint's key in it, "
+                "or set key_env='' if none is needed"
+            )
+        self._cfg = cfg
+        self._key = os.environ[cfg.key_env].strip() if cfg.key_env else ""
+        # A proxy of the environment must not see loopback traffic.
+        self._trust_env = parts.hostname not in _LOOPBACK
+        self._verify = _certificates() if parts.scheme == "https" else False
+
+    async def reply(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> AssistantMessage:
+        """The first choice. A failure is a message with `finish=error` and `error` set, which
+        begins with one of `FAILURES`; keys are in no message."""
+        body: dict[str, Any] = {
+            "model": self._cfg.model,
+            "messages": [dict(m) for m in messages],
+            "temperature": self._cfg.temperature,
+            "max_tokens": self._cfg.max_tokens,
+        }
+        if tools:
+            body["tools"] = [dict(t) for t in tools]
+        try:
+            async with asyncio.timeout(self._cfg.timeout or None):
+                response = await self._post(body)
+        except (TimeoutError, httpx.TimeoutException):
+            return self._failed("timeout", f"no reply within {self._cfg.timeout:g} s")
+        except (httpx.HTTPError, OSError) as error:
+            return self._failed("transport", f"{type(error).__name__}: {error}")
+        if response.status_code != httpx.codes.OK:
+            kind = "busy" if _may_pass(response.status_code) else "refused"
+            return self._failed(kind, f"status {response.status_code}: {response.text[:200]}")
+        try:
+            return _message(response.json())
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+            return self._failed("malformed", f"{type(error).__name__}: {error}; {response.text!r}")
+
+    async def _post(self, body: Mapping[str, Any]) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        headers["Content-Type"] = "application/json"
+        async with httpx.AsyncClient(
+            timeout=self._cfg.timeout or None, trust_env=self._trust_env, verify=self._verify
+        ) as client:
+            url = f"{self._cfg.url.rstrip('/')}/chat/completions"
+            # ASCII: text of a policy may hold lone surrogates, which UTF-8 does not carry.
+            return await client.post(url, content=json.dumps(body).encode(), headers=headers)
+
+    def _failed(self, kind: str, detail: str) -> AssistantMessage:
+        text = f"{kind}: {detail}"
+        text = text.replace(self._key, "***") if self._key else text  # servers may echo it
+        return AssistantMessage("", finish=Finish.ERROR, error=text[:500])
+
+
+def may_retry(error: str) -> bool:
+    """Whether a failure of this text may pass: all but a refusal."""
+    return not error.startswith("refused")
+
+
+def _may_pass(status: int) -> bool:
+    return status in (408, 409, 425, 429) or status >= 500
+
+
+def _message(reply: Mapping[str, Any]) -> AssistantMessage:
+    """The first choice of a chat completion; raises when it is none (some servers report errors
+    with status 200)."""
+    choice = reply["choices"][0]
+    content = choice["message"].get("content") or ""
+    if not isinstance(content, str):
+        content = "".join(part.get("text", "") for part in content)
+    calls = choice["message"].get("tool_calls") or ()
+    finish = _FINISH.get(choice.get("finish_reason"), Finish.STOP)
+    return AssistantMessage(content, tuple(dict(call) for call in calls), finish)
+
+
+@cache
+def _certificates() -> ssl.SSLContext:
+    """Loaded once: reading the store takes longer than a request."""
+    return ssl.create_default_context()

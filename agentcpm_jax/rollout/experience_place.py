@@ -1,0 +1,105 @@
+"""Where the live SQLite log lies, and the snapshots that outlive its disk.
+
+SQLite's locks and its WAL need a local file system. A workdir on a network, FUSE or bucket mount
+keeps everything but the live database, which goes to a local directory; each checkpoint carries a
+snapshot of it, from which a machine without that directory goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import sqlite3
+import tempfile
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+#: File systems of other machines, or of programs that play one (gcsfuse, s3fs, sshfs: `fuse.*`).
+REMOTE = re.compile(
+    r"nfs\d?|cifs|smb\w*|9p|afs|ceph|lustre|gpfs|beegfs\w*|glusterfs|virtiofs|fuse(\..+)?"
+)
+MOUNTS = Path("/proc/mounts")
+
+
+@dataclass(frozen=True)
+class Place:
+    """`url`: for `ExperienceLog.open`; `note`: what the user should know, or empty."""
+
+    url: str
+    note: str = ""
+
+
+def place_log(workdir: Path, log_url: str = "", mounts: Path = MOUNTS) -> Place:
+    """The live log of a workdir: `log_url` if there is one, else a file on a local disk."""
+    if log_url:
+        return Place(log_url)
+    kind = filesystem(workdir, mounts)
+    if not REMOTE.fullmatch(kind):
+        return Place(str(workdir / "experience.db"))
+    digest = hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:16]
+    live = _local_directory(mounts) / "agentcpm_jax" / digest / "experience.db"
+    return Place(
+        str(live),
+        f"{workdir} is on {kind}, where SQLite cannot live: the experience log is {live}, and "
+        "every checkpoint holds a snapshot of it",
+    )
+
+
+def filesystem(path: Path, mounts: Path = MOUNTS) -> str:
+    """The type of the file system that holds `path` (which need not exist); '' when unknown."""
+    try:
+        lines = mounts.read_text().splitlines()
+    except OSError:  # not Linux
+        return ""
+    where, best, found = Path(os.path.realpath(path)), -1, ""
+    for line in lines:
+        _, point, kind, *_ = line.split(" ")
+        # Spaces and the like are written in octal.
+        point = re.sub(r"\\(\d{3})", lambda m: chr(int(m[1], 8)), point)
+        if where.is_relative_to(point) and len(point) >= best:  # later mounts cover earlier ones
+            best, found = len(point), kind
+    return found
+
+
+def take_snapshot(database: Path, target: Path) -> None:
+    """A consistent copy of a database in use; `target` may lie on any file system.
+
+    Writers go on meanwhile. The copy is made beside the database, since SQLite writes back and
+    forth, and then moved in one stream.
+    """
+    with tempfile.TemporaryDirectory(dir=database.parent, prefix=".snapshot-") as scratch:
+        copy = Path(scratch) / database.name
+        with (
+            closing(sqlite3.connect(database, timeout=60)) as source,
+            closing(sqlite3.connect(copy)) as sink,
+        ):
+            source.backup(sink)
+            sink.execute("PRAGMA journal_mode = DELETE")  # one file, without a WAL beside it
+        _copy_durably(copy, target)
+
+
+def restore_snapshot(snapshot: Path, database: Path) -> None:
+    """Puts a snapshot where the live database was; whole or not at all."""
+    database.parent.mkdir(parents=True, exist_ok=True)
+    arriving = database.with_name(f".{database.name}.arriving")
+    _copy_durably(snapshot, arriving)
+    for part in ("-wal", "-shm"):  # of a database that is gone
+        database.with_name(database.name + part).unlink(missing_ok=True)
+    os.replace(arriving, database)
+
+
+def _local_directory(mounts: Path) -> Path:
+    state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    choices = [Path(state), Path("/var/tmp"), Path(tempfile.gettempdir())]
+    local = (path for path in choices if not REMOTE.fullmatch(filesystem(path, mounts)))
+    return next(local, choices[-1])
+
+
+def _copy_durably(source: Path, target: Path) -> None:
+    with source.open("rb") as reader, target.open("wb") as writer:
+        shutil.copyfileobj(reader, writer, 1 << 20)
+        writer.flush()
+        os.fsync(writer.fileno())

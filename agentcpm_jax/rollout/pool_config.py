@@ -1,0 +1,76 @@
+"""Settings of a rollout pool. Keys are read from the environment and are never stored here."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+from urllib.parse import urlsplit
+
+from agentcpm_jax.types import UserError
+
+
+@dataclass(frozen=True)
+class PoolConfig:
+    """Servers that speak SGLang's protocol. Without `urls` the engine in the process is used.
+
+    `pause`, what an update does to running requests:
+      abort     they return what they have; the client resends the prefix (every SGLang release);
+      retract   the server keeps them and computes their prefix anew under the new weights;
+      in_place  the server keeps them and their old keys and values: the fastest, but tokens after
+                the switch come from a mixture of two models which no trainer can recompute.
+    With `abort` and `retract` every log-probability is that of the version stamped on its token.
+    """
+
+    urls: tuple[str, ...] = ()  # one per worker: http://host:30000
+    urls_file: str = ""  # a file of further urls, one per line, read again at every health check
+    router_url: str = ""  # the official router: /generate goes there, control to each worker
+    pause: Literal["abort", "retract", "in_place"] = "abort"
+    weights_dir: str = ""  # where the workers find weights; empty: below the stage's directory
+    api_key_env: str = "SGLANG_API_KEY"  # names of environment variables, not keys
+    admin_key_env: str = "SGLANG_ADMIN_API_KEY"
+    ca_file: str = ""  # PEM bundle of a private certificate authority
+    max_gap: float = 0.05  # mean |log-prob of server - of trainer| (nats) that a worker may show
+    allow_unversioned: bool = False  # accept servers that name no weight version
+    affinity_slack: int = 8  # requests by which a trajectory's own worker may be the busier one
+    max_failures: int = 8  # failed attempts after which a completion is an error
+    backoff: float = 0.2  # s after the first failure; doubles up to `backoff_max`
+    backoff_max: float = 8.0
+    start_timeout: float = 300.0  # s until a worker must be ready
+    request_timeout: float = 1800.0  # s for a completion that brings no deadline, all legs together
+    attempt_timeout: float = 900.0  # s for one HTTP request: what hangs is given up
+    control_timeout: float = 60.0  # s for pause, continue, information
+    update_timeout: float = 300.0  # s for one worker to load weights
+    health_every: float = 10.0  # s between looks at each worker
+    health_timeout: float = 25.0  # s; SGLang itself answers after at most 20
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Two bearer keys; empty = none. Their `repr` shows neither."""
+
+    generate: str = ""
+    admin: str = ""
+
+    @classmethod
+    def from_environment(cls, cfg: PoolConfig) -> Keys:
+        """Read when the pool is made. SGLang takes its ordinary key where it has no admin key."""
+        generate = os.environ.get(cfg.api_key_env, "")
+        return cls(generate, os.environ.get(cfg.admin_key_env, "") or generate)
+
+    def __repr__(self) -> str:
+        return f"Keys(generate={bool(self.generate)}, admin={bool(self.admin)})"
+
+
+def check_url(url: str) -> str:
+    """`url` without a trailing slash.
+
+    Raises `UserError` when it is none, or carries a password (it would end up in logs).
+    """
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise UserError(f"pool url {url!r} is no http(s)://host:port; correct pool.urls")
+    if parts.username or parts.password:
+        shown = f"{parts.scheme}://...@{parts.hostname}"
+        raise UserError(f"pool url {shown} carries credentials; use the keys' variables instead")
+    return url.rstrip("/")

@@ -1,0 +1,240 @@
+"""One line of advice from recent metrics: what is wrong, by which figure, and which knob to turn.
+
+A pure function of the last rows of `metrics.jsonl`. Figures are medians over the window, so that a
+compilation or one slow batch says nothing; rules are asked in the order of `RULES`, from what
+makes a step worthless to what makes it slow, and the first that holds speaks.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
+from typing import Any
+
+Row = Mapping[str, Any]
+WINDOW = 9  # rows that are looked at; odd: five bad ones outvote four good ones
+LEAST = 5  # rows without which nothing is said: a first step with its compilation never decides
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """When a figure is wrong. Shares are of 1."""
+
+    # Half of all groups without signal doubles the cost of a step; beyond, the tasks are at fault.
+    equal_rewards: float = 0.6
+    # k3 estimate, nats per token. Same weights: 1e-6 (fp32) to 1e-3 (bf16 engines); a step or two
+    # of staleness: a few 1e-3. Above, importance weights leave the clip band in numbers.
+    mismatch: float = 0.05
+    effective: float = 0.3  # effective sample size of the importance weights
+    masked: float = 0.3  # trained tokens whose gradient a clip or mask removed
+    stale_long: float = 0.1  # stale drops among the longest three tenths ...
+    stale_contrast: float = 3.0  # ... and so many times that of the shorter half
+    idle: float = 0.25  # of the trainer, or of the pool
+    # MiB per step, and share of the resident memory per step: both, lest a small leak of a huge
+    # process or the noise of a small one speaks.
+    rss_slope: float = 1.0
+    rss_share: float = 2e-4
+    lag_ms: float = 250.0  # worst oversleep in a step; a turn's own work takes 5 ms
+
+
+def advise(
+    rows: Sequence[Row], *, lockstep: bool = False, thresholds: Thresholds | None = None
+) -> str:
+    """The advice after the last of `rows`; empty when nothing is wrong or little is known.
+
+    Args:
+      rows: as in `metrics.jsonl`, oldest first; the last `WINDOW` count.
+      lockstep: trainer and rollouts take turns by design (deterministic mode, or eta = 0): idle
+        times are no fault.
+      thresholds: None for the defaults.
+    """
+    window = list(rows)[-WINDOW:]
+    if len(window) < LEAST:
+        return ""
+    limits = thresholds or Thresholds()
+    for rule in RULES:
+        if rule is _idle and lockstep:
+            continue
+        if line := rule(window, limits):
+            return line
+    return ""
+
+
+class Adviser:
+    """Says a line when the advice changes, and only then."""
+
+    def __init__(
+        self, say: Callable[[str], None], rows: Sequence[Row] = (), *, lockstep: bool = False
+    ) -> None:
+        """`rows`: of the steps before, when a run is resumed."""
+        self._say, self._lockstep = say, lockstep
+        self._rows: deque[Row] = deque(rows, maxlen=WINDOW)
+        self._topic = topic(advise(self._rows, lockstep=lockstep))
+
+    def hear(self, row: Row) -> None:
+        """Takes the metrics of one more step."""
+        self._rows.append(row)
+        line = advise(self._rows, lockstep=self._lockstep)
+        if line and topic(line) != self._topic:
+            self._say(f"step {row.get('step', '?')}: {line}")
+        self._topic = topic(line)
+
+
+def history(rows: Sequence[Row], *, lockstep: bool = False) -> list[tuple[int, int, str]]:
+    """(first step, last step, advice) of every stretch of a run with the same advice."""
+    found: list[tuple[int, int, str]] = []
+    for n, row in enumerate(rows):
+        line = advise(rows[max(0, n + 1 - WINDOW) : n + 1], lockstep=lockstep)
+        if not line:
+            continue
+        step = int(row["step"])
+        if found and topic(found[-1][2]) == topic(line) and found[-1][1] == rows[n - 1]["step"]:
+            found[-1] = (found[-1][0], step, line)
+        else:
+            found.append((step, step, line))
+    return found
+
+
+def topic(line: str) -> str:
+    """What an advice is about: its words before the colon. Figures may move, the topic stays."""
+    return line.partition(":")[0]
+
+
+# ---- the rules
+
+
+def _not_finite(rows: Sequence[Row], limits: Thresholds) -> str:
+    skipped = _grown(rows, "train/nonfinite")
+    if not skipped:
+        return ""
+    return (
+        f"non-finite steps: {skipped:.0f} of the last {len(rows)} changed nothing; lower "
+        "optimizer.lr or set a gradient clip"
+    )
+
+
+def _equal_rewards(rows: Sequence[Row], limits: Thresholds) -> str:
+    equal = _grown(rows, "stream/dropped/zero_variance")
+    shipped = _grown(rows, "stream/shipped_groups")
+    if not equal or equal < limits.equal_rewards * (equal + shipped):
+        return ""
+    share = f"{equal:.0f} of {equal + shipped:.0f} groups have equal rewards"
+    reward = _median(rows, "reward/mean")
+    if reward is None:
+        fix = "change the difficulty of the tasks"
+    else:
+        fix = f"mean reward {reward:.2f}: the tasks are too {'easy' if reward > 0.5 else 'hard'}"
+    return f"no gradient: most groups have equal rewards ({share}; {fix}, or raise group_size)"
+
+
+def _mismatch(rows: Sequence[Row], limits: Thresholds) -> str:
+    kl = _median(rows, "loss/kl_behavior_k3")
+    if kl is None or kl <= limits.mismatch:
+        return ""
+    age = _median(rows, "stale/age_mean") or 0.0
+    if age < 0.5:
+        fix = "the samples are fresh, so engine and trainer disagree: compare their log-probs"
+    else:
+        fix = f"mean age {age:.1f}: lower optimizer.lr or stream.max_staleness"
+    return f"mismatch KL high: {kl:.3f} nats per token to the sampling policy; {fix}"
+
+
+def _effective(rows: Sequence[Row], limits: Thresholds) -> str:
+    ess = _median(rows, "loss/ess")
+    if ess is None or ess >= limits.effective:
+        return ""
+    return (
+        f"few tokens carry the step: effective sample size {ess:.0%}; lower stream.max_staleness "
+        "or optimizer.lr, or cap the importance weights"
+    )
+
+
+def _masked(rows: Sequence[Row], limits: Thresholds) -> str:
+    shares = {n: _median(rows, f"loss/{n}") for n in MASKS}
+    name, share = max(((n, v or 0.0) for n, v in shares.items()), key=lambda pair: pair[1])
+    if share <= limits.masked:
+        return ""
+    return (
+        f"tokens lost to {name.removesuffix('_fraction')}: {share:.0%} of those trained; lower "
+        "optimizer.lr or stream.max_staleness, or widen the band"
+    )
+
+
+def _stale_long(rows: Sequence[Row], limits: Thresholds) -> str:
+    deciles = [_median(rows, f"stale/dropped_decile/{k}") for k in range(10)]
+    rates = [d for d in deciles if d is not None]
+    if len(rates) < 10:
+        return ""
+    long, short = sum(rates[7:]) / 3, sum(rates[:5]) / 5
+    if long < limits.stale_long or long < limits.stale_contrast * short:
+        return ""
+    return (
+        f"stale drops concentrate in long trajectories: {long:.0%} of the longest 30 % are lost, "
+        f"{short:.0%} of the shorter half; raise stream.max_staleness or lower "
+        "max_concurrent_groups"
+    )
+
+
+def _idle(rows: Sequence[Row], limits: Thresholds) -> str:
+    trainer, pool = _median(rows, "time/trainer_idle"), _median(rows, "pool/idle")
+    if trainer is None or pool is None:
+        return ""
+    figures = f"trainer idle {trainer:.0%}, pool idle {pool:.0%}"
+    if trainer > limits.idle and pool > limits.idle:
+        return f"tool-bound: {figures}; both wait for tools: raise stream.max_concurrent_groups"
+    if trainer > limits.idle:
+        return f"pool-bound: {figures}; raise stream.max_staleness (eta) or add rollout workers"
+    if pool > limits.idle:
+        return f"trainer-bound: {figures}; rollouts wait for admission: fewer workers would do"
+    return ""
+
+
+def _memory(rows: Sequence[Row], limits: Thresholds) -> str:
+    slope, rss = _median(rows, "memory/rss_slope"), _median(rows, "memory/rss_mib")
+    if slope is None or rss is None:
+        return ""
+    if slope <= max(limits.rss_slope, limits.rss_share * rss):
+        return ""
+    return (
+        f"RSS grows: {slope:.1f} MiB per step from {rss:,.0f} MiB; a restart resumes exactly, "
+        "a custom tool or reward is the first suspect"
+    )
+
+
+def _lag(rows: Sequence[Row], limits: Thresholds) -> str:
+    lag = _median(rows, "loop/lag_max_ms")
+    if lag is None or lag <= limits.lag_ms:
+        return ""
+    return (
+        f"event loop lags: {lag:.0f} ms at worst; something blocks it: move a tool's or reward's "
+        "own work to a thread, or add rollout workers"
+    )
+
+
+MASKS = ("clip_fraction", "bound_fraction", "mask_fraction")
+RULES: tuple[Callable[[Sequence[Row], Thresholds], str], ...] = (
+    _not_finite,
+    _equal_rewards,
+    _mismatch,
+    _effective,
+    _masked,
+    _stale_long,
+    _idle,
+    _memory,
+    _lag,
+)
+
+
+def _median(rows: Sequence[Row], name: str) -> float | None:
+    """Of the rows that have the figure; None when fewer than half of them do."""
+    found = [row[name] for row in rows if row.get(name) is not None]
+    return median(found) if 2 * len(found) >= len(rows) else None
+
+
+def _grown(rows: Sequence[Row], name: str) -> float:
+    """By how much a counter rose over the rows; one that restarted at 0 counts from there."""
+    values = [row.get(name) or 0.0 for row in rows]
+    return sum(b - a if b >= a else b for a, b in pairwise(values))

@@ -1,0 +1,153 @@
+"""A run that is finished, interrupted or still going, opened to be looked at."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+
+from agentcpm_jax.checkpoint import newest_snapshot
+from agentcpm_jax.config import (
+    SCHEMA_VERSION,
+    ExperimentConfig,
+    RLStage,
+    Stage,
+    from_config_dict,
+)
+from agentcpm_jax.rollout import experience_schema as db
+from agentcpm_jax.rollout.chat import ChatFormat
+from agentcpm_jax.rollout.experience import ExperienceLog
+from agentcpm_jax.rollout.experience_engine import open_engine
+from agentcpm_jax.rollout.experience_place import place_log, restore_snapshot
+from agentcpm_jax.rollout.experience_schema import Issue
+from agentcpm_jax.run.context import RunContext
+from agentcpm_jax.run.interrupt import StopSignal
+from agentcpm_jax.run.metrics import silent
+from agentcpm_jax.sharding import make_mesh
+from agentcpm_jax.types import UserError
+
+
+@dataclass(frozen=True)
+class Run:
+    """`log` for whole objects; `tables` for plain rows, read beside a writer."""
+
+    workdir: Path
+    cfg: ExperimentConfig
+    log: ExperienceLog
+    tables: sa.Engine
+
+    @property
+    def tokenizer(self) -> Path:
+        """The directory of the run's tokenizer."""
+        return Path(self.cfg.tokenizer or self.workdir / "tokenizer")
+
+    def stage(self, name: str = "") -> tuple[Stage, RLStage]:
+        """The RL stage of this name; the last one when empty. Raises `UserError`."""
+        found = {s.name: (s, s.rl) for s in self.cfg.stages if s.rl is not None}
+        if not found:
+            kinds = ", ".join(f"{s.name} ({s.kind})" for s in self.cfg.stages)
+            raise UserError(f"{self.workdir} has no RL stage, it has {kinds}; name another run")
+        if name and name not in found:
+            raise UserError(f"no RL stage {name!r} in {self.workdir}; use {' or '.join(found)}")
+        return found[name] if name else list(found.values())[-1]
+
+    def issue(self, issue_id: int) -> Issue:
+        """One issue. Raises `UserError` when the log does not have it."""
+        c = db.issue.c.issue_id
+        with self.tables.connect() as conn:
+            row = conn.execute(sa.select(db.issue).where(c == issue_id)).first()
+            if row is not None:
+                return db.issue_from_row(row)
+            low, high = conn.execute(sa.select(sa.func.min(c), sa.func.max(c))).one()
+        known = "the log is empty" if low is None else f"the log holds {low} to {high}"
+        raise UserError(f"no issue {issue_id} in {self.workdir}; {known}")
+
+    def chat(self) -> ChatFormat:
+        """The tokenizer of the run."""
+        return ChatFormat.load(self.tokenizer)
+
+    def context(self) -> RunContext:
+        """What the stages had. Raises `UserError` when the mesh does not fit the devices here."""
+        return RunContext(
+            cfg=self.cfg,
+            workdir=self.workdir,
+            tokenizer=self.tokenizer,
+            chat=self.chat(),
+            log=self.log,
+            progress=silent,
+            stop=StopSignal(),
+            mesh=make_mesh(self.cfg.mesh),
+        )
+
+
+@contextmanager
+def open_run(workdir: str | Path) -> Iterator[Run]:
+    """Opens a workdir; nothing in it is changed, but that a log of an older schema is migrated.
+
+    When the live log is gone, a copy of the newest checkpoint's snapshot is read.
+
+    Raises:
+      UserError: there is no run, or its configuration or log is of another schema version.
+    """
+    path = Path(workdir)
+    cfg = read_config(path)
+    with ExitStack() as stack:
+        where = place_log(path, cfg.log_url).url
+        if not cfg.log_url and not Path(where).is_file():
+            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            where = str(_copy_of_snapshot(path, cfg, where, scratch))
+        log = stack.enter_context(ExperienceLog.open(where))
+        tables = open_engine(where, durable=False)
+        stack.callback(tables.dispose)
+        yield Run(path, cfg, log, tables)
+
+
+def read_config(workdir: Path) -> ExperimentConfig:
+    """The configuration that a run was started with.
+
+    Raises `UserError`: no run, not JSON, or of another schema version.
+    """
+    file = workdir / "config.json"
+    if not file.is_file():
+        raise UserError(f"no run in {workdir}: it has no config.json; give the --workdir of a run")
+    try:
+        raw = json.loads(file.read_text())
+        version = raw["schema_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        kind = type(error).__name__
+        raise UserError(f"{file} is not a run's configuration ({kind}); restore it") from None
+    if version != SCHEMA_VERSION:
+        fix = (
+            "upgrade agentcpm_jax" if version > SCHEMA_VERSION else "use the release that wrote it"
+        )
+        raise UserError(
+            f"{file} has schema version {version}, this release reads {SCHEMA_VERSION}; {fix}"
+        )
+    return config_from_json(raw)
+
+
+def _copy_of_snapshot(workdir: Path, cfg: ExperimentConfig, live: str, scratch: Path) -> Path:
+    stages = [workdir / stage.name / "checkpoints" for stage in reversed(cfg.stages)]
+    snapshot = newest_snapshot(stages)
+    if snapshot is None:
+        raise UserError(f"{live} is missing, and no checkpoint has a snapshot; name another run")
+    restore_snapshot(snapshot, scratch / "experience.db")
+    return scratch / "experience.db"
+
+
+def config_from_json(raw: Mapping[str, Any]) -> ExperimentConfig:
+    """Inverse of `config.to_json`."""
+    flat: dict[str, Any] = {k: v for k, v in raw.items() if k != "stages"}
+    flat["stages"] = [stage["name"] for stage in raw["stages"]]
+    flat["stage"] = {
+        stage["name"]: {"kind": stage["kind"], "init_from": stage["init_from"]}
+        | stage[stage["kind"]]
+        for stage in raw["stages"]
+    }
+    return from_config_dict(flat)

@@ -1,0 +1,75 @@
+"""What computed a step: bits are promised on the same kind of machine and the same jaxlib only."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+FILE = "machines.jsonl"
+
+
+def describe() -> dict[str, Any]:
+    """Everything of this process that may change the bits of a step. JSON-able."""
+    device = jax.devices()[0]
+    return {
+        "jax": jax.__version__,
+        "jaxlib": version("jaxlib"),
+        "platform": device.platform,
+        "device": str(device.device_kind),
+        "devices": jax.device_count(),
+        "hosts": jax.process_count(),
+        "processor": _processor(),
+        "cpus": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "xla_flags": " ".join(sorted(os.environ.get("XLA_FLAGS", "").split())),
+    }
+
+
+def note(directory: Path, completed: int) -> None:
+    """Notes in a stage's directory that this machine computes the steps after `completed`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / FILE).open("a") as file:
+        file.write(json.dumps({"after": completed} | describe()) + "\n")
+
+
+def of_step(directory: Path, step: int) -> dict[str, Any]:
+    """The machine that computed `step` (1 = the first) last; empty when nothing was noted."""
+    path = directory / FILE
+    if not path.exists():
+        return {}
+    found: dict[str, Any] = {}
+    for line in path.read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:  # torn by a kill
+            continue
+        if row["after"] < step:
+            found = row
+    return {k: v for k, v in found.items() if k != "after"}
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """`jaxlib 0.10.2, here 0.12.0` for each fact that differs."""
+    return [
+        f"{name} {there[name]!r}, here {here[name]!r}"
+        for name in here
+        if name in there and there[name] != here[name]
+    ]
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,131 @@
+"""The engine of an RL stage: in this process, or a pool of servers given weights on disk."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from collections import deque
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from agentcpm_jax.config import RLStage, Stage
+from agentcpm_jax.engine.local import LocalEngine, check_capacity
+from agentcpm_jax.model.config import ModelConfig
+from agentcpm_jax.model.hf import save_hf
+from agentcpm_jax.model.logprobs import token_logprobs
+from agentcpm_jax.rollout.policy import Completion, SampleRequest
+from agentcpm_jax.rollout.pool_probe import Trainer
+from agentcpm_jax.rollout.sglang_pool import SGLangPool
+from agentcpm_jax.run.context import RunContext, write_atomically
+from agentcpm_jax.types import UserError
+
+
+def open_engine(
+    ctx: RunContext, stage: Stage, rl: RLStage, params: Any, version: int
+) -> LocalEngine | PoolEngine:
+    """The stage's engine with `params` as `version`; `pool.urls` chooses which.
+
+    Raises `UserError`: contexts that do not fit, a pool that is unreachable or not the trainer's.
+    """
+    if not (rl.pool.urls or rl.pool.urls_file):
+        check_capacity(rl.engine, ctx.cfg.episode.max_context)
+        cfg = replace(rl.engine, deterministic=rl.stream.deterministic)
+        return LocalEngine(params, ctx.cfg.model, cfg, version=version)
+    if rl.stream.deterministic:
+        raise UserError(
+            f"config.stage.{stage.name}: stream.deterministic needs the engine in the process; "
+            "clear pool.urls or switch it off"
+        )
+    return PoolEngine(ctx, stage, rl, params, version)
+
+
+def engine_metrics(engine: LocalEngine | PoolEngine) -> dict[str, float]:
+    """`engine/...`, and of a pool `pool/...`."""
+    figures = {
+        "engine/tokens_sampled": engine.tokens_sampled,
+        "engine/tokens_prefilled": engine.tokens_prefilled,
+    }
+    return figures | (engine.pool.snapshot() if isinstance(engine, PoolEngine) else {})
+
+
+class PoolEngine:
+    """A pool with the face of `LocalEngine`: `set_params` publishes a Hugging Face directory.
+
+    The directories of the last two versions stay, for workers that join late.
+    """
+
+    def __init__(
+        self, ctx: RunContext, stage: Stage, rl: RLStage, params: Any, version: int
+    ) -> None:
+        self._model, self._tokenizer = ctx.cfg.model, ctx.tokenizer
+        directory = ctx.directory(stage)
+        self._weights = Path(rl.pool.weights_dir or directory / "pool_weights").absolute()
+        self._kept: deque[Path] = deque()
+        self.version = version
+        self.tokens_prefilled = 0  # servers do not tell
+        name = f"{ctx.cfg.name}-{stage.name}-{_run_id(directory / 'run_id')}"
+        self.pool = SGLangPool(rl.pool, name)
+        trainer = Trainer(
+            vocab_size=self._model.vocab_size,
+            chat=ctx.chat,
+            logprobs=probe_logprobs(params, self._model),
+            temperature=ctx.cfg.episode.temperature,
+        )
+        try:
+            self.pool.start(trainer, version, self._write(params, version))
+        except BaseException:
+            self.pool.close()
+            raise
+
+    @property
+    def tokens_sampled(self) -> int:
+        return self.pool.tally.tokens
+
+    async def sample(self, request: SampleRequest) -> Completion:
+        return await self.pool.sample(request)
+
+    def set_params(self, params: Any, version: int) -> None:
+        """Publish; returns when each worker has the weights or is out of the pool."""
+        path = self._write(params, version)
+        self.pool.update_weights(version, path, probe_logprobs(params, self._model))
+        self.version = version
+
+    def close(self) -> None:
+        self.pool.close()
+
+    def _write(self, params: Any, version: int) -> str:
+        path = self._weights / f"v{version:06d}"
+        if not path.exists():
+            save_hf(path, jax.device_get(params), self._model, tokenizer_from=self._tokenizer)
+        self._kept.append(path)
+        while len(self._kept) > 2:
+            shutil.rmtree(self._kept.popleft(), ignore_errors=True)
+        return str(path)
+
+
+def probe_logprobs(params: Any, model: ModelConfig, length: int = 32):
+    """The trainer's word on short texts, for the pool's probes: i32[T] -> f32[T], T <= `length`."""
+    compiled = jax.jit(token_logprobs, static_argnums=1)
+    positions = jnp.arange(length, dtype=jnp.int32)[None]
+
+    def logprobs(ids: np.ndarray) -> np.ndarray:
+        padded = np.zeros((1, length), np.int32)
+        padded[0, : len(ids)] = ids
+        segments = (positions < len(ids)).astype(jnp.int32)
+        values = compiled(params, model, jnp.asarray(padded), positions, segments)
+        return np.asarray(values)[0, : len(ids)]
+
+    return logprobs
+
+
+def _run_id(path: Path) -> str:
+    """Made once per stage directory: two runs of one name must not take each other's weights."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, secrets.token_hex(4))
+    return path.read_text().strip()

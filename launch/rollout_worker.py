@@ -1,0 +1,54 @@
+"""Sample for a running trainer, from another process or machine; start as many as you like.
+
+    python launch/train.py --config=CONFIG --config.log_url=postgresql+psycopg://host/db
+    python launch/rollout_worker.py --config=CONFIG --config.log_url=postgresql+psycopg://host/db
+
+Same configuration and --workdir as the trainer's; the workdir is on a file system that both see,
+since the weights are read from it. --groups=N: groups at a time (default: what fills the engine).
+Ends with the run's RL stages. Exit codes: 0 done, 1 engine or tools are down, 2 a mistake in the
+configuration or an unreachable database, 130 interrupted (its claims are given back).
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from agentcpm_jax.types import UserError
+
+
+def main(argv: list[str]) -> int:
+    """Parse, work, say how much was handed in."""
+    if {"-h", "--help"} & set(argv):
+        print(__doc__)
+        return 0
+    try:
+        from agentcpm_jax.rollout.stream import StreamError
+        from agentcpm_jax.run.commandline import parse
+        from agentcpm_jax.run.worker import run_worker
+
+        command = parse([flag for flag in argv if not flag.startswith("--groups=")])
+        groups = [flag.partition("=")[2] for flag in argv if flag.startswith("--groups=")]
+        if groups and not (groups[-1].isdecimal() and int(groups[-1])):
+            raise UserError(f"--groups={groups[-1]}: give a whole number of at least 1")
+        count = int(groups[-1]) if groups else 0
+        handed_in = run_worker(command.config, command.workdir, groups=count, announce=say)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except StreamError as failed:  # the engine or the tools, not the command
+        print(f"failed: {failed}; its claims are free again", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; its claims go to others when their lease ends", file=sys.stderr)
+        return 130
+    print(f"{handed_in} groups handed in")
+    return 0
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,51 @@
+"""Serves a checkpoint by the JAX engine, in SGLang's protocol.
+
+    python launch/serve.py runs/quickstart/rl/hf
+    SGLANG_API_KEY=... SGLANG_ADMIN_API_KEY=... python launch/serve.py DIRECTORY --host 0.0.0.0
+
+Without SGLANG_ADMIN_API_KEY weights can be changed from this machine alone. Exit codes: 0 stopped,
+2 a mistake (one line says which).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from agentcpm_jax.types import UserError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, serve until stopped."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", help="Hugging Face directory with a tokenizer")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    parser.add_argument("--port", type=int, default=30000, help="0 takes a free one")
+    parser.add_argument("--slots", type=int, default=32, help="requests decoded together")
+    parser.add_argument("--context", type=int, default=1024, help="tokens, prompt and completion")
+    parser.add_argument("--chunk", type=int, default=32, help="tokens between two looks at control")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: as stored")
+    parser.add_argument("--weight-version", default="default", help="name of these weights")
+    args = parser.parse_args(argv)
+    try:
+        from agentcpm_jax.engine.local import EngineConfig
+        from agentcpm_jax.engine.server import ServerConfig
+        from agentcpm_jax.engine.serving import serve
+
+        engine = EngineConfig(slots=args.slots, capacity=args.context)
+        server = ServerConfig(args.host, args.port, args.weight_version, args.chunk)
+        show = lambda url: print(f"serving {args.model} on {url}", flush=True)  # noqa: E731
+        serve(args.model, engine, server, dtype=args.dtype, announce=show)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""Entry point of a real SGLang 0.5.23 server on a machine without a GPU.
+
+    python tests/sglang_cpu.py --model-path DIRECTORY --port 30000 --device cpu ...
+
+Run by the interpreter of an environment of its own (`tests/sglang_requirements.txt`). No file of
+SGLang is changed. The placeholder below is safe for what is tested with it: dense models,
+`torch_native` attention, one rank, no speculation; any call into it is an error.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import os
+import sys
+import types
+
+os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads on shared cores: 100 times slower
+
+import torch
+
+# torchvision's wheel is a CUDA build. Beside a CPU torch its library does not load, and its import
+# stops at two operators without a schema.
+_vision = torch.library.Library("torchvision", "DEF")
+for _operator in ("nms", "qnms"):
+    _vision.define(_operator + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+# SGLang imports these names on a CPU even where it never calls them.
+_KERNELS = (
+    "copy_all_layer_kv_cache_cpu",
+    "assign_req_to_token_pool_cpu",
+    "assign_draft_cache_locs_contiguous_cpu",
+    "assign_extend_cache_locs_cpu",
+    "build_tree_kernel_efficient_cpu",
+    "verify_tree_greedy_cpu",
+    "fill_accept_out_cache_loc_cpu",
+    "fill_bonus_tokens_cpu",
+    "rotate_input_ids_cpu",
+)
+
+
+def _absent(name: str):
+    def call(*_args: object, **_kwargs: object) -> None:
+        raise RuntimeError(f"sgl_kernel.{name} was called, but there is no kernel wheel for CPUs")
+
+    return call
+
+
+# At module level: SGLang's own processes are spawned, and import this file again.
+if importlib.util.find_spec("sgl_kernel") is None:
+    _module = types.ModuleType("sgl_kernel")
+    _module.__spec__ = importlib.machinery.ModuleSpec("sgl_kernel", None)
+    for _name in _KERNELS:
+        setattr(_module, _name, _absent(_name))
+    sys.modules["sgl_kernel"] = _module
+
+
+def main(argv: list[str]) -> None:
+    from sglang.launch_server import run_server
+    from sglang.srt.server_args import prepare_server_args
+    from sglang.srt.utils import kill_process_tree
+
+    try:
+        run_server(prepare_server_args(argv))
+    finally:
+        kill_process_tree(os.getpid(), include_parent=False)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,38 @@
+"""The contract suite against our own server: the JAX engine behind SGLang's protocol, float32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from contract_suite import *  # noqa: F403
+from contract_suite import Subject
+from served_models import CONTEXT, FIRST, VOCABULARY, trainer_logprobs, two_weights
+from toy_pool import Servers
+
+from agentcpm_jax.engine.local import EngineConfig
+from agentcpm_jax.engine.served_local import ServedLocal
+from agentcpm_jax.engine.server import EngineServer, ServerConfig
+from agentcpm_jax.rollout.chat import ChatFormat
+
+
+@pytest.fixture(scope="module")
+def subject(tmp_path_factory) -> Iterator[Subject]:
+    weights = two_weights(tmp_path_factory.mktemp("weights"))
+    cfg = EngineConfig(slots=8, capacity=CONTEXT, row_buckets=(), token_buckets=(32,))
+    served, chat, running = ServedLocal(str(FIRST), cfg), ChatFormat.load(FIRST), Servers()
+    front = EngineServer(
+        served, ServerConfig(port=0, chunk=16), chat=chat, model=served.describe(str(FIRST))
+    )
+    yield Subject(
+        url=running.start(front),
+        context=CONTEXT,
+        vocab_size=VOCABULARY,
+        weights=weights,
+        logprobs=(trainer_logprobs(weights[0]), trainer_logprobs(weights[1])),
+        chat=chat,
+        max_gap=1e-5,
+        exact_in_place=True,
+    )
+    running.close()
+    served.close()

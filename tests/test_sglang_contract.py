@@ -1,0 +1,117 @@
+"""The contract suite against real SGLang servers on the CPU, alone and behind the official router.
+
+`make test-sglang` runs it: SGLang lives in an environment of its own (SGLANG_PYTHON). Servers that
+do not start are a failure.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from contract_suite import *  # noqa: F403
+from contract_suite import Subject, check_gaps, pool_run
+from real_sglang import kill, official_router, sglang_servers
+from served_models import CONTEXT, FIRST, VOCABULARY, trainer_logprobs, two_weights
+
+from agentcpm_jax.rollout.chat import ChatFormat
+from agentcpm_jax.rollout.policy import Finish, SampleRequest, SamplingParams
+from agentcpm_jax.rollout.pool_probe import Trainer
+from agentcpm_jax.rollout.sglang_pool import PoolConfig, SGLangPool
+
+pytestmark = pytest.mark.sglang
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def urls(tmp_path_factory) -> Iterator[list[str]]:
+    with sglang_servers(str(FIRST), CONTEXT, 2, tmp_path_factory.mktemp("logs")) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def subject(urls, tmp_path_factory) -> Subject:
+    weights = two_weights(tmp_path_factory.mktemp("weights"))
+    return Subject(
+        url=urls[0],
+        context=CONTEXT,
+        vocab_size=VOCABULARY,
+        weights=weights,
+        logprobs=(trainer_logprobs(weights[0]), trainer_logprobs(weights[1])),
+        chat=ChatFormat.load(FIRST),
+        max_gap=1e-5,
+        exact_in_place=False,
+    )
+
+
+def test_the_official_router_in_front_of_two_servers(subject, urls, tmp_path) -> None:
+    """Generation through the router, control on each worker; every token exact."""
+    with official_router(urls, tmp_path) as router:
+        gaps, done, figures = pool_run(subject, urls, "abort", router)
+    check_gaps(subject, gaps)
+    assert figures["pool/ready"] == 2
+    assert len({v for c in done for v in c.versions.tolist()}) >= 2
+
+
+def test_log_probs_after_the_temperature_are_noticed(subject) -> None:
+    pool = SGLangPool(PoolConfig(urls=(subject.url,), max_gap=1e-3), "hot")
+    trainer = Trainer(VOCABULARY, subject.chat, subject.logprobs[0], temperature=0.7)
+    with pytest.raises(Exception, match=r"log-prob convention.*after the temperature"):
+        pool.start(trainer, 0, subject.weights[0])
+    pool.close()
+
+
+def test_the_reinforcement_stage_trains_on_a_real_server(urls, tmp_path) -> None:
+    """The quickstart's RL stage, its engine set to a pool of the two servers, from end to end."""
+    command = [sys.executable, "launch/train.py", "--config=configs/tiny.py:async"]
+    command += [f"--workdir={tmp_path / 'run'}", f"--config.stage.rl.pool.urls={tuple(urls)!r}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1500)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    lines = (tmp_path / "run" / "rl" / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row["step"] for row in rows] == list(range(1, 7))
+    assert max(row["pool/tokens"] for row in rows) > 0
+    assert abs(rows[0]["loss/ratio_max"] - 1) < 1e-4  # what was sampled is what is trained on
+    assert rows[0]["loss/kl_behavior_k3"] < 1e-8
+    assert (tmp_path / "run" / "rl" / "hf" / "model.safetensors").is_file()
+
+
+def test_killing_one_of_two_servers_loses_no_trajectory(subject, urls) -> None:
+    """The last test of this file: one server stays dead."""
+    pool = SGLangPool(PoolConfig(urls=tuple(urls), health_every=2.0, max_gap=1e-4), "mortal")
+    pool.start(Trainer(VOCABULARY, subject.chat, subject.logprobs[0]), 0, subject.weights[0])
+    rng = np.random.default_rng(0)
+    asked = [
+        SampleRequest(
+            f"{i}-0-0/0/",
+            rng.integers(0, VOCABULARY, 5).astype(np.int32),
+            200,
+            SamplingParams(1.0, (), (i,)),
+            deadline=300.0,
+        )
+        for i in range(24)
+    ]
+
+    async def together():
+        tasks = [asyncio.create_task(pool.sample(r)) for r in asked]
+        while pool.snapshot()["pool/inflight"] < len(asked):
+            await asyncio.sleep(0.01)
+        await asyncio.to_thread(kill, urls[1])
+        return await asyncio.gather(*tasks)
+
+    done = asyncio.run(together())
+    states = pool.workers()
+    pool.close()
+    assert states[urls[1]].startswith("joining")
+    gaps = []
+    for r, c in zip(asked, done, strict=True):
+        assert (c.finish, c.error, len(c.ids)) == (Finish.LENGTH, "", 200)
+        text, start = np.concatenate([r.prompt_ids, c.ids]), len(r.prompt_ids)
+        gaps.append(np.abs(c.logprobs - subject.logprobs[0](text)[start:]))
+    check_gaps(subject, np.concatenate(gaps))
