@@ -2,6 +2,8 @@
 # make smoke        the same stages, shrunk to a minute
 # make test         the default tests             make lint   ruff and pyright
 # make test-browser the report in Chromium        make base   rebuilds the shipped tiny base model
+# make test-postgres the log on PostgreSQL        make test-faults  kill -9 at twelve points
+# make test-sglang  a real SGLang server          make test-kills N=200  the same, at random points
 #
 # Every target sets up what it needs in $(VENV). PYTHON=python3.12 chooses the interpreter.
 
@@ -11,6 +13,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 
 VENV ?= .venv
+SGLANG_VENV ?= .venv-sglang
 BIN := $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -qq
 PYTEST_ARGS ?=
@@ -52,6 +55,21 @@ test-browser: $(VENV)/.test
 	$(BIN)/python -m pytest -m browser tests/test_browser_*.py $(PYTEST_ARGS)
 endif
 
+# Needs the PostgreSQL server's binaries (apt-get install postgresql); fails without them.
+.PHONY: test-postgres test-faults test-kills test-sglang
+test-postgres: $(VENV)/.test
+	$(BIN)/python -m pytest -m postgres $(PYTEST_ARGS)
+
+test-faults: $(VENV)/.test
+	$(BIN)/python -m pytest -m faults $(PYTEST_ARGS)
+
+N ?= 200
+test-kills: $(VENV)/.test
+	$(BIN)/python experiments/kill_points.py --n $(N)
+
+test-sglang: $(VENV)/.test $(SGLANG_VENV)/.ready
+	SGLANG_PYTHON=$(abspath $(SGLANG_VENV))/bin/python $(BIN)/python -m pytest -m sglang $(PYTEST_ARGS)
+
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -79,3 +97,13 @@ ifeq ($(VERSION),3.11)
 endif
 	$(PIP_INSTALL) --editable '.[test]'
 	touch $@ $(VENV)/.runtime
+
+# SGLang's own metadata asks for CUDA builds; its CPU server runs without them (see the requirements).
+$(SGLANG_VENV)/.ready: tests/sglang_requirements.txt
+	@echo "installing SGLang for the CPU into $(SGLANG_VENV); this takes a few minutes"
+	$(MAKER) -m venv $(SGLANG_VENV)
+	$(SGLANG_VENV)/bin/python -m pip install --disable-pip-version-check -qq torch==2.13.0
+	$(SGLANG_VENV)/bin/python -m pip install --disable-pip-version-check -qq -r tests/sglang_requirements.txt
+	$(SGLANG_VENV)/bin/python -m pip install --disable-pip-version-check -qq --no-deps \
+	  sglang==0.5.23 torchvision==0.28.0 sglang-router==0.3.2
+	touch $@

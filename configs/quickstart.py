@@ -42,9 +42,7 @@ def get_config(variant: str = ""):
     c.stage.sft = stage_dict(
         "sft",
         "stage:base",
-        demonstrations=Demonstrations(
-            count=400 if smoke else 5000, wrong_pick=0.1, stop_early=0.6
-        ),
+        demonstrations=Demonstrations(count=400 if smoke else 5000, wrong_pick=0.1, stop_early=0.6),
         shape=TrainShape(row_length=256, rows=8, steps=40 if smoke else 400),
         optimizer=OptimizerConfig(
             name="adamw",
@@ -77,7 +75,13 @@ def get_config(variant: str = ""):
             checkpoint_every=2 if smoke else 10,
         ),
         optimizer=OptimizerConfig(
-            name="adamw", lr=7e-4, b2=0.95, weight_decay=0.0, schedule="constant", warmup_steps=3
+            name="adamw",
+            lr=6e-4,
+            b2=0.95,
+            eps=1e-5,
+            weight_decay=0.0,
+            schedule="constant",
+            warmup_steps=3,
         ),
         loss=LossConfig(name="minirl"),
         denoise=denoise,

@@ -114,7 +114,8 @@ def learn(name: str, steps: int, seed: int) -> dict:
                 engine.set_params(state.params, version + 1)
                 stream.set_version(version + 1)
                 print(f"{name}: step {version + 1} of {steps}", flush=True)
-            dropped = dict(stream._producer.stats.dropped)
+            figures = stream.snapshot()
+            dropped = [n for k, n in figures.items() if k.startswith("stream/dropped/")]
         engine.close()
     return {
         "noise": setting.noise,
@@ -123,7 +124,7 @@ def learn(name: str, steps: int, seed: int) -> dict:
         "first": accuracy(truth, 0, 1),
         "last": accuracy(truth, steps - 4, steps),
         "curve": [[v, accuracy(truth, v, v)[0]] for v in range(steps + 1) if _at(truth, v, v)],
-        "dropped": sum(dropped.values()),
+        "dropped": int(sum(dropped)),
     }
 
 

@@ -57,7 +57,7 @@ def sglang_servers(
 def official_router(workers: list[str], logs: Path) -> Iterator[str]:
     """SGLang's own router in front of `workers`; its url."""
     port = _free_port()
-    arguments = ["-m", "sglang_router.launch_router", "--host", "127.0.0.1", "--port", str(port)]
+    arguments = [str(HERE / "sglang_cpu.py"), "router", "--host", "127.0.0.1", "--port", str(port)]
     arguments += ["--policy", "cache_aware", "--cache-threshold", "0.3"]
     arguments += ["--balance-abs-threshold", "4", "--balance-rel-threshold", "1.2"]
     arguments += ["--prometheus-port", str(_free_port()), "--worker-urls", *workers]

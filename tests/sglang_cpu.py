@@ -1,6 +1,7 @@
 """Entry point of a real SGLang 0.5.23 server on a machine without a GPU.
 
     python tests/sglang_cpu.py --model-path DIRECTORY --port 30000 --device cpu ...
+    python tests/sglang_cpu.py router --port 30080 --worker-urls URL URL ...
 
 Run by the interpreter of an environment of its own (`tests/sglang_requirements.txt`). No file of
 SGLang is changed. The placeholder below is safe for what is tested with it: dense models,
@@ -57,6 +58,11 @@ if importlib.util.find_spec("sgl_kernel") is None:
 
 
 def main(argv: list[str]) -> None:
+    if argv[:1] == ["router"]:  # it imports SGLang where it finds it, and torchvision with that
+        from sglang_router.launch_router import launch_router, parse_router_args
+
+        launch_router(parse_router_args(argv[1:]))
+        return
     from sglang.launch_server import run_server
     from sglang.srt.server_args import prepare_server_args
     from sglang.srt.utils import kill_process_tree

@@ -218,7 +218,11 @@ def is_banned(stem: str) -> bool:
 
 def test_tests_are_named_after_the_package_they_prove() -> None:
     units = LEVEL.keys() | {"architecture", "configs", "notebooks", "launch", "readme", "browser"}
-    units |= {"contract", "sglang", "faults"}  # one set of bodies for every server of the pool protocol
+    units |= {
+        "contract",
+        "sglang",
+        "faults",
+    }  # one set of bodies for every server of the pool protocol
     wrong = [
         path.name
         for path in (ROOT / "tests").glob("test_*.py")

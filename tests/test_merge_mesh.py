@@ -47,23 +47,26 @@ import hashlib, json
 import jax, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from agentcpm_jax.merge.mesh import merge_tree
+from agentcpm_jax.merge.soups import merged_tree
 from tests.test_merge_mesh import CASES, inputs
 
+SOME = ("ties", "della", "model_stock")
 digests = []
-FEW = ("ties", "dare_linear", "della", "model_stock", "slerp")
-for shape, spec, methods in [((1, 1), P("a", "b"), CASES), ((2, 1), P("a", "b"), FEW),
-                             ((2, 2), P("b", "a"), FEW), ((4, 2), P("a", "b"), CASES)]:
+for shape, spec, methods in [((1, 1), P("a", "b"), CASES), ((2, 1), P("a", "b"), SOME),
+                             ((2, 2), P("b", "a"), SOME), ((4, 2), P("a", "b"), CASES)]:
     mesh = Mesh(np.array(jax.devices()[: shape[0] * shape[1]]).reshape(shape), ("a", "b"))
-    place = lambda t: {"w": jax.device_put(t["w"], NamedSharding(mesh, spec))}
+    place = lambda t: jax.device_put(t, NamedSharding(mesh, spec))
     row = {}
     for method in methods:
         base, trees, shared, own = inputs(method)
-        out = merge_tree(method, [place(t) for t in trees], base and place(base),
-                         global_params=shared, model_params=own, seed=3)
-        for leaf in out:
-            assert out[leaf].sharding == place(trees[0])[leaf].sharding, (method, leaf)
-        data = b"".join(np.asarray(out[k]).tobytes() for k in sorted(out))
-        row[method] = hashlib.sha256(data).hexdigest()
+        args = {"global_params": shared, "model_params": own, "seed": 3}
+        out = merge_tree(method, [place(t) for t in trees], base and place(base), **args)["w"]
+        assert out.sharding == place(trees[0])["w"].sharding, method
+        row[method] = hashlib.sha256(np.asarray(out).tobytes()).hexdigest()
+        if shape == (1, 1):
+            want = merged_tree(method, trees, base, own, shared, 3)["w"]
+            assert out.dtype == want.dtype
+            np.testing.assert_allclose(out, want, rtol=2e-6, atol=2e-7, err_msg=method)
     digests.append(row)
 print(json.dumps(digests))
 """
@@ -85,7 +88,7 @@ def inputs(method: str):
     return None if method in WITHOUT_BASE else base, trees, shared, [own] * count
 
 
-def test_every_method_gives_the_same_bits_on_every_mesh():
+def test_every_method_gives_numpys_result_and_the_same_bits_on_every_mesh():
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
     env["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
     command = [sys.executable, "-c", PROGRAM]
@@ -94,33 +97,8 @@ def test_every_method_gives_the_same_bits_on_every_mesh():
     first, *others = json.loads(done.stdout)
     assert first.keys() == METHODS.keys()
     for other in others:
-        assert len(other) >= 5
+        assert len(other) >= 3
         assert other == {method: first[method] for method in other}
-
-
-@pytest.mark.parametrize("method", CASES)
-def test_jax_computes_what_numpy_computes(method):
-    base, trees, shared, own = inputs(method)
-    got = merge_tree(
-        method,
-        [jax.tree.map(jnp.asarray, t) for t in trees],
-        base and jax.tree.map(jnp.asarray, base),
-        global_params=shared,
-        model_params=own,
-        seed=3,
-    )
-    for name in ("w",):
-        want = merge_tensors(
-            method,
-            [t[name] for t in trees],
-            base=base and base[name],
-            global_params=shared,
-            model_params=own,
-            name=name,
-            seed=3,
-        )
-        assert got[name].dtype == want.dtype
-        np.testing.assert_allclose(got[name], want, rtol=2e-6, atol=2e-7)
 
 
 def test_stacked_layers_are_tensors_of_their_own():

@@ -280,7 +280,9 @@ def test_the_dtype_of_the_result():
     args = arguments("arcee_fusion", BF16)
     assert merge_tensors("arcee_fusion", **args).dtype == BF16
     assert merge_tensors("arcee_fusion", **args, compat=True).dtype == np.float32
-    wide = merge_tensors("linear", [normal(0, dtype=BF16)] * 2, model_params=[W, W], dtype="float32")
+    wide = merge_tensors(
+        "linear", [normal(0, dtype=BF16)] * 2, model_params=[W, W], dtype="float32"
+    )
     assert wide.dtype == np.float32
 
 

@@ -193,16 +193,11 @@ def make_producer(schedule: Schedule, log: Any, episodes: Episodes) -> Producer:
         assert admission.running <= cfg.max_concurrent_groups
 
     def watched_ship(stage: str, step: int, entries: list, decisions: list) -> None:
-        limit = step - cfg.max_staleness
-        going = {entry.issue_id for entry in entries}
-        pool = producer.ready.items()
+        limit, pool = step - cfg.max_staleness, producer.ready.items()
         if cfg.deterministic:
             pool = [(i, r) for i, r in pool if r.issue.batch == step]
-        age = {i: (min(v for v in r.oldest if v >= limit), i) for i, r in pool}
-        assert sorted(age, key=age.__getitem__)[: cfg.batch_groups] == list(
-            dict.fromkeys(going_in(entries))
-        )
-        assert len(going) == cfg.batch_groups
+        oldest_first = sorted((min(v for v in r.oldest if v >= limit), i) for i, r in pool)
+        assert groups_of(entries) == [i for _, i in oldest_first[: cfg.batch_groups]]
         ship(stage, step, entries, decisions)
 
     producer.admission.submit = watched_submit
@@ -273,7 +268,7 @@ def check_refill(schedule: Schedule, producer: Producer) -> None:
 
 def check_slots(schedule: Schedule, producer: Producer, episodes: Episodes, log: Any) -> None:
     """However a run ended: nothing runs, and the counts are those of the log."""
-    accepted, running, rejected, _ = producer.admission.stats()
+    accepted, running, _, _ = producer.admission.stats()
     assert running == 0 and not producer.running and episodes.running == 0
     states = [issue.state for issue in log.issues("rl", states=["ready", "shipped"])]
     assert accepted == len(states)

@@ -139,8 +139,9 @@ def merge_prefixes(rows: Sequence[Row]) -> list[Row]:
 class RowStats:
     """What the forward passes of a batch are spent on, in tokens.
 
-    trained: each sampled token once. forward: tokens of all rows, padding not counted. unique: nodes
-    of the tries, i.e. what tree attention would forward. segments: recorded ones behind the rows.
+    trained: each sampled token once. forward: tokens of all rows, padding not counted. unique:
+    nodes of the tries, i.e. what tree attention would forward. segments: recorded ones behind the
+    rows.
     """
 
     segments: int = 0

@@ -2,11 +2,12 @@
 
 A method sees each tensor as [rows, R] (a vector is one row) and says what to do with a chunk of
 rows in the compute dtype; nothing as large as a tensor is made but the result. Sums are taken row
-by row in float64 and the rows' sums are added exactly, so that the size of a chunk has no influence.
+by row in float64 and the rows' sums are added exactly, so that the size of a chunk has no effect.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -76,6 +77,12 @@ class Chunked:
             total = total + part
         return total.astype(self.compute, copy=False)
 
+    def repeat(self, count: int, step: Kernel, state: Any) -> Any:
+        """`step` applied `count` times to a tuple."""
+        for _ in range(count):
+            state = step(*state)
+        return state
+
     def turned(self) -> Chunked:
         """The same operations for arrays with the first and the last axis exchanged."""
         shape = (self.shape[-1], *self.shape[1:-1], self.shape[0])
@@ -92,6 +99,15 @@ class Chunked:
             with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
                 out[first : first + chunks[0].shape[0]] = kernel(at, *chunks)
         return out.reshape(self.shape)
+
+    def pick(self, kernel: Kernel, arrays: Sequence[Any], index: np.ndarray) -> np.ndarray:
+        """The elements of `kernel(at, *chunks)` at sorted flat indices."""
+        parts = []
+        for at, chunks in self._chunks(arrays):
+            start, end = np.searchsorted(index, (at, at + chunks[0].size))
+            with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+                parts.append(kernel(at, *chunks).reshape(-1)[index[start:end] - at])
+        return np.concatenate(parts)
 
     def map(self, kernel: Kernel, arrays: Sequence[Any]) -> Any:
         """`kernel(at, *chunks)` everywhere, rounded to the result's dtype.
@@ -139,8 +155,7 @@ class Chunked:
     def draws(self, at: int, like: Any, key: Key) -> Any:
         """uint32 random bits for a chunk; a function of the key and the element's index."""
         block = (key[0], np.uint32((int(key[1]) + (at >> 32)) & 0xFFFFFFFF))
-        index = np.arange(like.size, dtype=np.uint32)
-        index += np.uint32(at & 0xFFFFFFFF)
+        index = _counting(like.size, np.uint32) + np.uint32(at & 0xFFFFFFFF)
         return bits_at(index, block).reshape(like.shape)
 
     def by_rank(self, magnitude: Any, table: Any) -> Any:
@@ -149,7 +164,7 @@ class Chunked:
         bits = magnitude.astype(np.float32, copy=False).view(np.uint32)
         words = bits.astype(np.int64)
         words <<= 32
-        words |= np.arange(words.size).reshape(words.shape)
+        words |= _counting(words.size, np.int64).reshape(words.shape)
         words.sort(axis=-1)
         words &= 0xFFFFFFFF
         out = np.empty(words.size, table.dtype)
@@ -177,3 +192,11 @@ class Chunked:
             f"tensor {self.name} overflows {self.compute.name} while it is merged; "
             "its values are too large: use another checkpoint"
         )
+
+
+@functools.lru_cache(maxsize=8)
+def _counting(size: int, dtype: Any) -> np.ndarray:
+    """0, 1, 2, ...: read-only, made once for each size of chunk."""
+    numbers = np.arange(size, dtype=dtype)
+    numbers.setflags(write=False)
+    return numbers

@@ -168,7 +168,8 @@ def ram(
         unique, both = sums[: len(tensors)], sums[len(tensors) :]
         gains = [
             ops.number(
-                1.0 + shared["r"] * xp.clip(s / xp.maximum(u, shared["epsilon"]), 0.0, shared["alpha"])
+                1.0
+                + shared["r"] * xp.clip(s / xp.maximum(u, shared["epsilon"]), 0.0, shared["alpha"])
             )
             for u, s in zip(unique, both, strict=True)
         ]
@@ -216,12 +217,13 @@ def arcee_fusion(
         divergence = (p * xp.log(p / q)).sum(axis=-1, keepdims=True)
         return abs(w - b) * divergence
 
-    values = ops.values(importance, [base, tensors[0]])
-    flat = values.reshape(-1)
+    arrays = [base, tensors[0]]
     if ops.size > QUANTILE_DRAWS:
-        picked = ops.draws(0, np.empty(QUANTILE_DRAWS, np.uint8), ops.key(0))
-        flat = flat[(picked.astype(np.float64) * (ops.size / 2.0**32)).astype(np.int64)]
-    ordered = xp.sort(flat)
+        draws = ops.draws(0, np.empty(QUANTILE_DRAWS, np.bool_), ops.key(0))
+        index = xp.sort((draws.astype(np.float64) * (ops.size / 2.0**32)).astype(np.int64))
+        ordered = xp.sort(ops.pick(importance, arrays, index))
+    else:
+        ordered = xp.sort(ops.values(importance, arrays).reshape(-1))
     n = ordered.shape[0]
     low, middle, high = (ordered[math.floor(q * (n - 1))] for q in (0.25, 0.5, 0.75))
     limit = middle + ops.number(1.5) * (high - low)
@@ -230,7 +232,7 @@ def arcee_fusion(
         unusual = importance(at, b, w) >= limit
         return xp.where(unusual, w, b)
 
-    return ops.map(swap, [base, tensors[0]])
+    return ops.map(swap, arrays)
 
 
 def passthrough(

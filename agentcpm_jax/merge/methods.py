@@ -12,8 +12,8 @@ Deviations from the common tool, mergekit 0.1.5; 1 to 3 are undone by `compat`:
 3. Guards against division by zero are relative to the tensor (model_stock, sce): reinforcement
    learning moves weights by less than mergekit's absolute 1e-6, which then counts as nothing.
 4. Randomness is a function of (seed, tensor name, model, element), not of a global generator.
-5. Ties at a magnitude threshold keep the lowest index; equal magnitudes get equal DELLA
-   probabilities (that of their mean rank).
+5. Of equal magnitudes at a threshold those of the lowest index are kept, and DELLA ranks them in
+   the order of their index. mergekit's order is unspecified.
 6. Weights that sum to zero under `normalize`, NaN and infinite inputs are errors that name the
    tensor. A model of weight 0 is left out, so that it cannot disturb even the sign of a zero.
 """
@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from agentcpm_jax.merge.chunked import FLOATS, Chunked
+from agentcpm_jax.merge.chunked import Chunked
 from agentcpm_jax.merge.consensus import (
     arcee_fusion,
     model_stock,
@@ -38,14 +38,19 @@ from agentcpm_jax.merge.consensus import (
     weighted_mean,
 )
 from agentcpm_jax.merge.spherical import karcher, multislerp, nuslerp, slerp
-from agentcpm_jax.merge.task_vectors import SMALLEST_SUM, merge_task_vectors
+from agentcpm_jax.merge.task_vectors import merge_task_vectors
 from agentcpm_jax.merge.trees import check_leaves, linear, task_arithmetic
 from agentcpm_jax.types import UserError
 
-__all__ = (
-    *("FLOATS", "METHODS", "REQUIRED", "SMALLEST_SUM", "MethodSpec"),
-    *("linear", "merge_tensors", "result_dtype", "task_arithmetic"),
-)
+__all__ = [
+    "METHODS",
+    "REQUIRED",
+    "MethodSpec",
+    "linear",
+    "merge_tensors",
+    "result_dtype",
+    "task_arithmetic",
+]
 REQUIRED = object()  # of a parameter without a default
 
 
@@ -189,7 +194,7 @@ def merge_tensors(
 
 
 def result_dtype(method: str, dtypes: Sequence[Any], compat: bool) -> np.dtype:
-    """The dtype `merge_tensors` returns: the promoted one; mergekit's arcee_fusion writes float32."""
+    """What `merge_tensors` returns: the promoted dtype; float32 of mergekit's arcee_fusion."""
     promoted = np.result_type(*(np.dtype(d) for d in dtypes))
     if compat and method == "arcee_fusion":
         return np.result_type(promoted, np.float32)
@@ -208,8 +213,10 @@ def _check_inputs(spec: MethodSpec, count: int, has_base: bool) -> None:
     if spec.needs_base is False and has_base:
         raise UserError(f"{spec.name} has no base_model; list it under `models` instead")
     if count < spec.min_models or (spec.max_models is not None and count > spec.max_models):
-        limit = f"{spec.min_models}" if spec.max_models == spec.min_models else (
-            f"{spec.min_models} or more"
+        limit = (
+            f"{spec.min_models}"
+            if spec.max_models == spec.min_models
+            else (f"{spec.min_models} or more")
         )
         besides = " besides the base" if has_base else ""
         raise UserError(f"{spec.name} merges {limit} models{besides}, not {count}")

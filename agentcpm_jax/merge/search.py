@@ -32,7 +32,7 @@ SCALED_BY_LAMBDA = frozenset(name for name, m in METHODS.items() if "lambda" in 
 class Point:
     """One candidate: what was chosen, and its two scores (more is better)."""
 
-    choice: tuple[tuple[str, float], ...]
+    choice: tuple[tuple[str, Any], ...]
     agent: float
     general: float
 
@@ -73,7 +73,7 @@ def sweep(
     method: str,
     trees: Sequence[Tree],
     base: Tree | None,
-    grid: Mapping[str, Sequence[float]],
+    grid: Mapping[str, Sequence[Any]],
     agent: Evaluator,
     general: Evaluator,
     shared: Mapping[str, Any] | None = None,
@@ -156,17 +156,20 @@ def _candidates(
     method: str,
     trees: Sequence[Tree],
     base: Tree | None,
-    grid: Mapping[str, Sequence[float]],
+    grid: Mapping[str, Sequence[Any]],
     shared: Mapping[str, Any],
     own: Sequence[Mapping[str, Any]],
     seed: int,
-) -> Iterator[tuple[dict[str, float], Tree]]:
+) -> Iterator[tuple[dict[str, Any], Tree]]:
     """(choice, params); lambda varies fastest and costs one multiplication and addition."""
     reuse = base is not None and method in SCALED_BY_LAMBDA and "lambda" in grid
     outer = {k: v for k, v in grid.items() if not (reuse and k == "lambda")}
     for values in itertools.product(*outer.values()):
         choice = dict(zip(outer, values, strict=True))
-        common = {**shared, **{k: v for k, v in choice.items() if k in METHODS[method].global_params}}
+        common = {
+            **shared,
+            **{k: v for k, v in choice.items() if k in METHODS[method].global_params},
+        }
         each = [{**p, **_of_model(choice, i, common)} for i, p in enumerate(own)]
         if not reuse:
             yield choice, merged_tree(method, trees, base, each, common, seed)
@@ -192,20 +195,19 @@ def _widened(tree: Tree) -> Tree:
     return map_leaves(lambda x: x.astype(np.result_type(x.dtype, np.float32)), [tree])
 
 
-def _of_model(choice: Mapping[str, float], i: int, common: Mapping[str, Any]) -> dict[str, float]:
+def _of_model(choice: Mapping[str, Any], i: int, common: Mapping[str, Any]) -> dict[str, Any]:
     mine = {k: v for k, v in choice.items() if "." not in k and k not in common}
     numbered = {k.partition(".")[0]: v for k, v in choice.items() if k.endswith(f".{i}")}
     return {**mine, **numbered}
 
 
-def _point(
-    choice: Mapping[str, float], params: Tree, agent: Evaluator, general: Evaluator
-) -> Point:
+def _point(choice: Mapping[str, Any], params: Tree, agent: Evaluator, general: Evaluator) -> Point:
     scores = float(agent(params)), float(general(params))
     for which, score in zip(("agent", "general"), scores, strict=True):
         if not math.isfinite(score):
             raise UserError(
-                f"the {which} skill of {dict(choice)} is {score}; the evaluator must return a number"
+                f"the {which} skill of {dict(choice)} is {score}; "
+                "the evaluator must return a number"
             )
     return Point(tuple(choice.items()), *scores)
 

@@ -9,8 +9,9 @@ for certain. Values that equal the threshold are kept in the order of their inde
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -68,7 +69,9 @@ def keep_counts(
       k: 1 <= k <= size.
     """
     dtype = np.result_type(*(m.dtype for _, m in pieces()))
-    value, quota = _by_bits(lambda: ((0, m.astype(dtype)) for _, m in pieces()), dtype, min(k, size))
+    value, quota = _by_bits(
+        lambda: ((0, m.astype(dtype)) for _, m in pieces()), dtype, min(k, size)
+    )
     counts: dict[str, int] = {}
     for name, magnitude in pieces():
         equal = min(int(np.count_nonzero(magnitude == value)), quota)
@@ -78,7 +81,7 @@ def keep_counts(
     return counts
 
 
-def _bracket(ordered: np.ndarray, share: float) -> tuple[np.generic, np.generic]:
+def _bracket(ordered: np.ndarray, share: float) -> tuple[Any, Any]:
     """Two values that the threshold lies between in all but one of some 10^5 samples."""
     n = ordered.size
     slack = 4.5 * math.sqrt(n * share * (1 - share)) + 2
@@ -90,9 +93,7 @@ def _bracket(ordered: np.ndarray, share: float) -> tuple[np.generic, np.generic]
     )
 
 
-def _within(
-    pieces: Pieces, low: np.generic, high: np.generic, k: int
-) -> tuple[np.generic, int] | None:
+def _within(pieces: Pieces, low: Any, high: Any, k: int) -> tuple[Any, int] | None:
     """(threshold, how many equal to it are kept), or None if it is not in [low, high]."""
     above = at_high = at_low = 0
     between = []
@@ -125,7 +126,7 @@ def _within(
     return (low, rest) if rest <= at_low else None
 
 
-def _by_bits(pieces: Pieces, dtype: np.dtype, k: int) -> tuple[np.generic, int]:
+def _by_bits(pieces: Pieces, dtype: np.dtype, k: int) -> tuple[Any, int]:
     """(threshold, how many equal to it are kept), by counting 16 bits of the pattern at a time."""
     width = dtype.itemsize * 8
     word = np.dtype(f"u{dtype.itemsize}")
@@ -145,7 +146,7 @@ def _by_bits(pieces: Pieces, dtype: np.dtype, k: int) -> tuple[np.generic, int]:
     return np.array(prefix, word).view(dtype)[()], rest
 
 
-def _index_of_equal(pieces: Pieces, value: np.generic, count: int, size: int) -> int:
+def _index_of_equal(pieces: Pieces, value: Any, count: int, size: int) -> int:
     """Flat index of the `count`-th element that equals `value`; the end if there are no more."""
     seen = 0
     for at, magnitude in pieces():

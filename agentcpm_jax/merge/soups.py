@@ -50,9 +50,7 @@ class Soup:
     scores: tuple[float, ...]
 
 
-def greedy_soup(
-    trees: Sequence[Tree], evaluate: Callable[[Tree], float]
-) -> tuple[Tree, Soup]:
+def greedy_soup(trees: Sequence[Tree], evaluate: Callable[[Tree], float]) -> tuple[Tree, Soup]:
     """Adds models, the best alone first, as long as the mean scores no worse.
 
     Args:

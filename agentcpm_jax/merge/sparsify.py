@@ -56,8 +56,7 @@ def sparsifier(
         return lambda at, d: d * ops.number(0.0)
     if kind == "magnitude":
         count = max(1, math.floor(density * ops.size)) if keep is None else int(keep)
-        cut = _largest(ops, base, tensor, count)
-        sparse = lambda at, d: d * cut(at, abs(d))  # noqa: E731
+        sparse = _magnitude(ops, base, tensor, count)
     elif kind == "outliers":
         sparse = _without_outliers(ops, base, tensor, density, float(own.get("gamma", 0.01)))
     else:
@@ -70,6 +69,11 @@ def sparsifier(
         if unbiased:
             return sparse
     return sparse if rescale == "none" else _l1_matched(ops, base, tensor, sparse)
+
+
+def _magnitude(ops: Any, base: Any, tensor: Any, count: int) -> Any:
+    cut = _largest(ops, base, tensor, count)
+    return lambda at, d: d * cut(at, abs(d))
 
 
 def _largest(ops: Any, base: Any, tensor: Any, count: int) -> Any:

@@ -46,7 +46,8 @@ def nuslerp(
     small = abs(w1 + w2) < SMALLEST_SUM
     t = xp.where(small, 0.5, w2 / xp.where(small, 1.0, w1 + w2))
     if shared["nuslerp_flatten"]:
-        a, b = _arc(xp, *_products(ops, tensors, base), t, SMALLEST_ROW_NORM)
+        xx, xy, yy = _products(ops, tensors, base)
+        a, b = _arc(xp, xx, xy, yy, t, SMALLEST_ROW_NORM)
         return _combined(ops, [a, b], tensors, base)
     by_column = shared["nuslerp_row_wise"] and len(ops.shape) > 1
 
@@ -112,8 +113,8 @@ def karcher(
     length = _norm(xp, share, units)
     first = (xp.cumsum(used) == 1) & used
     mu = xp.where(length < tol, first * 1.0, share / xp.where(length < tol, 1.0, length))
-    moving = xp.asarray(True)
-    for _ in range(int(shared["max_iter"])):
+
+    def descend(mu: Any, moving: Any) -> tuple[Any, Any]:
         cosine = xp.clip(units @ mu, -1.0, 1.0)
         theta = xp.arccos(cosine)
         far = used & (theta >= tol)
@@ -123,8 +124,10 @@ def karcher(
         size = _norm(xp, tau, units)
         moving = moving & (size >= tol)
         step = mu * xp.cos(size) + tau * xp.sin(size) / xp.where(size > 0, size, 1.0)
-        step = step / xp.maximum(_norm(xp, step, units), 1e-300)
-        mu = xp.where(moving, step, mu)
+        step = step / xp.maximum(_norm(xp, step, units), 1e-30)
+        return xp.where(moving, step, mu), moving
+
+    mu, _ = ops.repeat(int(shared["max_iter"]), descend, (mu, xp.asarray(True)))
     mean = xp.sum(norms * used) / xp.maximum(xp.sum(used), 1)
     return _combined(ops, list(mu * mean / safe), tensors)
 
@@ -173,7 +176,9 @@ def _norm(xp: Any, c: Any, units: Any) -> Any:
     return xp.sqrt(xp.maximum(c @ units @ c, 0.0))
 
 
-def _combined(ops: Any, coefficients: Sequence[Any], tensors: Sequence[Any], base: Any = None) -> Any:
+def _combined(
+    ops: Any, coefficients: Sequence[Any], tensors: Sequence[Any], base: Any = None
+) -> Any:
     """sum_m c_m x_m; x are the tensors or, given a base, deltas added to it."""
     c = [ops.number(x) for x in coefficients]
 

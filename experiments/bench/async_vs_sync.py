@@ -84,10 +84,10 @@ def main() -> int:
     )
     parser.add_argument("--quick", action="store_true", help="one scale, few steps")
     args = parser.parse_args()
-    lengths = Lengths(5, 12) if args.quick else Lengths(14, 40)
+    lengths = Lengths(4, 8) if args.quick else Lengths(14, 40)
     bench = Bench()
     bench.warm_up()
-    at = find_scale(bench, lengths, TARGET, TOLERANCE / 2, tries=3 if args.quick else 6)
+    at = find_scale(bench, lengths, TARGET, TOLERANCE / 2, tries=2 if args.quick else 6)
     pairs = [(at, bench.run(ETA, at.latency, lengths))]
     if not args.quick:
         deep = find_scale(bench, lengths, 0.33, TOLERANCE, tries=3, first=2 * at.latency)
