@@ -32,6 +32,8 @@ DEVICE_WORLD = ["model", "merge", "train", "sharding", "tree"]
 
 _hook = install_import_hook([f"agentcpm_jax.{name}" for name in DEVICE_WORLD], "beartype.beartype")
 
+from toy_pool import servers  # noqa: E402, F401  (a fixture; imports what is checked)
+
 
 @pytest.fixture(autouse=True)
 def _fixed_seeds() -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import threading
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 from aiohttp import web
 
 from agentcpm_jax.engine.fault_server import toy_next, toy_state
@@ -136,3 +137,20 @@ def wait_for(condition) -> None:
                 await asyncio.sleep(0.005)
 
     asyncio.run(poll())
+
+
+@pytest.fixture
+def servers() -> Iterator[Servers]:
+    """Servers of one test, closed after it."""
+    running = Servers()
+    yield running
+    running.close()
+
+
+def sample_all(pool: SGLangPool, requests) -> list[Completion]:
+    """All requests at once; their completions in the same order."""
+
+    async def together() -> list[Completion]:
+        return list(await asyncio.gather(*(pool.sample(r) for r in requests)))
+
+    return asyncio.run(together())

@@ -110,8 +110,11 @@ def _della(ops: Any, density: float, epsilon: float, key: Key, unbiased: bool) -
             f"density {density:g} and epsilon {epsilon:g} of {ops.name} keep with probability "
             f"{low:g} to {high:g}, which must lie between 0 and 1; lower epsilon"
         )
-    ranks = np.linspace(low, high, ops.row) if ops.row > 1 else np.array([density])
-    limits = np.array([probability_bits(p) for p in ranks], np.uint32)
+    ranks = np.arange(ops.row)
+    if ops.native:  # mergekit's bfloat16 cannot count beyond 256
+        ranks = ranks.astype(ops.compute).astype(np.float64)
+    share = ranks / (ops.row - 1) if ops.row > 1 else np.array([0.5])
+    limits = np.array([probability_bits(p) for p in low + 2 * epsilon * share], np.uint32)
 
     def sparse(at: Any, d: Any) -> Any:
         limit = ops.by_rank(abs(d), limits)

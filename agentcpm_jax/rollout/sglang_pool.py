@@ -157,10 +157,11 @@ class SGLangPool:
         self._watch = asyncio.create_task(members.watch())
 
     async def _stop(self) -> None:
-        tasks = [t for t in asyncio.all_tasks() if t is not asyncio.current_task()]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        # Again and again: on Python 3.11 `wait_for` loses a cancellation that meets its result.
+        while tasks := asyncio.all_tasks() - {asyncio.current_task()}:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks, timeout=0.1)
         if self._members is not None and self._members.client is not None:
             await self._members.client.aclose()
 
