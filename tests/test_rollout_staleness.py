@@ -85,6 +85,13 @@ def test_wait_holds_a_batch_back_for_a_group_that_would_grow_too_old() -> None:
     assert choose(ready, [2, 2, 2], 3, 2, 2, wait=True).ship == ()
 
 
+def test_wait_ends_when_nothing_runs_that_could_take_a_place() -> None:
+    """An engine behind admission's version made three groups too old for the batches to come."""
+    ready = {1: [0], 2: [0], 3: [0], 4: [1]}
+    assert choose(ready, [2], 2, 1, 2, wait=True).ship == ()
+    assert choose(ready, [], 2, 1, 2, wait=True).ship == (1,)
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 4), st.integers(0, 4), st.integers(1, 12), st.booleans(), st.integers())
 def test_no_schedule_breaks_the_bound(

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -162,6 +163,26 @@ def test_stop_frees_a_waiting_trainer_and_stubborn_episodes_are_not_recorded(
         assert stream._producer.admission.running == 0
 
 
+def test_a_hanging_tool_costs_an_attempt_and_not_the_slot(tmp_path: Path) -> None:
+    world = World()
+
+    async def run(task: Task, issue_id: int, sample: int, attempt: int) -> Trajectory:
+        if sample == 0 and attempt == 0:
+            await asyncio.sleep(3600)
+        traj = await world.run(task, issue_id, sample, attempt)
+        return replace(traj, verdict=Verdict.RIGHT, reward=float(sample == 0))
+
+    with ExperienceLog.open(tmp_path / "e.db") as log:
+        with Stream(log, "rl", task, run, finish, with_(SMALL, sample_deadline=0.05)) as stream:
+            stream.start()
+            shipped = stream.next_step_segments(0)
+        assert {s.sample for s in shipped} == {0, 1, 2}
+        for issue_id in {s.issue_id for s in shipped}:
+            first, second = (t for t in log.attempts(issue_id) if t.sample == 0)
+            assert first.stop == "infra_error" and "no result within 0.05 s" in first.error
+            assert second.stop == "answered" and second.attempt == 1
+
+
 def test_a_stall_is_named(tmp_path: Path) -> None:
     async def hang(*_: object) -> Trajectory:
         await asyncio.sleep(60)
@@ -213,3 +234,5 @@ def test_bad_settings_name_the_value() -> None:
         StreamConfig(min_valid=9)
     with pytest.raises(UserError, match="batch_groups: 0"):
         StreamConfig(batch_groups=0)
+    with pytest.raises(UserError, match=r"sample_deadline: -1"):
+        StreamConfig(sample_deadline=-1.0)

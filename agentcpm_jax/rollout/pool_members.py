@@ -124,8 +124,10 @@ class Members:
         """Health checks and late joiners, until cancelled."""
         try:
             while True:
+                # Not `wait_for`: on Python 3.11 it swallows a cancellation that meets the event.
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._wake.wait(), self.cfg.health_every)
+                    async with asyncio.timeout(self.cfg.health_every):
+                        await self._wake.wait()
                 self._wake.clear()
                 self._read_urls_file()
                 for worker in list(self.workers.values()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -155,7 +156,7 @@ def _draw(world: World, hop: int, rng: random.Random) -> Task | None:
         kind=f"hop{hop}",
         split=world.config.split,
         meta={
-            "world": asdict(world.config),
+            "world": json.loads(json.dumps(asdict(world.config))),  # as it is read back
             "start": path[0],
             "relations": relations,
             "path": path,
