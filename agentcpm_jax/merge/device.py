@@ -140,11 +140,11 @@ class Sharded:
         """Of the randomness of one input."""
         return self.keys[model][0], self.keys[model][1]
 
-    def draws(self, at: int, like: Any, key: tuple[int, int]) -> Any:
+    def draws(self, at: int, like: Any, key: Key) -> Any:
         """uint32 random bits; a function of the key and the element's index."""
         index = _index(like.shape)
         block = (index >> np.uint64(32)).astype(np.uint32)
-        second = np.uint32(key[1]) + block
+        second = jnp.asarray(key[1], jnp.uint32) + block
         return bits_at(index.astype(np.uint32), (key[0], second))
 
     def by_rank(self, magnitude: Any, table: Any) -> Any:

@@ -65,7 +65,7 @@ class SGLangPool:
         self._closing = False
         self._members: Members | None = None
         self._router: Server | None = None
-        self._watch: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()  # what `close` cancels
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="pool", daemon=True)
         self._thread.start()
@@ -86,7 +86,8 @@ class SGLangPool:
         """One completion, however often it is interrupted; failure is data, as everywhere."""
         if self._closing or self._members is None:
             return _closed()
-        future = asyncio.run_coroutine_threadsafe(self._sample(request), self._loop)
+        work = self._until_closed(self._sample(request))
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
         return await asyncio.wrap_future(future)
 
     def update_weights(
@@ -105,7 +106,7 @@ class SGLangPool:
           url -> '' where the worker has the weights, else what went wrong.
         """
         weights = Weights(version, self.name(version), path)
-        return self._call(self._get().update(weights, logprobs))
+        return self._call(self._until_closed(self._get().update(weights, logprobs)))
 
     def add_worker(self, url: str) -> None:
         """A worker that came later: it gets the published weights before its first request."""
@@ -154,16 +155,27 @@ class SGLangPool:
             await members.client.aclose()
             raise
         self._members = members
-        self._watch = asyncio.create_task(members.watch())
+        self._tasks.add(asyncio.create_task(members.watch()))
 
     async def _stop(self) -> None:
+        # Only what this class began: a library's own tasks must not be cancelled over its head.
         # Again and again: on Python 3.11 `wait_for` loses a cancellation that meets its result.
-        while tasks := asyncio.all_tasks() - {asyncio.current_task()}:
+        while tasks := {task for task in self._tasks if not task.done()}:
             for task in tasks:
                 task.cancel()
-            await asyncio.wait(tasks, timeout=0.1)
+            await asyncio.wait(tasks, timeout=1.0)
         if self._members is not None and self._members.client is not None:
             await self._members.client.aclose()
+
+    async def _until_closed(self, work: Coroutine[Any, Any, T]) -> T:
+        """`work`, in a task that `close` cancels."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        try:
+            return await work
+        finally:
+            self._tasks.discard(task)
 
     async def _sample(self, request: SampleRequest) -> Completion:
         avoid = ""

@@ -45,7 +45,7 @@ def step_shardings(
     )
     state = TrainState(everywhere, everywhere, params, moments)
     tokens = batch_sharding(mesh)
-    fields = dict.fromkeys(Batch.__dataclass_fields__, tokens)
+    fields: dict[str, Any] = dict.fromkeys(Batch.__dataclass_fields__, tokens)
     fields |= {"num_tokens": everywhere, "num_sequences": everywhere}
     fields["proximal_logprobs"] = None  # made within the step
     return StepShardings(state, Batch(**fields))
