@@ -104,9 +104,10 @@ def table(runs: dict[int, Any], claims: dict[int, dict[str, bool]]) -> str:
     for seed, result in runs.items():
         models = result["summary"]["eval"]
         gains = [interval(models[f"rl - merge ({d})"], sign="+") for d in DECODINGS]
+        seconds = result.get("wall_seconds")  # of a run that was not stopped in between
+        wall = "-" if seconds is None else f"{seconds / 60:.1f} min"
         lines.append(
-            f"| {seed} | {gains[0]} | {gains[1]} | {result['wall_seconds'] / 60:.1f} min | "
-            f"{result['peak_rss_gib']:.1f} GiB |"
+            f"| {seed} | {gains[0]} | {gains[1]} | {wall} | {result['peak_rss_gib']:.1f} GiB |"
         )
     lines += ["", "| claim | " + " | ".join(f"seed {s}" for s in claims) + " |"]
     lines.append("|---" * (1 + len(claims)) + "|")

@@ -224,7 +224,7 @@ class Bench:
     def run(self, eta: int, latency: float, lengths: Lengths) -> Row:
         """A fresh log, engine and optimiser; the first steps fill the pipeline and do not count."""
         first, steps = (8, lengths.asynchronous) if eta else (2, lengths.sync)
-        with tempfile.TemporaryDirectory(dir=ROOT / "experiments") as scratch:
+        with tempfile.TemporaryDirectory() as scratch:
             engine = LocalEngine(self.params, self.model, ENGINE)
             with ExperienceLog.open(Path(scratch) / "experience.db") as log:
                 try:

@@ -84,7 +84,7 @@ def measure(chat: ChatFormat, batches: int) -> dict[str, float]:
         repetition_stop=TURNS + 1,
     )
     with (
-        tempfile.TemporaryDirectory(dir=ROOT / "experiments") as scratch,
+        tempfile.TemporaryDirectory() as scratch,
         ExperienceLog.open(Path(scratch) / "experience.db") as log,
     ):
         run_sample = make_run_sample(actors, chat, episode, actors.open_toolbox, seed=0)
