@@ -62,7 +62,7 @@ from agentcpm_jax.train.state import TrainState
 from agentcpm_jax.train.step import make_rl_step
 from agentcpm_jax.world.graph import WorldConfig
 from agentcpm_jax.world.search import search_index
-from agentcpm_jax.world.tools import LocalPages, WorldToolbox
+from agentcpm_jax.world.tools import LocalPages, WorldToolbox, config_of
 from agentcpm_jax.world.vocabulary import SYSTEM_PROMPT
 
 RESULTS = ROOT / "experiments" / "results"
@@ -286,8 +286,8 @@ class Bench:
         )
 
     def _stream(self, log: ExperienceLog, engine: LocalEngine, eta: int, latency: float) -> Stream:
-        async def open_toolbox(meta: Mapping[str, Any], key: tuple[int, ...]) -> WorldToolbox:
-            world = WorldConfig(**meta["world"])
+        async def open_toolbox(task_meta: Mapping[str, Any], key: tuple[int, ...]) -> WorldToolbox:
+            world = config_of(task_meta)
             pages = LocalPages(search_index(world))
             return WorldToolbox(pages, replace(world, tool_latency=latency), key)
 
@@ -305,8 +305,8 @@ class Bench:
     def _state(self) -> TrainState:
         return TrainState.create(jax.tree.map(jnp.copy, self.params), self.tx)
 
-    def _compiled(self, name: str, *_: Any, **__: Any) -> None:
-        self.compilations += name.endswith("backend_compile_duration")
+    def _compiled(self, event: str, duration_secs: float, **_: str | int) -> None:
+        self.compilations += event.endswith("backend_compile_duration")
 
 
 def say(row: Row) -> None:

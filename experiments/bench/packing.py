@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import runpy
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -71,10 +72,8 @@ def main() -> int:
 
 def quickstart_shape() -> tuple[int, int, int]:
     """(row_length, rows, micro_rows) of the quickstart's RL stage."""
-    sys.path.insert(0, str(ROOT / "configs"))
-    import quickstart
-
-    shape = quickstart.get_config().stage.rl.shape
+    config = runpy.run_path(str(ROOT / "configs" / "quickstart.py"))["get_config"]()
+    shape = config.stage.rl.shape
     return shape.row_length, shape.rows, shape.micro_rows
 
 
