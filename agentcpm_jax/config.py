@@ -89,21 +89,52 @@ class SFTStage:
 
 
 @dataclass(frozen=True)
-class MergeStage:
-    """alpha * stage + (1 - alpha) * general, through the merge package.
+class EvalStage:
+    """Held-out tasks for each model named in `models` (stage names)."""
 
-    With `candidates`, alpha is chosen: the largest of them at which general skill, on validation
-    documents, is at least `keep` of the general model's (the smallest, when none is).
+    models: tuple[str, ...] = ()
+    tasks_path: str = ""
+    skip_bad: bool = False  # leave out bad lines of that file
+    tasks: int = 400
+    hops: tuple[int, ...] = (1, 2)
+    samples: int = 4
+    k: tuple[int, ...] = (1, 2, 4)
+    skill_tasks: int = 200  # documents per general skill
+    grader: str = "exact"  # as in RLStage
+    judge: JudgeConfig = JudgeConfig()
+    engine: EngineConfig = EngineConfig()
+
+
+@dataclass(frozen=True)
+class MergeStage:
+    """The stage's model and the general one, merged by a method of the merge package.
+
+    With `candidates` (and `densities`) the merge is searched for: every combination is measured by
+    `validation`, general skill and agent skill, on questions and documents that neither training
+    nor test sees. Of those that keep `keep` of the general model's skill one is taken: that of the
+    largest alpha, or the best agent. When none does, the smallest alpha is taken.
     """
 
-    method: str = "linear"  # linear | task_arithmetic
+    # linear: alpha * stage + (1 - alpha) * general. task_arithmetic, ties, breadcrumbs, dare_ties,
+    # della ...: general + alpha * (what the method leaves of the difference).
+    method: str = "linear"
     general: str = "stage:base"
     alpha: float = 0.8
-    candidates: tuple[float, ...] = ()
+    density: float = 0.5  # for the methods that have one
+    soup: tuple[str, ...] = ()  # further models: the stage's own becomes their greedy soup
+    candidates: tuple[float, ...] = ()  # alphas
+    densities: tuple[float, ...] = ()
     keep: float = 0.92
-    skill_tasks: int = 100  # documents per skill, for the choice
-    sweep: tuple[float, ...] = ()  # alphas that are measured beside it, for the report
-    engine: EngineConfig = EngineConfig()
+    pick: str = "largest"  # largest | agent
+    # models, samples and k are not read; agent skill is greedy
+    validation: EvalStage = EvalStage(tasks=64, skill_tasks=100)
+    sweep: tuple[float, ...] = ()  # alphas that the eval stages measure beside it, for the report
+
+    def __post_init__(self) -> None:
+        if self.pick not in ("largest", "agent"):
+            raise UserError(f"merge.pick is {self.pick!r}; use 'largest' or 'agent'")
+        if self.densities and not self.candidates:
+            raise UserError("merge.densities are searched with merge.candidates; list alphas too")
 
 
 @dataclass(frozen=True)
@@ -123,23 +154,6 @@ class RLStage:
     workers: WorkerConfig = WorkerConfig()  # read when log_url is a PostgreSQL server
     engine: EngineConfig = EngineConfig()
     pool: PoolConfig = PoolConfig()  # with urls: SGLang servers instead of the engine
-
-
-@dataclass(frozen=True)
-class EvalStage:
-    """Held-out tasks for each model named in `models` (stage names)."""
-
-    models: tuple[str, ...] = ()
-    tasks_path: str = ""
-    skip_bad: bool = False  # leave out bad lines of that file
-    tasks: int = 400
-    hops: tuple[int, ...] = (1, 2)
-    samples: int = 4
-    k: tuple[int, ...] = (1, 2, 4)
-    skill_tasks: int = 200  # documents per general skill
-    grader: str = "exact"  # as in RLStage
-    judge: JudgeConfig = JudgeConfig()
-    engine: EngineConfig = EngineConfig()
 
 
 SECTIONS: dict[str, type] = {

@@ -8,6 +8,7 @@ trains the base in the run instead of using the shipped one.
 
 from agentcpm_jax.config import (
     Demonstrations,
+    EvalStage,
     PretrainPhase,
     TrainShape,
     default_config,
@@ -58,11 +59,12 @@ def get_config(variant: str = ""):
     c.stage.merge = stage_dict(
         "merge",
         "stage:sft",
-        candidates=(0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9),
+        candidates=(0.5, 0.9) if smoke else (0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9),
         keep=0.93,
-        skill_tasks=8 if smoke else 100,
+        validation=EvalStage(
+            tasks=4 if smoke else 64, skill_tasks=8 if smoke else 100, engine=engine
+        ),
         sweep=(0.5,) if smoke else (0.5, 0.7, 0.9),
-        engine=engine,
     )
     c.stage.rl = stage_dict(
         "rl",

@@ -1,4 +1,4 @@
-"""Charts as inline SVG text: line charts, and bars with intervals.
+"""Charts as inline SVG text: line charts, bars with intervals, and points between two scores.
 
 Drawn for paper and for screens, in the eight colours of Okabe and Ito that stay apart for the
 colour-blind; dashes and direct labels carry the same distinction without colour. No scripts, no
@@ -141,6 +141,53 @@ def bar_chart(
             colour = COLOURS[i % len(COLOURS)]
             out += _bar(f, centre, thick, values[c], scale, colour, f"{category}, {name}", percent)
     out.append(_line(f.left, f.y(0), f.right, f.y(0), MUTED))
+    return _svg(title, width, height, out)
+
+
+def scatter_chart(
+    points: Sequence[tuple[float, float, str]],
+    frontier: Sequence[int],
+    title: str,
+    x_label: str,
+    y_label: str,
+    chosen: int | None = None,
+    width: int = 460,
+    height: int = 320,
+) -> str:
+    """Labelled points; a line joins the frontier's, a ring marks the chosen one.
+
+    Args:
+      points: (x, y, label), finite.
+      frontier: indices of the points that no other beats on both axes.
+      title, x_label, y_label: captions.
+      chosen: index of the point that was taken.
+      width, height: in CSS pixels.
+    """
+    ticks = [_nice_ticks(*_padded(_range([p[axis] for p in points])), 4) for axis in (0, 1)]
+    labels = [format_number(t, _step(ticks[1])) for t in ticks[1]]
+    f = _Frame(
+        left=14 + 6.2 * max(map(len, labels)),
+        top=50,
+        right=width - 14,
+        bottom=height - 34,
+        x0=ticks[0][0],
+        x1=ticks[0][-1],
+        y0=ticks[1][0],
+        y1=ticks[1][-1],
+    )
+    out = [*_y_axis(f, ticks[1], labels), *_x_axis(f, x_label), _text(12, 36, y_label, "start")]
+    best = sorted((points[i][0], points[i][1]) for i in frontier)
+    if len(best) > 1:
+        out.append(_path(f, best, COLOURS[0], "", 1.2, 0.5))
+    for i, (x, y, label) in enumerate(points):
+        out.append(_dot(f, x, y, COLOURS[0] if i in frontier else MUTED, label))
+        out.append(_text(f.x(x) + 6, f.y(y) - 5, label, "start", INK if i in frontier else MUTED))
+    if chosen is not None:
+        x, y = f.x(points[chosen][0]), f.y(points[chosen][1])
+        out.append(
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="6" fill="none" stroke="{COLOURS[1]}" '
+            'stroke-width="1.8"><title>chosen</title></circle>'
+        )
     return _svg(title, width, height, out)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from agentcpm_jax.evaluate.formats import format_estimate, format_number, format_seconds
 from agentcpm_jax.evaluate.passk import Estimate
-from agentcpm_jax.evaluate.plots import Points, bar_chart, line_chart
+from agentcpm_jax.evaluate.plots import Points, bar_chart, line_chart, scatter_chart
 from agentcpm_jax.evaluate.transcript import STYLE as TRANSCRIPT_STYLE
 from agentcpm_jax.evaluate.transcript import escape, transcript
 
@@ -75,6 +75,19 @@ class BarChart:
 
 
 @dataclass(frozen=True)
+class ScatterChart:
+    """Candidates between two scores, as `plots.scatter_chart` draws them."""
+
+    title: str
+    points: tuple[tuple[float, float, str], ...]
+    frontier: tuple[int, ...]
+    x_label: str
+    y_label: str
+    chosen: int | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class Headline:
     """A claim in one number: shown large, with a line about what it is."""
 
@@ -101,7 +114,7 @@ class ReportData:
     title: str
     subtitle: str = ""
     headlines: tuple[Headline, ...] = ()
-    charts: tuple[BarChart, ...] = ()
+    charts: tuple[BarChart | ScatterChart, ...] = ()
     tables: tuple[Table, ...] = ()
     stages: tuple[StageReport, ...] = ()
     trajectories: tuple[TrajectoryReport, ...] = ()
@@ -166,8 +179,13 @@ def _headline(h: Headline) -> str:
     )
 
 
-def _chart(chart: BarChart) -> str:
-    svg = bar_chart(chart.categories, chart.series, chart.title, chart.percent)
+def _chart(chart: BarChart | ScatterChart) -> str:
+    if isinstance(chart, ScatterChart):
+        svg = scatter_chart(
+            chart.points, chart.frontier, chart.title, chart.x_label, chart.y_label, chart.chosen
+        )
+    else:
+        svg = bar_chart(chart.categories, chart.series, chart.title, chart.percent)
     return f'<figure class="wide">{svg}{_note(chart.note, "figcaption")}</figure>'
 
 

@@ -1,61 +1,186 @@
-"""The merge stage: weights between the specialist and the general model, at a chosen share."""
+"""The merge stage: weights between the specialist and the general model, searched for or given."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from agentcpm_jax.config import MergeStage, Stage
 from agentcpm_jax.engine.local import LocalEngine
+from agentcpm_jax.evaluate.passk import estimate, mean_at_k
+from agentcpm_jax.evaluate.runner import evaluate
 from agentcpm_jax.evaluate.skills import skill_documents, skill_scores
-from agentcpm_jax.merge.methods import linear, task_arithmetic
+from agentcpm_jax.merge.methods import METHODS, linear
+from agentcpm_jax.merge.search import (
+    SCALED_BY_LAMBDA,
+    Evaluator,
+    Point,
+    SearchResult,
+    alpha_sweep,
+    pareto_set,
+    soup_search,
+    sweep,
+)
+from agentcpm_jax.merge.soups import merged_tree
+from agentcpm_jax.rollout.experience import ExperienceLog
 from agentcpm_jax.run.context import RunContext, write_atomically
+from agentcpm_jax.run.custom import make_reward, make_tools
+from agentcpm_jax.run.sampling import evaluation_tasks, make_run_sample
 from agentcpm_jax.types import UserError
+
+GENERAL_MODEL = Point((("alpha", 0.0),), 0.0, 0.0)
 
 
 def run_merge(ctx: RunContext, stage: Stage) -> None:
-    """alpha * specialised + (1 - alpha) * general, and the sweep's points beside it."""
+    """Saves the merged model, the sweep's models and, after a search, what it measured."""
     merge = stage.merge
     assert merge is not None
-    special, general = ctx.load_params(stage.init_from), ctx.load_params(merge.general)
-
-    def merged(alpha: float) -> Any:
-        if merge.method == "linear":
-            return linear([special, general], [alpha, 1.0 - alpha])
-        if merge.method == "task_arithmetic":
-            return task_arithmetic(general, [special], [alpha])
-        raise UserError(f"merge.method={merge.method!r}; linear or task_arithmetic")
-
+    _check_method(merge)
     directory = ctx.directory(stage)
-    alpha = choose_alpha(ctx, merge, merged) if merge.candidates else merge.alpha
-    write_atomically(directory / "alpha.json", json.dumps({"alpha": alpha}) + "\n")
-    for point in merge.sweep:
-        ctx.save_model(directory / "sweep" / f"{point:g}", merged(point))
-    ctx.save_model(directory / "hf", merged(alpha))
+    special, general = ctx.load_params(stage.init_from), ctx.load_params(merge.general)
+    choice: dict[str, float] = {"alpha": merge.alpha, "density": merge.density}
+    if merge.soup or merge.candidates:
+        with ExperienceLog.open(directory / "search.db") as log:
+            skills = Skills(ctx, merge, log)
+            if merge.soup:
+                others = [ctx.load_params(source) for source in merge.soup]
+                special, tried = soup_search([special, *others], skills.agent, skills.general)
+                _write(directory / "soup.json", {"chosen": None, **tried.to_dict()})
+            if merge.candidates:
+                result = search(merge, special, general, (skills.agent, skills.general))
+                point = choose(merge, result)
+                choice |= dict(point.choice)
+                chosen = result.points.index(point)
+                _write(directory / "search.json", {"chosen": chosen, **result.to_dict()})
+    _write(directory / "alpha.json", {"alpha": choice["alpha"]})
+    for alpha in merge.sweep:
+        point_model = merged(merge, special, general, choice | {"alpha": alpha})
+        ctx.save_model(directory / "sweep" / f"{alpha:g}", point_model)
+    ctx.save_model(directory / "hf", merged(merge, special, general, choice))
 
 
-def choose_alpha(ctx: RunContext, merge: MergeStage, merged: Callable[[float], Any]) -> float:
-    """The largest candidate that keeps `merge.keep` of the general model's skill.
+def merged(merge: MergeStage, special: Any, general: Any, choice: Mapping[str, float]) -> Any:
+    """The model of one choice of alpha and density."""
+    alpha = choice["alpha"]
+    if merge.method == "linear":
+        return linear([special, general], [alpha, 1.0 - alpha])
+    own = _own(merge, choice.get("density", merge.density))
+    return merged_tree(merge.method, [special], general, [own], {"lambda": alpha})
 
-    Held out from training and from the final test: names of the validation split, documents of
-    their own.
+
+def search(
+    merge: MergeStage, special: Any, general: Any, skills: tuple[Evaluator, Evaluator]
+) -> SearchResult:
+    """Both skills of the general model, which is the first point, and of every candidate."""
+    reference = replace(GENERAL_MODEL, agent=skills[0](general), general=skills[1](general))
+    alphas = sorted(merge.candidates)
+    if merge.method == "linear":
+        found = alpha_sweep(general, special, alphas, *skills).points
+    else:
+        grid: dict[str, tuple[float, ...]] = {"lambda": tuple(alphas)}
+        if merge.densities and "density" in METHODS[merge.method].model_params:
+            grid["density"] = merge.densities
+        own = [_own(merge, merge.density)]
+        found = sweep(merge.method, [special], general, grid, *skills, own=own).points
+        found = tuple(replace(p, choice=_named_alpha(p)) for p in found)
+    points = (reference, *found)
+    return SearchResult(merge.method, points, pareto_set(points))
+
+
+def choose(merge: MergeStage, result: SearchResult) -> Point:
+    """The candidate that the stage takes; see `MergeStage`."""
+    reference, *found = result.points
+    able = [p for p in found if p.general >= merge.keep * reference.general]
+    alpha = dict.fromkeys(found)  # keeps the order of trying among equals
+    if not able:
+        return min(alpha, key=lambda p: (dict(p.choice)["alpha"], -p.agent))
+    if merge.pick == "agent":
+        return max(able, key=lambda p: (p.agent, p.general))
+    return max(able, key=lambda p: (dict(p.choice)["alpha"], p.agent))
+
+
+class Skills:
+    """The two evaluators of a search: params -> share of validation questions answered rightly.
+
+    The agent's episodes go into a log of the search's own, so that a merge that is interrupted
+    repeats no candidate, and the run's own numbering of tasks does not depend on the search.
     """
-    documents = skill_documents(merge.skill_tasks, ctx.cfg.seed, "validation")
 
-    def general_skill(alpha: float) -> float:
-        engine = LocalEngine(merged(alpha), ctx.cfg.model, merge.engine)
+    def __init__(self, ctx: RunContext, merge: MergeStage, log: ExperienceLog) -> None:
+        self._ctx, self._spec, self._log = ctx, merge.validation, log
+        held_out = replace(ctx.cfg.test_tasks, split="validation")
+        self._tasks = evaluation_tasks(self._spec, held_out) if self._spec.tasks else []
+        documents = self._spec.skill_tasks
+        self._documents = skill_documents(documents, ctx.cfg.seed, "validation")
+        self._candidate = 0
+        count = len(merge.candidates) * max(1, len(merge.densities)) + len(merge.soup)
+        self._bar = ctx.progress("merge search", count + 1)
+
+    def agent(self, params: Any) -> float:
+        """Greedy accuracy on the validation tasks; 0 when there are none."""
+        if not self._tasks:
+            return 0.0
+        ctx, spec = self._ctx, self._spec
+        engine = LocalEngine(params, ctx.cfg.model, spec.engine)
+        run_sample = make_run_sample(
+            engine,
+            ctx.chat,
+            replace(ctx.cfg.episode, temperature=0.0),
+            make_tools(ctx.cfg.tools)[0],
+            seed=ctx.cfg.seed,
+            reward=make_reward(spec.grader, spec.judge, ctx.workdir),
+            deadline=spec.judge.deadline,
+        )
+        name = f"candidate {self._candidate}"
         try:
-            scores = asyncio.run(skill_scores(engine, ctx.chat.encode_text, documents))
+            scores = asyncio.run(
+                evaluate(
+                    self._tasks,
+                    run_sample,
+                    self._log,
+                    name,
+                    samples=1,
+                    concurrency=spec.engine.slots,
+                )
+            )
         finally:
             engine.close()
+        self._candidate += 1
+        return estimate(scores, 1, mean_at_k).value
+
+    def general(self, params: Any) -> float:
+        """Mean over the general skills of the share of documents completed rightly."""
+        engine = LocalEngine(params, self._ctx.cfg.model, self._spec.engine)
+        try:
+            scores = asyncio.run(skill_scores(engine, self._ctx.chat.encode_text, self._documents))
+        finally:
+            engine.close()
+        self._bar.update()
         return float(np.mean([np.mean(right) for right in scores.values()]))
 
-    wanted = merge.keep * general_skill(0.0)
-    for alpha in sorted(merge.candidates, reverse=True):
-        if general_skill(alpha) >= wanted:
-            return alpha
-    return min(merge.candidates)
+
+def _check_method(merge: MergeStage) -> None:
+    if merge.method != "linear" and merge.method not in SCALED_BY_LAMBDA:
+        known = ", ".join(["linear", *sorted(SCALED_BY_LAMBDA)])
+        raise UserError(f"merge.method is {merge.method!r}; the merge stage has {known}")
+
+
+def _own(merge: MergeStage, density: float) -> dict[str, float]:
+    return {
+        "weight": 1.0,
+        **({"density": density} if "density" in METHODS[merge.method].model_params else {}),
+    }
+
+
+def _named_alpha(point: Point) -> tuple[tuple[str, Any], ...]:
+    return tuple(("alpha" if key == "lambda" else key, value) for key, value in point.choice)
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    write_atomically(path, json.dumps(content, indent=1) + "\n")

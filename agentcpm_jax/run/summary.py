@@ -30,6 +30,7 @@ from agentcpm_jax.evaluate.report import (
     Headline,
     Panel,
     ReportData,
+    ScatterChart,
     StageReport,
     Table,
     TrajectoryReport,
@@ -70,13 +71,14 @@ def write_summary(ctx: RunContext, announce: Callable[[str], None]) -> Path:
     for models in summary.values():
         for line in result_lines(models):
             announce(line)
-    charts: list[BarChart] = []
+    charts: list[BarChart | ScatterChart] = []
     tables: list[Table] = []
     headlines: list[Headline] = []
     for models in evaluations.values():
         headlines += _headlines(models)
         charts += _charts(models)
         tables += _tables(models)
+    charts += [c for s in ctx.cfg.stages if s.merge for c in search_charts(ctx.directory(s))]
     for stage in (s for s in ctx.cfg.stages if s.rl):
         headlines += health.staleness_headline(ctx, stage)
         charts += health.staleness_chart(ctx, stage)
@@ -222,6 +224,34 @@ def _charts(models: Mapping[str, Mapping[str, Any]]) -> list[BarChart]:
         for kind in next(iter(plain.values()))["skills"]
     }
     charts.append(BarChart("General skills, greedy", tuple(plain), skills))
+    return charts
+
+
+def search_charts(directory: Path) -> list[ScatterChart]:
+    """What a merge stage's searches measured, as agent skill over general skill."""
+    charts = []
+    for kind in ("search", "soup"):
+        path = directory / f"{kind}.json"
+        if path.exists():
+            content = json.loads(path.read_text())
+            points, scores = content["points"], ("agent", "general", "pareto")
+            labels = [
+                ", ".join(f"{k} {v:g}" for k, v in p.items() if k not in scores) for p in points
+            ]
+            charts.append(
+                ScatterChart(
+                    f"{directory.name} {kind}: {content['method']}, validation questions",
+                    tuple(
+                        (100 * p["general"], 100 * p["agent"], label)
+                        for p, label in zip(points, labels, strict=True)
+                    ),
+                    tuple(i for i, p in enumerate(points) if p["pareto"]),
+                    "general skill, %",
+                    "agent skill, greedy, %",
+                    content["chosen"],
+                    "The line joins what no other candidate beats on both; the ring is the choice.",
+                )
+            )
     return charts
 
 

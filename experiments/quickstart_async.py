@@ -1,8 +1,8 @@
 """Asynchronous against synchronous RL: the same start, recipe and number of steps, eta 1 and 0.
 
-    python experiments/async_vs_sync.py --start runs/quickstart/merge/hf
+    python experiments/quickstart_async.py --start runs/quickstart/merge/hf
 
-Writes experiments/results/async_vs_sync.json: wall and CPU seconds per step (the first two left
+Writes experiments/results/quickstart_async.json: wall and CPU seconds per step (the first two left
 out: they compile), the share of the time in which the trainer waited, rewards. On two shared cores
 rollouts and training compete for the same cores, so little is to be gained; on separate machines
 the wait is what asynchrony hides.
@@ -30,13 +30,13 @@ def main() -> None:
     )
     parser.add_argument("--start", type=Path, default=ROOT / "runs" / "quickstart" / "merge" / "hf")
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "async_vs_sync")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "quickstart_async")
     args = parser.parse_args()
     table = {f"eta {eta}": run(eta, args) for eta in (0, 1)}
     for name, row in table.items():
         print(name, row)
-    content = {"command": "python experiments/async_vs_sync.py", "runs": table}
-    out = ROOT / "experiments" / "results" / "async_vs_sync.json"
+    content = {"command": "python experiments/quickstart_async.py", "runs": table}
+    out = ROOT / "experiments" / "results" / "quickstart_async.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(content, indent=1) + "\n")
 
