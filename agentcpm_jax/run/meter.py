@@ -32,7 +32,7 @@ class Meter:
         """`run_sample`, with every trajectory counted here and its event loop probed."""
 
         async def watched(task: Task, issue_id: int, sample: int, attempt: int) -> Trajectory:
-            self._lag.ensure()
+            self._lag.ensure()  # from the first episode on, not from its end
             trajectory = await run_sample(task, issue_id, sample, attempt)
             self.see(task, trajectory)
             return trajectory
@@ -40,7 +40,8 @@ class Meter:
         return watched
 
     def see(self, task: Task, trajectory: Trajectory) -> None:
-        """Counts a trajectory, whoever made it."""
+        """Counts a trajectory, whoever made it; in a coroutine, whose event loop is probed."""
+        self._lag.ensure()
         with self._lock:
             self._seen.append((task.kind, trajectory))
 
