@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -228,18 +228,15 @@ def _open(ctx: RunContext, stage: Stage, rl: RLStage) -> Iterator[_Circle]:
         adviser=Adviser(ctx.announce, metrics.kept, lockstep=is_lockstep(stage)),
         shipped=shipped,
     )
-    try:
+    with ExitStack() as closing:  # whatever fails to close, the rest is closed; last one first
+        for close in (circle.bar.close, checkpoints.close, engine.close):
+            closing.callback(close)
         if worker is not None:
+            closing.callback(worker.stop)
             worker.start()
+        closing.callback(stream.stop)
         stream.start(version)
         yield circle
-    finally:
-        stream.stop()
-        if worker is not None:
-            worker.stop()
-        engine.close()
-        checkpoints.close()
-        circle.bar.close()
 
 
 def _section(stage: Stage) -> RLStage:
