@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+import xxhash
 from safetensors.numpy import load_file, save_file
 
 from agentcpm_jax.merge.recipe import MergeRecipe, load_recipe, parse_recipe
@@ -107,10 +107,19 @@ def test_output_is_a_whole_checkpoint_with_a_card(models, tmp_path):
     assert config == {**original, "dtype": "bfloat16"}
     card = (out / "README.md").read_text()
     for name in ("base", "ft1"):
-        digest = hashlib.sha256((models / name / "model.safetensors").read_bytes()).hexdigest()
-        assert f"| {name} | model.safetensors | `{digest}` |" in card
+        digest = xxhash.xxh3_128((models / name / "model.safetensors").read_bytes()).hexdigest()
+        assert f"| {name} | model.safetensors | `xxh3-128:{digest}` |" in card
     assert recipe.to_yaml() in card
     assert {p.name for p in out.parent.iterdir()} == {"out"}
+
+
+def test_a_file_of_the_hubs_cache_is_known_by_its_name(models, tmp_path):
+    blob = tmp_path / "blobs" / ("0a" * 32)
+    blob.parent.mkdir()
+    (models / "ft1" / "model.safetensors").rename(blob)
+    (models / "ft1" / "model.safetensors").symlink_to(blob)
+    with Checkpoint(models / "ft1") as found:
+        assert found.fingerprint() == {"model.safetensors": f"sha256:{blob.name}"}
 
 
 def test_sharding_changes_no_tensor_and_repeating_no_byte(models, tmp_path):

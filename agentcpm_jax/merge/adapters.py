@@ -96,9 +96,9 @@ class AdaptedCheckpoint(Checkpoint):
         stats = [(p, p.stat()) for p in files]
         return super().identity() + [[p.name, s.st_size, s.st_mtime_ns, ""] for p, s in stats]
 
-    def sha256(self, stop: threading.Event | None = None) -> dict[str, str]:
+    def fingerprint(self, stop: threading.Event | None = None) -> dict[str, str]:
         """As of a Checkpoint, with the adapter's weights."""
-        return {**super().sha256(stop), **self._digest([self.adapter / WEIGHTS], stop)}
+        return {**super().fingerprint(stop), **self._digest([self.adapter / WEIGHTS], stop)}
 
     def _place(self, path: Path, name: str, value: np.ndarray) -> None:
         module = name.removeprefix(PREFIX)

@@ -14,11 +14,11 @@ def model_card(
     hashes: Mapping[str, Mapping[str, str]],
     notes: Sequence[str],
 ) -> str:
-    """README.md. `hashes` are the SHA-256 digests of every input's files, by model and file."""
+    """README.md. `hashes` identify the content of every input's files, by model and file."""
     rows = [
-        f"| {model} | {file} | `{sha}` |"
+        f"| {model} | {file} | `{content}` |"
         for model, files in hashes.items()
-        for file, sha in files.items()
+        for file, content in files.items()
     ]
     how = f"as {COMPAT} calculates" if recipe.compat else "in float32, rounded once"
     return "\n".join(
@@ -40,7 +40,7 @@ def model_card(
             "",
             *(f"- {note}" for note in notes),
             *([""] if notes else []),
-            "| input | file | SHA-256 |",
+            "| input | file | content |",
             "|---|---|---|",
             *rows,
             "",

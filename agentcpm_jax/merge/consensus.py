@@ -44,7 +44,7 @@ def weighted_mean(
     def mixed(at: Any, *chunks: Any) -> Any:
         return ops.sum([x * w for x, w in zip(chunks, c, strict=True)])
 
-    return ops.map(mixed, [tensors[i] for i in used])
+    return ops.map(mixed, [tensors[i] for i in used], propagates=True)
 
 
 def model_stock(

@@ -106,7 +106,7 @@ class Sharded:
         """The elements of `kernel(at, *arrays)` at flat indices."""
         return self.values(kernel, arrays).reshape(-1)[index]
 
-    def map(self, kernel: Kernel, arrays: Sequence[Any]) -> Any:
+    def map(self, kernel: Kernel, arrays: Sequence[Any], propagates: bool = False) -> Any:
         """`kernel(at, *arrays)`, rounded to the result's dtype."""
         return self.values(kernel, arrays).astype(self.dtype)
 
@@ -147,11 +147,13 @@ class Sharded:
         second = jnp.asarray(key[1], jnp.uint32) + block
         return bits_at(index.astype(np.uint32), (key[0], second))
 
-    def by_rank(self, magnitude: Any, table: Any) -> Any:
-        """table[r] where r is each element's rank in its row, ascending, ties by index."""
+    def kept_by_rank(self, at: int, magnitude: Any, key: Key, limits: Any, values: Any) -> Any:
+        """values[r] where the element's draw is below limits[r], else 0; r is the element's rank
+        in its row, ascending, ties by index."""
         order = jnp.argsort(_pattern(magnitude), axis=-1, stable=True)
         rank = jnp.argsort(order, axis=-1)
-        return jnp.asarray(table)[rank]
+        kept = self.draws(at, magnitude, key) < jnp.asarray(limits)[rank]
+        return jnp.asarray(values)[rank] * kept
 
 
 @jax.custom_jvp

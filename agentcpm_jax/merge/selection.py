@@ -1,9 +1,10 @@
 """The k-th largest magnitude of a tensor, exactly and without sorting it.
 
 A regular sample says between which two values the threshold must lie; one pass counts what is
-above them and copies out the few values between; those are partitioned. If the sample misled, two
-counting passes over the bits of the magnitudes (which order as the numbers do) find the threshold
-for certain. Values that equal the threshold are kept in the order of their index.
+above them and copies out the few values between; those are partitioned. If the sample misled, or
+too many values are equal, two counting passes over the bits of the magnitudes (which order as the
+numbers do) find the threshold for certain. Values that equal the threshold are kept in the order
+of their index.
 """
 
 from __future__ import annotations
@@ -48,10 +49,10 @@ def find_cut(pieces: Pieces, sample: np.ndarray, size: int, k: int) -> Cut:
       k: how many to keep, 1 <= k <= size.
     """
     low, high = _bracket(np.sort(sample, axis=None), k / size)
-    found = _within(pieces, low, high, k)
-    if found is None:
-        found = _by_bits(pieces, sample.dtype, k)
-    value, quota = found
+    found = _within(pieces, low, high, size, k)
+    if found is not None:
+        return found
+    value, quota = _by_bits(pieces, sample.dtype, k)
     return Cut(float(value), _index_of_equal(pieces, value, quota, size))
 
 
@@ -93,37 +94,29 @@ def _bracket(ordered: np.ndarray, share: float) -> tuple[Any, Any]:
     )
 
 
-def _within(pieces: Pieces, low: Any, high: Any, k: int) -> tuple[Any, int] | None:
-    """(threshold, how many equal to it are kept), or None if it is not in [low, high]."""
-    above = at_high = at_low = 0
-    between = []
-    for _, magnitude in pieces():
+def _within(pieces: Pieces, low: Any, high: Any, size: int, k: int) -> Cut | None:
+    """The cut, or None if it is not in [low, high] or too much else is."""
+    above = count = 0
+    values, places = [], []
+    for at, magnitude in pieces():
         m = magnitude.reshape(-1)
-        from_low = m >= low
-        below_high = m < high
-        candidates = m[from_low & below_high] if low < high else m[:0]
-        inside = candidates[candidates > low]
-        at_low += candidates.size - inside.size
-        upper = m.size - int(np.count_nonzero(below_high))
-        if high < np.inf:
-            equal = int(np.count_nonzero(m == high))
-            at_high += equal
-            upper -= equal
-        above += upper
-        between.append(inside)
-    if k <= above:
+        up_to = m <= high
+        above += m.size - np.count_nonzero(up_to)
+        up_to &= m >= low
+        place = np.flatnonzero(up_to)
+        values.append(m[place])
+        places.append(place + at)
+        count += place.size
+        if count > max(SAMPLE, size // 8):
+            return None  # many equal values: to keep them all would take too much memory
+    rest = k - above
+    if not 0 < rest <= count:
         return None
-    if k <= above + at_high:
-        return high, k - above
-    rest = k - above - at_high
-    inside = np.concatenate(between)
-    if rest <= inside.size:
-        place = inside.size - rest
-        inside.partition(place)
-        value = inside[place]
-        return value, rest - int(np.count_nonzero(inside > value))
-    rest -= inside.size
-    return (low, rest) if rest <= at_low else None
+    near = np.concatenate(values)
+    value = np.partition(near, count - rest)[count - rest]
+    quota = rest - int(np.count_nonzero(near > value))
+    equal = np.concatenate(places)[near == value]
+    return Cut(float(value), int(equal[quota - 1]) if quota < equal.size else size)
 
 
 def _by_bits(pieces: Pieces, dtype: np.dtype, k: int) -> tuple[Any, int]:

@@ -116,14 +116,9 @@ def _della(ops: Any, density: float, epsilon: float, key: Key, unbiased: bool) -
     share = ranks / (ops.row - 1) if ops.row > 1 else np.array([0.5])
     limits = np.array([probability_bits(p) for p in low + 2 * epsilon * share], np.uint32)
 
-    def sparse(at: Any, d: Any) -> Any:
-        limit = ops.by_rank(abs(d), limits)
-        kept = d * (ops.draws(at, d, key) < limit)
-        if not unbiased:
-            return kept
-        return kept * (ops.number(2.0**32) / limit.astype(d.dtype))
-
-    return sparse
+    inverse = 2.0**32 / limits.astype(np.float64) if unbiased else np.ones(len(limits))
+    values = inverse.astype(ops.compute)
+    return lambda at, d: d * ops.kept_by_rank(at, abs(d), key, limits, values)
 
 
 def _l1_matched(ops: Any, base: Any, tensor: Any, sparse: Any) -> Any:

@@ -263,7 +263,7 @@ def _hashes(
     """Digests of all inputs, computed beside the merge; call what this yields to wait for them."""
     stop = threading.Event()
     with ThreadPoolExecutor(1, "hashes") as executor:
-        digests = {n: executor.submit(m.sha256, stop) for n, m in models.items()}
+        digests = {n: executor.submit(m.fingerprint, stop) for n, m in models.items()}
         try:
             yield lambda: {name: future.result() for name, future in digests.items()}
         finally:

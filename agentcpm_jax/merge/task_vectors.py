@@ -54,22 +54,31 @@ def merge_task_vectors(
     if elect not in ELECTIONS:
         raise UserError(f"elect {elect!r} is not one of {', '.join(ELECTIONS)}")
 
+    plain = all(isinstance(x, float | int) and x > 0 for x in weights)
+    least = ops.number(min(weights)) if plain else None  # Z is 0 or not below it
+
     def mixed(at: Any, b: Any, *models: Any) -> Any:
         s = [f(at, x - b) for f, x in zip(sparse, models, strict=True)]
         x = [a * c for a, c in zip(s, w, strict=True)]
         if elected:
-            mask = agreeing(_votes(ops.xp, elect, s, x), x, ops)
-            mix = ops.sum([a * m for a, m in zip(x, mask, strict=True)])
+            mix, z = _elected(ops, _votes(ops.xp, elect, s, x), x, w)
             if normalize:
-                z = ops.sum([m * c for m, c in zip(mask, w, strict=True)])
-                mix = mix / (z + (z == 0))
+                mix = mix / (z + (z == 0) if least is None else ops.xp.maximum(z, least))
         else:
             mix = ops.sum(x)
             if not is_one(total):
                 mix = mix / ops.number(total)
         return b + (mix if is_one(lambda_) else mix * ops.number(lambda_))
 
-    return ops.map(mixed, [base, *(tensors[i] for i in used)])
+    return ops.map(mixed, [base, *(tensors[i] for i in used)], propagates=True)
+
+
+def _elected(ops: Any, votes: list[Any], x: list[Any], w: list[Any]) -> tuple[Any, Any]:
+    """(sum_m A_m x_m, sum_m A_m w_m): turned to the elected sign, what agrees is positive."""
+    sign = ops.xp.copysign(ops.number(1.0), ops.sum(votes))
+    turned = [ops.xp.maximum(a * sign, ops.number(0.0)) for a in x]
+    mix = ops.sum(turned) * sign
+    return mix, ops.sum([(a > 0) * c for a, c in zip(turned, w, strict=True)])
 
 
 def agreeing(votes: Sequence[Any], x: Sequence[Any], ops: Any) -> list[Any]:

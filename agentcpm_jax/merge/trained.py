@@ -95,7 +95,7 @@ class TrainingStep(Checkpoint):
         stats = [(p, p.stat()) for p in self.files]
         return [[str(p.relative_to(self.directory)), s.st_size, s.st_mtime_ns] for p, s in stats]
 
-    def sha256(self, stop: threading.Event | None = None) -> dict[str, str]:
+    def fingerprint(self, stop: threading.Event | None = None) -> dict[str, str]:
         """Digest of every stored file, by path below the step."""
         return self._digest(self.files, stop)
 

@@ -156,7 +156,7 @@ class AlignedCheckpoint(Checkpoint):
         self._unmoved = np.array_equal(place, np.arange(len(place)))
         for attribute in ("directory", "companions", "config", "files"):
             setattr(self, attribute, getattr(self._inner, attribute))
-        self.identity, self.sha256 = self._inner.identity, self._inner.sha256
+        self.identity, self.fingerprint = self._inner.identity, self._inner.fingerprint
         self.release = self._inner.release
         self.tensors = {n: self._info(n, t) for n, t in self._inner.tensors.items()}
 

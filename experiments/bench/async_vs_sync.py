@@ -11,7 +11,7 @@ the same draws, multiplied by the scale. Only eta differs: 0 is synchronous, 4 t
 Busy is the wall time in which an executable of the trainer or of the engine runs, from its call to
 its result being ready: the union of both, over the time from one batch to another late in the run.
 Host work (templates, parsing, packing, the log) between executables is not busy. The scale at which
-the synchronous trainer is 45 % busy is found by regula falsi on its idle time; the row that hit it
+the synchronous trainer is 45 % busy is found from its idle time; the row that hit it
 is the row that is compared.
 
 Writes experiments/results/async_vs_sync.{json,md} and two charts; exits 1 when a figure is missed.
@@ -23,6 +23,7 @@ import argparse
 import json
 import os
 import platform
+import statistics
 import sys
 import tempfile
 import threading
@@ -148,17 +149,18 @@ def find_scale(
     """The synchronous run whose busy share is `target`; the nearest one after `tries`.
 
     The idle time of a step is nearly proportional to the scale (all of it is waiting for tools),
-    its busy time nearly constant: so busy = 1 / (1 + k scale), and each run gives an estimate of k.
+    its busy time nearly constant: so busy = 1 / (1 + k scale), and each run gives an estimate of k;
+    their median is used, because on a machine that others use they scatter.
     """
-    latency, best = first, None
+    latency, best, estimates = first, None, []
     for _ in range(tries):
         row = bench.run(0, latency, lengths)
         if best is None or abs(row.busy - target) < abs(best.busy - target):
             best = row
         if abs(row.busy - target) <= tolerance:
             break
-        k = (1 / row.busy - 1) / latency
-        latency = (1 / target - 1) / k
+        estimates.append((1 / row.busy - 1) / latency)
+        latency = (1 / target - 1) / statistics.median(estimates)
     assert best is not None
     return best
 

@@ -261,7 +261,7 @@ def write_results(
         "",
         f"{about['machine']}; Python {about['python']}, numpy {about['numpy']}. "
         f"{about['gigabytes_moved']} GB moved; CPU seconds net of {imports:.2f} s of imports in "
-        "the ratio; SHA-256 of all inputs included.",
+        "the ratio; fingerprints of all inputs included.",
         "",
         "| method | CPU s | copy CPU s | CPU ratio (limit) | wall s | anonymous GiB (limit) |",
         "|---|---|---|---|---|---|",
