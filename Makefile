@@ -4,6 +4,7 @@
 # make test-browser the report in Chromium        make base   rebuilds the shipped tiny base model
 # make test-postgres the log on PostgreSQL        make test-faults  kill -9 at twelve points
 # make test-sglang  a real SGLang server          make test-kills N=200  the same, at random points
+# make test-runs    whole small runs and the README
 #
 # Every target sets up what it needs in $(VENV). PYTHON=python3.12 chooses the interpreter.
 
@@ -56,9 +57,12 @@ test-browser: $(VENV)/.test
 endif
 
 # Needs the PostgreSQL server's binaries (apt-get install postgresql); fails without them.
-.PHONY: test-postgres test-faults test-kills test-sglang
+.PHONY: test-postgres test-runs test-faults test-kills test-sglang
 test-postgres: $(VENV)/.test
 	$(BIN)/python -m pytest -m postgres $(PYTEST_ARGS)
+
+test-runs: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m runs $(PYTEST_ARGS)
 
 test-faults: $(VENV)/.test
 	$(BIN)/python -m pytest -m faults $(PYTEST_ARGS)

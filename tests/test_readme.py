@@ -34,6 +34,7 @@ def test_the_two_commands_are_make_targets() -> None:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"no target {target}"
 
 
+@pytest.mark.runs
 def test_every_command_of_the_tour_runs(tmp_path: Path) -> None:
     assert commands(), "the tour names no command"
     for command in commands():

@@ -16,6 +16,8 @@ from agentcpm_jax.run.inspect.replay import describe, replay
 from agentcpm_jax.run.metrics import read_metrics
 from agentcpm_jax.types import UserError
 
+pytestmark = pytest.mark.runs
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:

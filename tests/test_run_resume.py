@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from agentcpm_jax.merge.shards import Checkpoint
 from agentcpm_jax.run.commandline import CHECKOUT
@@ -124,6 +125,7 @@ def test_deterministic_runs_resume_bit_for_bit(tmp_path: Path) -> None:
     assert_exactly_once(whole)
 
 
+@pytest.mark.runs
 def test_asynchronous_runs_recompute_recorded_steps(tmp_path: Path) -> None:
     workdir = tmp_path / "async"
     kill_when(workdir, lambda: steps_done(workdir) >= 3, "async")
@@ -137,6 +139,7 @@ def test_asynchronous_runs_recompute_recorded_steps(tmp_path: Path) -> None:
     assert_exactly_once(workdir)
 
 
+@pytest.mark.runs
 def test_ctrl_c_leaves_a_resumable_workdir(tmp_path: Path) -> None:
     workdir = tmp_path / "interrupted"
     process = subprocess.Popen(

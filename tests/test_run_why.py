@@ -19,6 +19,8 @@ from agentcpm_jax.run.inspect.why import gather, token_texts, write_why
 from agentcpm_jax.run.learner import make_learner
 from agentcpm_jax.types import Provenance, UserError
 
+pytestmark = pytest.mark.runs
+
 
 class Page(HTMLParser):
     """Tags, their attributes, and (classes, detail, text) of every token."""
