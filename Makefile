@@ -4,7 +4,8 @@
 # make test-browser the report in Chromium        make base   rebuilds the shipped tiny base model
 # make test-postgres the log on PostgreSQL        make test-faults  kill -9 at twelve points
 # make test-sglang  a real SGLang server          make test-kills N=200  the same, at random points
-# make test-runs    whole small runs and the README
+# make test-runs    whole small runs and the README   make test-mesh  eight devices, two processes
+# make test-aot     the 4B steps for TPU slices       make aot-table  all of them, into a table
 #
 # Every target sets up what it needs in $(VENV). PYTHON=python3.12 chooses the interpreter.
 
@@ -57,12 +58,22 @@ test-browser: $(VENV)/.test
 endif
 
 # Needs the PostgreSQL server's binaries (apt-get install postgresql); fails without them.
-.PHONY: test-postgres test-runs test-faults test-kills test-sglang
+.PHONY: test-postgres test-runs test-mesh test-aot aot-table test-faults test-kills test-sglang
 test-postgres: $(VENV)/.test
 	$(BIN)/python -m pytest -m postgres $(PYTEST_ARGS)
 
 test-runs: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m runs $(PYTEST_ARGS)
+
+test-mesh: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 -m mesh $(PYTEST_ARGS)
+
+# The TPU compiler runs on any Linux machine (libtpu is a wheel); no TPU is needed.
+test-aot: $(VENV)/.aot
+	$(BIN)/python experiments/aot.py --check
+
+aot-table: $(VENV)/.aot
+	$(BIN)/python experiments/aot.py
 
 test-faults: $(VENV)/.test
 	$(BIN)/python -m pytest -m faults $(PYTEST_ARGS)
@@ -101,6 +112,10 @@ ifeq ($(VERSION),3.11)
 endif
 	$(PIP_INSTALL) --editable '.[test]'
 	touch $@ $(VENV)/.runtime
+
+$(VENV)/.aot: $(VENV)/.runtime
+	$(PIP_INSTALL) --editable '.[tpu]'
+	touch $@
 
 # SGLang's own metadata asks for CUDA builds; its CPU server runs without them (see the requirements).
 $(SGLANG_VENV)/.ready: tests/sglang_requirements.txt

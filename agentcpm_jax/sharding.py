@@ -1,7 +1,8 @@
 """Where arrays live: a mesh of four axes and one table from logical axes to mesh axes.
 
-data replicates parameters; fsdp splits parameters and batch; tensor splits heads, ffw and
-vocabulary; context splits time.
+data replicates parameters; fsdp splits parameters and batch; context splits parameters and time;
+tensor splits heads, ffw and vocabulary. A job of several slices splits its data axis over them, so
+that only gradients cross the slow network between slices.
 """
 
 from __future__ import annotations
@@ -12,62 +13,65 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from agentcpm_jax import tree
 from agentcpm_jax.types import UserError
 
 AXES = ("data", "fsdp", "context", "tensor")
+#: The axes that split tokens: rows and time.
+TOKEN_AXES = ("data", "fsdp", "context")
+#: Those of them that split parameters as well.
+WIDTH_AXES = ("fsdp", "context")
 
-# Logical axis (ParamSpec.axes, or batch and time of the data) -> mesh axis or axes.
+# Logical axis (ParamSpec.axes, or an axis of an activation) -> mesh axis or axes.
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
     "time": "context",
     "layers": None,
     "vocab": "tensor",
-    "width": "fsdp",
+    "width": WIDTH_AXES,
     "heads": "tensor",
     "kv_heads": "tensor",
     "head": None,
     "ffw": "tensor",
+    "rank": None,
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; at most one may be -1: all that remain."""
+    """Devices along each mesh axis; at most one may be -1: all that remain.
+
+    `slices` TPU slices (or hosts that only a data-centre network joins) share the data axis, which
+    it must divide.
+    """
 
     data: int = 1
     fsdp: int = -1
     context: int = 1
     tensor: int = 1
+    slices: int = 1
 
 
 def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh with Auto axes over `devices` (default: all of this job).
 
     Raises:
-      UserError: the axes do not multiply to the number of devices.
+      UserError: the axes do not multiply to the number of devices, or `slices` divides neither the
+        data axis nor the devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = {axis: getattr(cfg, axis) for axis in AXES}
-    free = [axis for axis, size in sizes.items() if size == -1]
-    fixed = math.prod(size for size in sizes.values() if size != -1)
-    wanted = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
-    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-        raise UserError(f"mesh {wanted} is impossible; sizes are at least 1, and one may be -1")
-    if free and fixed <= len(devices):
-        sizes[free[0]] = len(devices) // fixed
-    product = math.prod(abs(size) for size in sizes.values())
-    if product != len(devices):
-        raise UserError(
-            f"mesh {wanted} needs {'a divisor' if free else 'a product'} equal to the device "
-            f"count: the axes multiply to {product}, there are {len(devices)} devices; "
-            "change the mesh"
-        )
-    return jax.make_mesh(
-        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
-    )
+    shape = _mesh_shape(cfg, len(devices))
+    if cfg.slices > 1:
+        grid = _over_slices(cfg, shape, devices)
+        return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    if devices and devices[0].platform == "tpu":
+        # A 2-D slice has no axis of its own for every mesh axis; splitting its rings is allowed.
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def param_shardings(specs: Mapping[str, Any], mesh: Mesh | AbstractMesh) -> dict[str, Any]:
@@ -91,17 +95,97 @@ def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(RULES["batch"], RULES["time"]))
 
 
+def constrain(x: jax.Array, mesh: Mesh | None, *logical: str | None) -> jax.Array:
+    """`x` laid out by the rules of its logical axes (None: whole); unchanged without a mesh.
+
+    An axis that its mesh axes do not divide stays whole.
+    """
+    if mesh is None or mesh.size == 1:
+        return x
+    parts = [
+        None if name is None or size % axis_size(mesh, RULES[name]) else RULES[name]
+        for name, size in zip(logical, x.shape, strict=True)
+    ]
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*parts)))
+
+
+def axis_size(mesh: Mesh | AbstractMesh, axes: str | tuple[str, ...] | None) -> int:
+    """Devices along one mesh axis or the product of several; 1 for None."""
+    return math.prod(mesh.shape[axis] for axis in _names(axes))
+
+
+def nearest_divisor(size: int, wanted: int) -> int:
+    """The divisor of `size` that is nearest to `wanted`; the smaller of two."""
+    divisors = [d for d in range(1, size + 1) if size % d == 0]
+    return min(divisors, key=lambda d: (abs(d - wanted), d))
+
+
+def _mesh_shape(cfg: MeshConfig, devices: int) -> tuple[int, ...]:
+    sizes = {axis: getattr(cfg, axis) for axis in AXES}
+    free = [axis for axis, size in sizes.items() if size == -1]
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    wanted = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
+    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise UserError(f"mesh {wanted} is impossible; sizes are at least 1, and one may be -1")
+    if free and fixed <= devices:
+        sizes[free[0]] = devices // fixed
+    product = math.prod(abs(size) for size in sizes.values())
+    if product != devices:
+        raise UserError(
+            f"mesh {wanted} needs {'a divisor' if free else 'a product'} equal to the device "
+            f"count: the axes multiply to {product}, there are {devices} devices; "
+            f"the nearest that fits: {_nearest_mesh(sizes, free, devices)}"
+        )
+    return tuple(sizes.values())
+
+
+def _nearest_mesh(sizes: Mapping[str, int], free: Sequence[str], devices: int) -> str:
+    """The mesh over `devices` that keeps the sizes from the last axis on as well as it can."""
+    fitted, left = dict(sizes), devices
+    for axis in reversed(AXES):
+        if axis in free or (not free and axis == AXES[1]):
+            continue
+        fitted[axis] = nearest_divisor(left, sizes[axis])
+        left //= fitted[axis]
+    fitted[free[0] if free else AXES[1]] = left
+    return ", ".join(f"{axis}={size}" for axis, size in fitted.items())
+
+
+def _over_slices(cfg: MeshConfig, shape: tuple[int, ...], devices: Sequence[Any]) -> Any:
+    data, *rest = shape
+    if cfg.slices < 1 or data % cfg.slices:
+        raise UserError(
+            f"mesh slices={cfg.slices} does not divide data={data}; the data axis runs over the "
+            f"slices: use slices={nearest_divisor(data, max(cfg.slices, 1))} or a multiple for data"
+        )
+    by_slice = len({getattr(d, "slice_index", None) for d in devices}) == cfg.slices
+    by_process = len({d.process_index for d in devices}) == cfg.slices
+    if not by_slice and not by_process:
+        raise UserError(
+            f"mesh slices={cfg.slices}, but the {len(devices)} devices are not in {cfg.slices} "
+            "slices; set slices to the number that the job was given"
+        )
+    return mesh_utils.create_hybrid_device_mesh(
+        (data // cfg.slices, *rest),
+        (cfg.slices, 1, 1, 1),
+        devices,
+        process_is_granule=not by_slice,
+        allow_split_physical_axes=devices[0].platform == "tpu",
+    )
+
+
 def _partition(path: str, spec: Any, mesh: Mesh | AbstractMesh) -> PartitionSpec:
     parts = []
     for logical, size in zip(spec.axes, spec.shape, strict=True):
         axis = RULES[logical]
-        devices = math.prod(mesh.shape[a] for a in _names(axis))
+        devices = axis_size(mesh, axis)
         if size % devices and logical == "kv_heads":
             axis = None
         elif size % devices:
+            names = " x ".join(f"{name} {mesh.shape[name]}" for name in _names(axis))
             raise UserError(
-                f"mesh axis {axis} of {devices} devices does not divide {logical} {size} of "
-                f"parameter {path}; choose a divisor of {size}"
+                f"mesh axis {names} of {devices} devices does not divide {logical} {size} of "
+                f"parameter {path}; the nearest that fits is {nearest_divisor(size, devices)}"
             )
         parts.append(axis)
     return PartitionSpec(*parts)

@@ -21,13 +21,13 @@ import sqlalchemy as sa
 import train as launch_train
 from postgres_server import PostgresServer, kill_server
 
-from agentcpm_jax import weight_sync
 from agentcpm_jax.checkpoint import Checkpointer
 from agentcpm_jax.rollout.experience import ExperienceLog
 from agentcpm_jax.rollout.experience_claims import Claims
 from agentcpm_jax.run import loop, stages
 from agentcpm_jax.run import worker as run_worker
 from agentcpm_jax.run.metrics import MetricsWriter
+from agentcpm_jax.weight_store import Draft
 
 POINTS: dict[str, tuple[Any, str]] = {
     "issue": (ExperienceLog, "issue_round"),
@@ -35,7 +35,7 @@ POINTS: dict[str, tuple[Any, str]] = {
     "settle": (ExperienceLog, "finish_group"),
     "ship": (ExperienceLog, "ship"),
     "publish": (loop._Circle, "publish"),
-    "weights": (weight_sync, "_sha256"),
+    "weights": (Draft, "commit"),
     "metrics": (MetricsWriter, "write"),
     "save": (Checkpointer, "save"),
     "snapshot": (ExperienceLog, "snapshot"),

@@ -29,6 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--slots", type=int, default=32, help="requests decoded together")
     parser.add_argument("--context", type=int, default=1024, help="tokens, prompt and completion")
     parser.add_argument("--chunk", type=int, default=32, help="tokens between two looks at control")
+    parser.add_argument("--tensor", type=int, default=1, help="devices to split the model over")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: as stored")
     parser.add_argument("--weight-version", default="default", help="name of these weights")
     args = parser.parse_args(argv)
@@ -37,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         from agentcpm_jax.engine.server import ServerConfig
         from agentcpm_jax.engine.serving import serve
 
-        engine = EngineConfig(slots=args.slots, capacity=args.context)
+        engine = EngineConfig(slots=args.slots, capacity=args.context, tensor=args.tensor)
         server = ServerConfig(args.host, args.port, args.weight_version, args.chunk)
         show = lambda url: print(f"serving {args.model} on {url}", flush=True)  # noqa: E731
         serve(args.model, engine, server, dtype=args.dtype, announce=show)

@@ -1,11 +1,11 @@
 """Run or resume an experiment.
 
-    python launch/train.py --config=configs/quickstart.py
     python launch/train.py --config=configs/quickstart.py:smoke --workdir=/tmp/smoke
-    python launch/train.py --config=configs/quickstart.py --config.seed=1
+    python launch/train.py --config=configs/quickstart.py --config.seed=1 --doctor
 
-The same command resumes an interrupted run. Exit codes: 0 done, 2 a mistake in the configuration
-or the data (one line says which), 130 interrupted and resumable.
+The same command resumes an interrupted run. --doctor examines what the config names (pool, judge,
+database, disk) and stops; every launch does so first, unless --nodoctor. Exit codes: 0 done, 2 a
+mistake in the configuration or the data (one line says which), 130 interrupted and resumable.
 """
 
 import sys
@@ -26,20 +26,21 @@ def main(argv: list[str]) -> int:
     try:
         from agentcpm_jax.rollout.stream import StreamError
         from agentcpm_jax.run.commandline import parse
+        from agentcpm_jax.run.doctor import consult
         from agentcpm_jax.run.interrupt import Interrupted
         from agentcpm_jax.run.stages import run_experiment
 
         command = parse(argv)
-        report = run_experiment(
-            command.config, command.workdir, progress=progress, announce=tqdm.write
-        )
+        if consult(command, announce=tqdm.write):
+            return 0
+        report = run_experiment(*command[:2], progress=progress, announce=tqdm.write)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except Interrupted as stopped:
         print(f"interrupted: {stopped}", file=sys.stderr)
         return 130
-    except StreamError as failed:  # the engine, the tools or the tasks, not the command
+    except StreamError as failed:  # engine, tools or tasks, not the command
         print(f"failed: {failed}; the same command resumes", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -147,6 +147,14 @@ def test_greedy_is_reproducible_and_stop_ids_end_it(subject: Subject) -> None:
     assert stopped["meta_info"]["finish_reason"] == {"type": "stop", "matched": stop}
 
 
+def test_the_tightest_restrictions_are_greedy(subject: Subject) -> None:
+    subject.load(0, "c-0")
+    greedy = subject.generate(12)["output_ids"]
+    for tight in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}):
+        answer = subject.generate(12, 1.0, sampling_params=tight)
+        assert answer["output_ids"] == greedy, tight
+
+
 def test_stop_strings_leave_the_text_and_stay_in_the_ids(subject: Subject) -> None:
     subject.load(0, "c-0")
     plain = subject.generate(16)
@@ -317,12 +325,15 @@ def pool_run(
     ]
 
     async def together() -> list[Completion]:
-        tasks = [asyncio.create_task(pool.sample(r)) for r in asked]
-        for version in (1, 2, 3):
-            results = await asyncio.to_thread(
-                pool.update_weights, version, subject.weights[version % 2]
-            )
-            assert set(results.values()) == {""}, results
+        tasks = []
+        for version in (1, 2, 3, None):  # the last quarter begins under the last version
+            quarter = asked[len(tasks) : len(tasks) + 6]
+            tasks += [asyncio.create_task(pool.sample(r)) for r in quarter]
+            if version is not None:
+                results = await asyncio.to_thread(
+                    pool.update_weights, version, subject.weights[version % 2]
+                )
+                assert set(results.values()) == {""}, results
         return list(await asyncio.gather(*tasks))
 
     try:

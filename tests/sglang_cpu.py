@@ -10,9 +10,11 @@ SGLang is changed. The placeholder below is safe for what is tested with it: den
 
 from __future__ import annotations
 
+import ctypes
 import importlib.machinery
 import importlib.util
 import os
+import signal
 import sys
 import types
 
@@ -58,6 +60,8 @@ if importlib.util.find_spec("sgl_kernel") is None:
 
 
 def main(argv: list[str]) -> None:
+    # Tests that are killed cannot stop their servers: Linux does (1 is PR_SET_PDEATHSIG).
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
     if argv[:1] == ["router"]:  # it imports SGLang where it finds it, and torchvision with that
         from sglang_router.launch_router import launch_router, parse_router_args
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 from contract_suite import *  # noqa: F403
-from contract_suite import Subject
+from contract_suite import PROMPT, Subject
 from served_models import CONTEXT, FIRST, VOCABULARY, trainer_logprobs, two_weights
 from toy_pool import Servers
 
@@ -36,3 +36,16 @@ def subject(tmp_path_factory) -> Iterator[Subject]:
     )
     running.close()
     served.close()
+
+
+def test_a_longer_prompt_finds_the_shorter_one_in_the_cache(subject: Subject) -> None:
+    subject.post("/flush_cache", {})
+    first = subject.generate(24)
+    longer = [*PROMPT, *first["output_ids"], 60, 70]
+    assert first["meta_info"]["cached_tokens"] == 0
+    again = subject.generate(8, input_ids=longer)
+    assert again["meta_info"]["cached_tokens"] == len(longer) - 3
+    subject.post("/flush_cache", {})
+    fresh = subject.generate(8, input_ids=longer)
+    assert fresh["meta_info"]["cached_tokens"] == 0
+    assert fresh["output_ids"] == again["output_ids"]

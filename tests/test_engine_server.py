@@ -19,7 +19,7 @@ from agentcpm_jax.engine.requests import Limits, parse_generate
 from agentcpm_jax.engine.server import CONTROL, ServerConfig, ServerKeys, is_loopback
 from agentcpm_jax.engine.sessions import version_spans
 from agentcpm_jax.rollout.chat import ChatFormat
-from agentcpm_jax.rollout.policy import Finish
+from agentcpm_jax.rollout.policy import Finish, SamplingParams
 from agentcpm_jax.run.tiny import SHIPPED
 from agentcpm_jax.types import UserError
 
@@ -114,6 +114,36 @@ def test_a_client_that_goes_away_ends_its_request(servers):
     assert server.sessions.total["requests"] == 1
 
 
+def test_sampling_parameters_reach_the_engine(servers):
+    toy = Remembers()
+    url = servers.start(FaultServer(toy))
+    generate(url, sampling_params={"top_p": 0.9, "top_k": -1, "min_p": None})
+    generate(url, sampling_params={"top_k": 20, "min_p": 0.1})
+    first, second = toy.seen
+    assert (first.top_p, first.top_k, first.min_p) == (0.9, 0, 0.0)
+    assert (second.top_p, second.top_k, second.min_p) == (1.0, 20, 0.1)
+
+
+def test_what_stopped_it_leaves_the_text_unless_it_is_to_stay(servers):
+    chat = ChatFormat.load(SHIPPED["shipped:sft"])
+    ids = [*chat.encode_text("who wrote it").tolist(), chat.im_end_id]
+    url = servers.start(FaultServer(Speaks(ids), chat=chat))
+    params = {"max_new_tokens": 32, "stop_token_ids": [chat.im_end_id], "ignore_eos": False}
+    for kept in (False, True):
+        answer = generate(url, sampling_params=params | {"no_stop_trim": kept})
+        assert answer["output_ids"] == ids
+        assert answer["text"] == chat.decode(ids if kept else ids[:-1])
+
+
+def test_the_cache_is_not_flushed_under_a_request(servers):
+    url = servers.start(FaultServer(cfg=ServerConfig(port=0, chunk=1)))
+    with in_flight(Url(url), 2000, rid="runs/1/"):
+        refused = post(url, "/flush_cache")
+        post(url, "/abort_request", {"rid": "runs/1/"})
+    assert refused.status_code == 400 and "requests are running" in refused.text
+    assert post(url, "/flush_cache").status_code == 200
+
+
 def test_metrics_count_what_happened(servers):
     url = servers.start(FaultServer())
     generate(url)
@@ -158,6 +188,13 @@ def test_a_tool_call_becomes_one_in_the_answer(servers):
         ({"sampling_params": {"repetition_penalty": 1.1}}, "repetition_penalty=1.1 is not"),
         ({"sampling_params": {"json_schema": "{}"}}, "json_schema"),
         ({"sampling_params": {"n": 2}}, "n=2 is not supported"),
+        ({"sampling_params": {"top_p": 0}}, "top_p=0 must be a number above 0"),
+        ({"sampling_params": {"top_k": 1.5}}, "top_k=1.5 must be -1 for all"),
+        ({"sampling_params": {"min_p": "x"}}, "min_p='x' must be a number from 0 to 1"),
+        (
+            {"sampling_params": {"stop_token_ids": [*range(9)], "ignore_eos": False}},
+            "9 stop ids, the model's included; at most 8",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_refused_by_name(changes, message):
@@ -200,6 +237,18 @@ class Url:
 
     def __init__(self, url: str) -> None:
         self.url = url
+
+
+class Remembers(ToyEngine):
+    """Keeps the sampling parameters of what it was asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[SamplingParams] = []
+
+    async def sample(self, request):
+        self.seen.append(request.params)
+        return await super().sample(request)
 
 
 class Speaks(ToyEngine):

@@ -88,6 +88,7 @@ def inputs(method: str):
     return None if method in WITHOUT_BASE else base, trees, shared, [own] * count
 
 
+@pytest.mark.mesh
 def test_every_method_gives_numpys_result_and_the_same_bits_on_every_mesh():
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
     env["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"

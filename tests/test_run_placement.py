@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from agentcpm_jax.run.commandline import CHECKOUT
 from agentcpm_jax.run.metrics import read_metrics
@@ -31,6 +32,7 @@ def losses(workdir: Path, devices: int, *flags: str) -> np.ndarray:
     return np.array([[row["train/loss"], row["train/grad_norm"]] for row in rows])
 
 
+@pytest.mark.mesh
 def test_a_mesh_changes_nothing_but_the_placement(tmp_path: Path) -> None:
     one = losses(tmp_path / "one", 1)
     mesh = ("--config.mesh.fsdp=2", "--config.mesh.tensor=2")

@@ -19,7 +19,10 @@ from contract_suite import *  # noqa: F403
 from contract_suite import Subject, check_gaps, pool_run
 from real_sglang import kill, official_router, sglang_servers
 from served_models import CONTEXT, FIRST, VOCABULARY, trainer_logprobs, two_weights
+from toy_pool import check_toy, open_pool, request, sample_all, toy_weights
 
+from agentcpm_jax.engine.fault_server import FaultServer
+from agentcpm_jax.engine.server import ServerConfig
 from agentcpm_jax.rollout.chat import ChatFormat
 from agentcpm_jax.rollout.policy import Finish, SampleRequest, SamplingParams
 from agentcpm_jax.rollout.pool_probe import Trainer
@@ -57,6 +60,24 @@ def test_the_official_router_in_front_of_two_servers(subject, urls, tmp_path) ->
     check_gaps(subject, gaps)
     assert figures["pool/ready"] == 2
     assert len({v for c in done for v in c.versions.tolist()}) >= 2
+
+
+def test_the_official_router_in_front_of_our_servers(servers, tmp_path) -> None:
+    """Weights change between two rounds; every token of both is recomputed."""
+    toys = [FaultServer(cfg=ServerConfig(port=0, chunk=8)) for _ in range(2)]
+    workers = [servers.start(toy) for toy in toys]
+    (tmp_path / "logs").mkdir()
+    with official_router(workers, tmp_path / "logs") as router:
+        pool = open_pool(workers, tmp_path, router_url=router)
+        first = sample_all(pool, [request(i) for i in range(32)])
+        results = pool.update_weights(1, toy_weights(tmp_path, "w1"))
+        second = sample_all(pool, [request(i) for i in range(32)])
+        pool.close()
+    assert set(results.values()) == {""}
+    for i in range(32):
+        check_toy(request(i), first[i], {0: "w0"})
+        check_toy(request(i), second[i], {1: "w1"})
+    assert all(toy.sessions.total["requests"] > 8 for toy in toys)
 
 
 def test_log_probs_after_the_temperature_are_noticed(subject) -> None:

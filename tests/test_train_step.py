@@ -224,7 +224,7 @@ MESH_SCRIPT = """
 import dataclasses, jax, numpy as np
 from test_train_step import LOSS, MODEL, RECORD, VERSION, fresh, initial, rows
 from agentcpm_jax.data.pack import pack
-from agentcpm_jax.run.placement import place, step_shardings
+from agentcpm_jax.train.placement import place, step_shardings
 from agentcpm_jax.sharding import MeshConfig, make_mesh
 from agentcpm_jax.train.step import make_rl_step
 
@@ -250,6 +250,7 @@ for other, value in others:
 """
 
 
+@pytest.mark.mesh
 def test_a_mesh_changes_neither_loss_nor_gradient() -> None:
     """Four virtual devices against one, sequence masks and batch-wide advantages included."""
     flag = "--xla_force_host_platform_device_count=4 --xla_cpu_multi_thread_eigen=false"

@@ -1,9 +1,10 @@
-"""A published version is complete, exact and final."""
+"""Parameters become a directory that every engine reads, and come back bit for bit."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -11,66 +12,110 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from agentcpm_jax import weight_sync
+from agentcpm_jax import tree, weight_sync
+from agentcpm_jax.model import lora
+from agentcpm_jax.model import params as model_params
+from agentcpm_jax.model.config import ModelConfig
+from agentcpm_jax.model.hf import load_hf, save_hf
+from agentcpm_jax.model.params import abstract_params, param_specs
+from agentcpm_jax.run.tiny import SHIPPED
 from agentcpm_jax.types import UserError
 
-
-@dataclass(frozen=True)
-class Config:
-    width: int = 8
-    tied: bool = True
+SMALL = ModelConfig(
+    vocab_size=64, width=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, ffw=24
+)
 
 
-def make_params(seed: int) -> dict:
-    key = jax.random.key(seed)
-    return {
-        "embed": jax.random.normal(key, (16, 8)),
-        "layers": {
-            "attn": {"q": jax.random.normal(key, (2, 8, 8), jnp.bfloat16)},
-            "steps": jnp.arange(3, dtype=jnp.int32),
-        },
-        "scale": jnp.float32(seed),
-    }
+def make_params(seed: int, cfg: ModelConfig = SMALL) -> dict:
+    return model_params.init(jax.random.key(seed), cfg)
 
 
 def bits(params: dict) -> list[tuple]:
     flat, _ = jax.tree_util.tree_flatten_with_path(params)
-    return [(path, leaf.dtype, leaf.shape, np.asarray(leaf).tobytes()) for path, leaf in flat]
+    return [(str(path), leaf.dtype, leaf.shape, np.asarray(leaf).tobytes()) for path, leaf in flat]
 
 
-@pytest.mark.parametrize("max_file_bytes", [1, 300, 1 << 30])
-def test_loaded_equals_published_however_it_is_split(tmp_path: Path, max_file_bytes: int) -> None:
-    params = make_params(1)
-    assert weight_sync.publish(tmp_path, 17, params, Config(), max_file_bytes)
+@pytest.mark.parametrize(
+    ("max_file_bytes", "dtype", "tied"),
+    [(1, "float32", True), (6000, "bfloat16", False), (1 << 30, "bfloat16", True)],
+)
+def test_loaded_equals_published_however_it_is_split(
+    tmp_path: Path, max_file_bytes: int, dtype: str, tied: bool
+) -> None:
+    cfg = replace(SMALL, param_dtype=dtype, tied_embeddings=tied)
+    params = make_params(1, cfg)
+    assert weight_sync.publish(tmp_path, 17, params, cfg, max_file_bytes=max_file_bytes)
     assert bits(weight_sync.load(tmp_path, 17)) == bits(params)
     path = tmp_path / "weights" / "v000017"
     manifest = json.loads((path / "manifest.json").read_text())
-    assert manifest["version"] == 17 and manifest["model"] == {"width": 8, "tied": True}
-    assert sorted(manifest["files"]) == sorted(p.name for p in path.glob("*.safetensors"))
-    assert len(manifest["files"]) == {1: 4, 300: 2, 1 << 30: 1}[max_file_bytes]
+    assert manifest["version"] == 17 and manifest["model"]["width"] == 16
+    files = {p.name for p in path.iterdir()} - {"manifest.json", "STABLE"}
+    assert manifest["files"].keys() == files
+    assert ("model.safetensors" in files) == (max_file_bytes == 1 << 30)
     assert (path / "STABLE").exists() and not list(path.parent.glob(".*"))
 
 
-def test_an_existing_version_is_never_published_again(tmp_path: Path) -> None:
-    assert weight_sync.publish(tmp_path, 3, make_params(1))
-    assert not weight_sync.publish(tmp_path, 3, make_params(2))
-    assert bits(weight_sync.load(tmp_path, 3)) == bits(make_params(1))
+@pytest.mark.parametrize("form", ["device", "host", "small pieces"])
+def test_the_directory_is_what_a_checkpoint_is(tmp_path: Path, monkeypatch, form: str) -> None:
+    """Every tensor as `save_hf` writes it, from devices, from the host and piece by piece."""
+    params, cfg = load_hf(SHIPPED["shipped:sft"])
+    if form == "host":
+        params = jax.tree.map(np.asarray, params)
+    if form == "small pieces":
+        monkeypatch.setattr(weight_sync, "PIECE_BYTES", 3000)
+    tokenizer = SHIPPED["shipped:sft"]
+    weight_sync.publish(tmp_path / "a", 0, params, cfg, tokenizer_from=tokenizer)
+    save_hf(tmp_path / "b", params, cfg, tokenizer_from=tokenizer)
+    published = tmp_path / "a" / "weights" / "v000000"
+    assert bits(load_hf(published)[0]) == bits(load_hf(tmp_path / "b")[0])
+    for name in ("config.json", "tokenizer.json", "chat_template.jinja"):
+        ours, theirs = published / name, tmp_path / "b" / name
+        assert ours.exists() == theirs.exists()
+        assert not ours.exists() or ours.read_text().strip() == theirs.read_text().strip()
 
 
-def test_a_version_without_its_marker_does_not_exist_yet(tmp_path: Path) -> None:
-    weight_sync.publish(tmp_path, 1, make_params(1))
-    weight_sync.publish(tmp_path, 2, make_params(2))
-    (tmp_path / "weights" / "v000002" / "STABLE").unlink()  # as if killed before the last line
-    assert weight_sync.versions(tmp_path) == [1]
-    with pytest.raises(UserError, match=r"no stable weights .*v000002; versions there: \[1\]"):
-        weight_sync.load(tmp_path, 2)
-    assert weight_sync.publish(tmp_path, 2, make_params(5))
-    assert bits(weight_sync.load(tmp_path, 2)) == bits(make_params(5))
+def test_float32_parameters_may_be_published_in_bfloat16(tmp_path: Path) -> None:
+    params = make_params(1)
+    weight_sync.publish(tmp_path, 0, params, SMALL, dtype="bfloat16")
+    expected = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    assert bits(weight_sync.load(tmp_path, 0)) == bits(expected)
+    config = json.loads((tmp_path / "weights" / "v000000" / "config.json").read_text())
+    assert "bfloat16" in json.dumps(config)
+
+
+def test_adapters_are_published_within_their_matrices(tmp_path: Path) -> None:
+    cfg = replace(SMALL, lora_rank=2)
+    params, adapters = make_params(1), lora.init_adapters(jax.random.key(2), cfg)
+    adapters = jax.tree.map(lambda x: x + 0.1, adapters)
+    weight_sync.publish(tmp_path, 0, params | {"adapters": adapters}, cfg)
+    merged = lora.merge(params, adapters, cfg)
+    assert bits(weight_sync.load(tmp_path, 0)) == bits(merged) != bits(params)
+
+
+def test_conversion_streams(tmp_path: Path, monkeypatch) -> None:
+    """Python's own peak stays within a few pieces of a model that is far larger."""
+    cfg = replace(SMALL, vocab_size=4096, width=256, ffw=1024, num_layers=8, head_dim=64)
+    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract_params(cfg))
+    size = sum(leaf.nbytes for leaf in tree.flatten(params).values())
+    monkeypatch.setattr(weight_sync, "PIECE_BYTES", 1 << 18)
+    tracemalloc.start()
+    weight_sync.publish(tmp_path, 0, params, cfg)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert size > 30 << 20 and peak < 3 << 20, (size, peak)
+
+
+def test_parameters_of_another_model_are_a_bug(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="embed has shape"):
+        weight_sync.publish(tmp_path, 0, make_params(0), replace(SMALL, vocab_size=65))
+    lacking = {k: v for k, v in make_params(0).items() if k != "embed"} | {"embed": 0}
+    assert set(lacking) == set(param_specs(SMALL))
+    assert weight_sync.versions(tmp_path) == []
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
 def test_damaged_files_are_refused(tmp_path: Path, damage: str) -> None:
-    weight_sync.publish(tmp_path, 1, make_params(1))
+    weight_sync.publish(tmp_path, 1, make_params(1), SMALL)
     (file,) = (tmp_path / "weights" / "v000001").glob("*.safetensors")
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
@@ -78,22 +123,20 @@ def test_damaged_files_are_refused(tmp_path: Path, damage: str) -> None:
         file.unlink()
     else:
         file.write_bytes(content if damage == "flip" else content[:-1])
-    with pytest.raises(UserError, match=r"model-00000\.safetensors are damaged"):
+    with pytest.raises(UserError, match=r"model\.safetensors are damaged"):
         weight_sync.load(tmp_path, 1)
 
 
-def test_garbage_collection_keeps_the_newest_and_closes_the_numbers_below(tmp_path: Path) -> None:
-    for version in range(4):
-        weight_sync.publish(tmp_path, version, make_params(version))
-    leftover = tmp_path / "weights" / ".v000004.123.tmp"
-    leftover.mkdir()
-    assert weight_sync.collect_garbage(tmp_path, keep_from=2) == [0, 1]
-    assert weight_sync.versions(tmp_path) == [2, 3] and not leftover.exists()
-    assert not weight_sync.publish(tmp_path, 1, make_params(9))
-    assert weight_sync.collect_garbage(tmp_path, keep_from=99) == [2]
-    assert bits(weight_sync.load(tmp_path, 3)) == bits(make_params(3))
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("agentcpm_jax.weight_store._Synced.write", full)
+    with pytest.raises(UserError, match=r"No space left on device; free some space"):
+        weight_sync.publish(tmp_path, 0, make_params(0), SMALL)
+    assert not list((tmp_path / "weights").iterdir())
 
 
-def test_a_directory_without_weights_has_no_versions(tmp_path: Path) -> None:
-    assert weight_sync.versions(tmp_path) == []
-    assert weight_sync.collect_garbage(tmp_path, 5) == []
+def test_weights_that_are_elsewhere_are_not_read_in_place() -> None:
+    with pytest.raises(UserError, match="copy them to a local disk"):
+        weight_sync.load("memory://elsewhere", 0)

@@ -1,34 +1,62 @@
-"""The engine's two device programs: feed prompt tokens to some rows, decode K tokens for some rows.
+"""The engine's device programs: feed prompt tokens to some rows, decode K tokens for some rows,
+copy a prefix from one row to another.
 
-Both gather the rows they work on, as far as they are `filled`, run on a bucketed shape and scatter
-back into the donated cache, so the number of compilations is bounded by the buckets. With a row for
-every slot (`whole`) nothing is copied. Numbers of a row depend on that row alone.
+Each works on a bucketed number of rows, as far as they are `filled`, and writes into the donated
+cache in place, so the number of compilations is bounded by the buckets. With a row for every slot
+(`whole`) nothing is gathered. Numbers of a row depend on that row alone.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from agentcpm_jax.engine.sampling import Draw, sample
+from agentcpm_jax.engine.stops import MAX_STOP_IDS
+from agentcpm_jax.model import qwen3
 from agentcpm_jax.model.config import ModelConfig
-from agentcpm_jax.model.decode import KVCache, extend
+from agentcpm_jax.model.decode import KVCache, Past, Recent, attend, prefix, write
+from agentcpm_jax.model.logprobs import logprobs_from_logits
 
 
 @flax.struct.dataclass
 class DecodeRows:
     """What decoding needs of R rows; padding rows have index = number of slots and budget 0."""
 
-    index: jax.Array  # i32[R] slot
-    length: jax.Array  # i32[R] tokens already in the cache
-    token: jax.Array  # i32[R] the one token not yet fed
-    budget: jax.Array  # i32[R] tokens still allowed
-    generated: jax.Array  # i32[R] tokens sampled so far: the token index of the key
-    temperature: jax.Array  # f32[R] 0 = greedy
-    key: jax.Array  # u32[R, 2]
-    stop: jax.Array  # i32[R, 4] padded with -1
+    index: Any  # i32[R] slot
+    length: Any  # i32[R] tokens already in the cache
+    token: Any  # i32[R] the one token not yet fed
+    budget: Any  # i32[R] tokens still allowed
+    generated: Any  # i32[R] tokens sampled so far: the token index of the key
+    stop: Any  # i32[R, MAX_STOP_IDS] padded with -1
+    draw: Draw
+
+
+def empty_rows(slots: int) -> DecodeRows:
+    """In numpy: one row per slot and, last, the padding row."""
+    count = slots + 1
+    draw = Draw(
+        temperature=np.zeros(count, np.float32),
+        top_k=np.zeros(count, np.int32),
+        top_p=np.ones(count, np.float32),
+        min_p=np.zeros(count, np.float32),
+        key=np.zeros((count, 2), np.uint32),
+    )
+    return DecodeRows(
+        index=np.full(count, slots, np.int32),
+        length=np.zeros(count, np.int32),
+        token=np.zeros(count, np.int32),
+        budget=np.zeros(count, np.int32),
+        generated=np.zeros(count, np.int32),
+        stop=np.full((count, MAX_STOP_IDS), -1, np.int32),
+        draw=draw,
+    )
 
 
 @partial(jax.jit, static_argnames=("cfg", "filled", "whole"), donate_argnames="cache")
@@ -45,11 +73,11 @@ def prefill(
 ) -> KVCache:
     """Feed `tokens` i32[R, C] (the first `counts` i32[R] of each row) behind `length` i32[R].
 
-    `filled`: a static bound on length + counts. `whole`: row r is slot r, for all slots.
+    `filled`: a static bound on length. `whole`: row r is slot r, for all slots.
     """
-    rows = _gather(cache, index, length, filled, whole)
-    _, rows = extend(params, cfg, rows, tokens, counts, filled=filled)
-    return _scatter(cache, rows, index, filled, whole)
+    past = _past(cache, index, length, filled, whole)
+    _, k_new, v_new = attend(params, cfg, past, tokens, length)
+    return write(cache, index, length, counts, k_new, v_new)
 
 
 @partial(jax.jit, static_argnames=("cfg", "steps", "filled", "whole"), donate_argnames="cache")
@@ -64,55 +92,69 @@ def decode(
 ) -> tuple[KVCache, jax.Array, jax.Array, jax.Array]:
     """Sample up to `steps` tokens per row; `filled` and `whole` as in `prefill`.
 
-    Returns (cache, ids i32[steps, R], log-probabilities f32[steps, R] at temperature 1,
-    valid bool[steps, R]); a row is valid until it has sampled a stop id or used its budget.
+    A row ends when it has sampled a stop id or used its budget, the loop when all rows have. New
+    keys and values collect in a small buffer and go to the cache at the end.
+
+    Returns (cache, ids i32[steps, R], log-probabilities f32[steps, R] of the full distribution at
+    temperature 1, counts i32[R]: how many of them are valid).
     """
+    count = rows.token.shape[0]
+    past = _past(cache, rows.index, rows.length, filled, whole)
+    k_new, v_new = _buffers(params, cfg, count, steps)
 
-    def step(carry, _):
-        local, token, active, generated, budget = carry
-        counts = active.astype(jnp.int32)
-        logits, local = extend(params, cfg, local, token[:, None], counts, filled=filled)
-        logits = logits.astype(jnp.float32)
-        sampled = _sample(logits, rows, generated)
-        logprob = jnp.take_along_axis(jax.nn.log_softmax(logits), sampled[:, None], axis=1)[:, 0]
+    def running(carry: tuple) -> jax.Array:
+        i, _, active, *_ = carry
+        return (i < steps) & jnp.any(active)
+
+    def step(carry: tuple) -> tuple:
+        i, token, active, counts, k_new, v_new, ids, logprobs = carry
+        hidden, k_new, v_new = attend(
+            params, cfg, past, token[:, None], rows.length + i, recent=Recent(k_new, v_new, i)
+        )
+        logits = qwen3.unembed(params, cfg, hidden[:, 0])
+        sampled = sample(logits, rows.draw, rows.generated + i)
+        counts = counts + active
         stopped = (sampled[:, None] == rows.stop).any(axis=1)
-        out = (sampled, logprob, active)
-        generated = generated + active
-        budget = budget - active
-        still = active & ~stopped & (budget > 0)
-        return (local, jnp.where(active, sampled, token), still, generated, budget), out
+        ids = ids.at[i].set(sampled)
+        logprobs = logprobs.at[i].set(logprobs_from_logits(logits, sampled))
+        active = active & ~stopped & (counts < rows.budget)
+        return i + 1, sampled, active, counts, k_new, v_new, ids, logprobs
 
-    local = _gather(cache, rows.index, rows.length, filled, whole)
-    start = (local, rows.token, rows.budget > 0, rows.generated, rows.budget)
-    (local, *_), (ids, logprobs, valid) = jax.lax.scan(step, start, length=steps)
-    return _scatter(cache, local, rows.index, filled, whole), ids, logprobs, valid
+    ids, logprobs = jnp.zeros((steps, count), jnp.int32), jnp.zeros((steps, count), jnp.float32)
+    start = (jnp.int32(0), rows.token, rows.budget > 0, jnp.zeros(count, jnp.int32))
+    carry = jax.lax.while_loop(running, step, (*start, k_new, v_new, ids, logprobs))
+    _, _, _, counts, k_new, v_new, ids, logprobs = carry
+    return write(cache, rows.index, rows.length, counts, k_new, v_new), ids, logprobs, counts
 
 
-def _sample(logits: jax.Array, rows: DecodeRows, generated: jax.Array) -> jax.Array:
-    """Gumbel-max with one key per row and token index; temperature 0 is the argmax."""
-    keys = jax.vmap(lambda k, t: jax.random.fold_in(jax.random.wrap_key_data(k), t))(
-        rows.key, generated
+@partial(jax.jit, static_argnames="filled", donate_argnames="cache")
+def copy_prefix(cache: KVCache, source: jax.Array, target: jax.Array, filled: int) -> KVCache:
+    """Row `target` with the first `filled` keys and values of row `source`; i32 scalars."""
+
+    def copy(axis: int, x: jax.Array) -> jax.Array:
+        part = jax.lax.dynamic_slice_in_dim(x, source, 1, axis=x.ndim - 4)
+        part = jax.lax.slice_in_dim(part, 0, filled, axis=axis)
+        return jax.lax.dynamic_update_slice_in_dim(x, part, target, axis=x.ndim - 4)
+
+    return dataclasses.replace(
+        cache,
+        k=jax.tree.map(partial(copy, -1), cache.k),
+        v=jax.tree.map(partial(copy, -2), cache.v),
     )
-    noise = jax.vmap(lambda k: jax.random.gumbel(k, logits.shape[1:], jnp.float32))(keys)
-    greedy = rows.temperature <= 0
-    scaled = logits / jnp.where(greedy, 1.0, rows.temperature)[:, None]
-    return jnp.argmax(scaled + jnp.where(greedy[:, None], 0.0, noise), axis=1).astype(jnp.int32)
 
 
-def _gather(
-    cache: KVCache, index: jax.Array, length: jax.Array, filled: int, whole: bool
-) -> KVCache:
+def _past(cache: KVCache, index: jax.Array, length: jax.Array, filled: int, whole: bool) -> Past:
+    past = prefix(cache, filled, length)
     if whole:
-        return KVCache(k=cache.k, v=cache.v, lengths=length)
-    take = partial(jnp.take, indices=index, axis=1, mode="clip")
-    return KVCache(k=take(cache.k[..., :filled]), v=take(cache.v[..., :filled, :]), lengths=length)
+        return past
+    take = lambda x: jnp.take(x, index, axis=x.ndim - 4, mode="clip")  # noqa: E731
+    return dataclasses.replace(past, k=jax.tree.map(take, past.k), v=jax.tree.map(take, past.v))
 
 
-def _scatter(cache: KVCache, rows: KVCache, index: jax.Array, filled: int, whole: bool) -> KVCache:
-    if whole:
-        return KVCache(k=rows.k, v=rows.v, lengths=cache.lengths)
-    return KVCache(
-        k=cache.k.at[:, index, :, :, :filled].set(rows.k, mode="drop"),
-        v=cache.v.at[:, index, :, :filled].set(rows.v, mode="drop"),
-        lengths=cache.lengths,
-    )
+def _buffers(params: dict, cfg: ModelConfig, rows: int, steps: int) -> tuple[Any, Any]:
+    k = jnp.zeros((rows, cfg.num_kv_heads, cfg.head_dim, steps), cfg.dtype)
+    v = jnp.zeros((rows, cfg.num_kv_heads, steps, cfg.head_dim), cfg.dtype)
+    if isinstance(params["layers"], tuple):
+        return (k,) * cfg.num_layers, (v,) * cfg.num_layers
+    layers = cfg.num_layers
+    return jnp.broadcast_to(k, (layers, *k.shape)), jnp.broadcast_to(v, (layers, *v.shape))

@@ -1,37 +1,41 @@
-"""The in-process JAX engine: a `TokenPolicy` with batched decoding and a KV cache.
+"""The in-process JAX engine: a `TokenPolicy` with continuous batching and a KV cache.
 
-Requests of any number of episodes are decoded together. A slot keeps its keys and values between
-the turns of an episode, so a turn costs only its new tokens. A weight update takes effect between
-two decode chunks: cached keys and values are dropped and re-made under the new weights, so every
+Requests of any number of episodes are decoded together, K tokens per device call. A row of the
+cache keeps its keys and values between the turns of an episode, so a turn costs only its new
+tokens; a prefix that another row holds, as within a group, is copied on the device. Long prompts
+are fed in chunks between which the others go on decoding. A weight update takes effect between two
+decode chunks: cached keys and values are dropped and re-made under the new weights, so every
 token's log-probability is exactly that of the version stamped on it.
 """
 
 from __future__ import annotations
 
-import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from agentcpm_jax.engine.device import DecodeRows, decode, prefill
+from agentcpm_jax.engine.device import copy_prefix, decode, empty_rows, prefill
+from agentcpm_jax.engine.running import Running, failed
+from agentcpm_jax.engine.slots import Place, Slots
+from agentcpm_jax.engine.stops import MAX_STOP_IDS
+from agentcpm_jax.engine.weights import make_cache, make_mesh_of, own_copy
 from agentcpm_jax.model.config import ModelConfig
-from agentcpm_jax.model.decode import init_cache
 from agentcpm_jax.rollout.policy import Completion, Finish, SampleRequest
 from agentcpm_jax.types import UserError
-
-MAX_STOP_IDS = 4
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Shapes of the engine. `fixed_shapes` and no prefix reuse make a row's bits independent of
-    what else runs (deterministic mode)."""
+    """Shapes of the engine.
+
+    `deterministic`: one shape and no prefix reuse, which makes a row's bits independent of what
+    else runs. `tensor`: devices of this process that heads, ffw and vocabulary are split over.
+    """
 
     slots: int = 96
     capacity: int = 512  # tokens per slot: prompt + completion
@@ -40,67 +44,72 @@ class EngineConfig:
     token_buckets: tuple[int, ...] = (16, 64)
     length_buckets: tuple[int, ...] = ()  # of the cache that is read; `capacity` is the last
     deterministic: bool = False
+    prefill_tokens: int = 8192  # prompt tokens, with padding, between two chunks of decoding
+    reuse: bool = True  # keep and copy prefixes
+    tensor: int = 1
+    prefill_rows: tuple[int, ...] = ()  # row buckets of prefill; default `row_buckets`
 
-
-@dataclass
-class _Running:
-    request: SampleRequest
-    future: asyncio.Future
-    loop: asyncio.AbstractEventLoop
-    deadline: float
-    budget: int
-    key: np.ndarray
-    slot: int = -1
-    ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)
+    @property
+    def max_programs(self) -> int:
+        """No engine of this configuration compiles more device programs."""
+        if self.deterministic:
+            return 2
+        lengths = len(_up_to(self.capacity, self.length_buckets))
+        rows = len(_up_to(self.slots, self.row_buckets))
+        fed = len(_up_to(self.slots, self.prefill_rows or self.row_buckets))
+        return lengths * (fed * len(self.token_buckets) + rows + 1)
 
 
 class LocalEngine:
-    """Continuous batching over a fixed number of slots; one engine thread, started on first use."""
+    """Continuous batching over a fixed number of slots; one engine thread, started on first use.
+
+    Args:
+      params: the tree of `params.init`; copied.
+      text: ids to text, needed for stop strings alone.
+
+    Raises:
+      UserError: `cfg.tensor` devices are not there, or do not divide the model.
+    """
 
     def __init__(
-        self, params: dict, model: ModelConfig, cfg: EngineConfig, *, version: int = 0
+        self,
+        params: dict,
+        model: ModelConfig,
+        cfg: EngineConfig,
+        *,
+        version: int = 0,
+        text: Callable[[Sequence[int]], str] | None = None,
     ) -> None:
-        self.cfg, self.model = cfg, model
-        self._params, self.version = jax.tree.map(jnp.copy, params), version
+        self.cfg, self.model, self._text = cfg, model, text
+        self._mesh = make_mesh_of(cfg.tensor)
+        self._params, self.version = own_copy(params, model, self._mesh), version
         self._next_params: tuple[dict, int] | None = None
-        self._cache = init_cache(model, cfg.slots, cfg.capacity)
-        self._cached: list[np.ndarray] = [np.zeros(0, np.int32)] * cfg.slots
-        self._last_used = [0.0] * cfg.slots
-        self._waiting: deque[_Running] = deque()
-        self._running: dict[int, _Running] = {}
+        self._cache = make_cache(model, cfg.slots, cfg.capacity, self._mesh)
+        self._slots = Slots(cfg.slots, cfg.capacity)
+        self._rows = empty_rows(cfg.slots)
+        self._waiting: deque[Running] = deque()
+        self._running: dict[int, Running] = {}
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closed = False
         self._failure = ""
+        self.programs: set[tuple] = set()  # device programs used so far, at most cfg.max_programs
         self.tokens_sampled = 0
         self.tokens_prefilled = 0
+        self.tokens_reused = 0  # prompt tokens that were found in the cache
 
     # --- the policy ------------------------------------------------------------------------
 
     async def sample(self, request: SampleRequest) -> Completion:
         """One completion; an engine failure is a completion with `finish=error`, never a raise."""
-        budget = min(request.max_new_tokens, self.cfg.capacity - len(request.prompt_ids))
-        if budget <= 0:
-            return _failed(
-                f"prompt of {len(request.prompt_ids)} tokens leaves no room in a context of "
-                f"{self.cfg.capacity}; raise engine.capacity or shorten the prompt"
-            )
-        if len(request.params.stop_ids) > MAX_STOP_IDS:
-            return _failed(f"{len(request.params.stop_ids)} stop ids; at most {MAX_STOP_IDS}")
-        loop = asyncio.get_running_loop()
-        run = _Running(
-            request=request,
-            future=loop.create_future(),
-            loop=loop,
-            deadline=time.monotonic() + request.deadline if request.deadline else float("inf"),
-            budget=budget,
-            key=np.random.SeedSequence([s % 2**32 for s in request.params.seed]).generate_state(2),
-        )
+        prompt = np.asarray(request.prompt_ids, np.int32)
+        budget = min(request.max_new_tokens, self.cfg.capacity - len(prompt))
+        if problem := self._problem(request, prompt, budget):
+            return failed(problem)
+        run = Running.of(request, budget)
         with self._wake:
             if self._closed or self._failure:
-                return _failed(self._failure or "engine is closed")
+                return failed(self._failure or "engine is closed")
             if self._thread is None:
                 self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
                 self._thread.start()
@@ -110,12 +119,20 @@ class LocalEngine:
 
     def set_params(self, params: dict, version: int) -> None:
         """Swap weights before the next decode chunk. Takes a copy: the trainer donates its own."""
-        copied = jax.block_until_ready(jax.tree.map(jnp.copy, params))
+        copied = own_copy(params, self.model, self._mesh)
         with self._wake:
             self._next_params = (copied, version)
             if not self._running and not self._waiting:
                 self._swap()
             self._wake.notify()
+
+    def flush(self) -> bool:
+        """Forget all prefixes; False, and nothing is done, while requests run."""
+        with self._wake:
+            if self._running or self._waiting:
+                return False
+            self._slots.forget()
+            return True
 
     def close(self) -> None:
         """Abort what runs and end the thread."""
@@ -124,6 +141,20 @@ class LocalEngine:
             self._wake.notify()
         if self._thread is not None:
             self._thread.join()
+
+    def _problem(self, request: SampleRequest, prompt: np.ndarray, budget: int) -> str:
+        if not len(prompt):
+            return "the prompt is empty"
+        if budget <= 0:
+            return (
+                f"prompt of {len(prompt)} tokens leaves no room in a context of "
+                f"{self.cfg.capacity}; raise engine.capacity or shorten the prompt"
+            )
+        if len(request.params.stop_ids) > MAX_STOP_IDS:
+            return f"{len(request.params.stop_ids)} stop ids; at most {MAX_STOP_IDS}"
+        if request.params.stop_strings and self._text is None:
+            return "stop strings need an engine with a tokenizer; use stop ids"
+        return ""
 
     # --- the engine thread -----------------------------------------------------------------
 
@@ -137,8 +168,8 @@ class LocalEngine:
                         break
                     if self._next_params is not None:
                         self._swap()
+                    self._drop_dead()
                     self._admit()
-                self._drop_dead()
                 if self._running:
                     self._feed_prompts()
                     self._decode_chunk()
@@ -148,7 +179,7 @@ class LocalEngine:
         with self._wake:
             for run in [*self._running.values(), *self._waiting]:
                 finish = Finish.ERROR if self._failure else Finish.ABORT
-                self._resolve(run, finish, reason)
+                run.resolve(finish, reason)
             self._running.clear()
             self._waiting.clear()
 
@@ -156,173 +187,166 @@ class LocalEngine:
         assert self._next_params is not None
         self._params, self.version = self._next_params
         self._next_params = None
-        self._cached = [np.zeros(0, np.int32)] * self.cfg.slots
-
-    def _admit(self) -> None:
-        """Give waiting requests a slot: the one that already holds the longest prefix."""
-        free = [s for s in range(self.cfg.slots) if s not in self._running]
-        while self._waiting and free:
-            run = self._waiting.popleft()
-            prompt = np.asarray(run.request.prompt_ids, np.int32)
-            if self.cfg.deterministic:
-                slot, shared = min(free), 0
-            else:
-                slot, shared = self._best_slot(free, prompt)
-            free.remove(slot)
-            # At least one token must be fed to get logits, so the last is never taken as cached.
-            self._cached[slot] = prompt[: min(shared, len(prompt) - 1)]
-            run.slot = slot
-            self._running[slot] = run
-
-    def _best_slot(self, free: Sequence[int], prompt: np.ndarray) -> tuple[int, int]:
-        best, best_shared = -1, 0
-        for slot in free:
-            shared = _shared_prefix(self._cached[slot], prompt)
-            # A slot whose whole content is our prefix costs nobody anything.
-            if shared > best_shared and 2 * shared >= len(self._cached[slot]):
-                best, best_shared = slot, shared
-        if best >= 0:
-            return best, best_shared
-        return min(free, key=lambda s: self._last_used[s]), 0
+        self._slots.forget()
+        if self.cfg.reuse and not self.cfg.deterministic:  # what texts have in common is fed once
+            for run, place in zip(
+                self._running.values(), self._slots.replace(list(self._running)), strict=True
+            ):
+                self._settle(run, place)
 
     def _drop_dead(self) -> None:
         """End requests whose deadline has passed or whose caller was cancelled."""
         now = time.monotonic()
-        for slot, run in list(self._running.items()):
-            if run.future.cancelled():
-                del self._running[slot]
-            elif now > run.deadline:
-                del self._running[slot]
-                self._resolve(run, Finish.ABORT, "deadline passed")
+
+        def dead(run: Running) -> bool:
+            if now > run.deadline and not run.future.cancelled():
+                run.resolve(Finish.ABORT, "deadline passed")
+            return now > run.deadline or run.future.cancelled()
+
+        self._waiting = deque(run for run in self._waiting if not dead(run))
+        for slot in [slot for slot, run in self._running.items() if dead(run)]:
+            self._leave(slot)
+
+    def _admit(self) -> None:
+        """Give waiting requests a slot, first come first served."""
+        while self._waiting and len(self._running) < self.cfg.slots:
+            run = self._waiting.popleft()
+            reuse = self.cfg.reuse and not self.cfg.deterministic
+            place = self._slots.place(run.prompt, reuse=reuse)
+            self._slots.take(place, run.prompt)
+            run.cached = place.kept
+            self.tokens_reused += place.kept
+            self._set_row(place.slot, run)
+            self._settle(run, place)
+            self._running[place.slot] = run
+
+    def _settle(self, run: Running, place: Place) -> None:
+        run.place, run.leader = place, self._running.get(place.source)
+        self._copy_prefix(run)
+
+    def _set_row(self, slot: int, run: Running) -> None:
+        rows, params = self._rows, run.request.params
+        rows.index[slot], rows.generated[slot], rows.budget[slot] = slot, 0, run.budget
+        rows.stop[slot] = -1
+        rows.stop[slot, : len(params.stop_ids)] = params.stop_ids
+        rows.draw.temperature[slot], rows.draw.key[slot] = params.temperature, run.key
+        rows.draw.top_k[slot], rows.draw.top_p[slot] = max(params.top_k, 0), params.top_p
+        rows.draw.min_p[slot] = params.min_p
+
+    def _copy_prefix(self, run: Running) -> bool:
+        """Take the shared prefix from another row; False while that row has not been fed it."""
+        place = run.place
+        if place.source < 0:
+            return True
+        slots, shared = self._slots, place.shared
+        text = slots.text[place.slot, :shared]
+        if slots.holds(place.source, text):
+            short = slots.fed[place.source] < shared
+            if short and run.leader is not None and self._running.get(place.source) is run.leader:
+                return False
+            shared = min(shared, int(slots.fed[place.source]))
+            if shared > slots.fed[place.slot]:
+                filled = self._length_bucket(shared)
+                self.programs.add(("copy", filled))
+                source, target = np.int32(place.source), np.int32(place.slot)
+                self._cache = copy_prefix(self._cache, source, target, filled)
+                saved = shared - int(slots.fed[place.slot])
+                self.tokens_reused += saved
+                run.cached += 0 if run.ids else saved
+                slots.fed[place.slot] = shared
+        run.place, run.leader = Place(place.slot, place.kept), None
+        return True
 
     def _feed_prompts(self) -> None:
-        """Prefill until each running row has exactly one token that is not in the cache."""
+        """Prefill until each running row has exactly one token that is not in the cache, or, when
+        some rows are there, until `prefill_tokens` have been fed."""
+        fed = 0
         while True:
-            pending = {s: n for s, r in self._running.items() if (n := self._missing(r)) > 1}
-            if not pending:
+            settled = [slot for slot, run in self._running.items() if self._copy_prefix(run)]
+            missing = self._slots.known - self._slots.fed
+            pending = [slot for slot in settled if missing[slot] > 1]
+            if not pending or (fed >= self.cfg.prefill_tokens and len(pending) < len(settled)):
                 return
-            buckets = self.cfg.token_buckets
-            width = (
-                buckets[-1]
-                if self.cfg.deterministic
-                else _bucket(max(pending.values()) - 1, buckets)
-            )
-            slots = list(pending)
-            size = self._row_bucket(len(slots))
-            tokens = np.zeros((size, width), np.int32)
-            counts = np.zeros(size, np.int32)
-            lengths = np.zeros(size, np.int32)
-            index = np.full(size, self.cfg.slots, np.int32)
-            for row, slot in self._rows(slots, size):
-                text = self._text(self._running[slot])
-                start = len(self._cached[slot])
-                part = text[start : min(start + width, len(text) - 1)]
-                tokens[row, : len(part)], counts[row] = part, len(part)
-                lengths[row], index[row] = start, slot
-                self._cached[slot] = text[: start + len(part)]
-                self.tokens_prefilled += len(part)
-            self._cache = prefill(
-                self._params,
-                self.model,
-                self._cache,
-                index,
-                lengths,
-                tokens,
-                counts,
-                self._length_bucket(int((lengths + counts).max())),
-                size == self.cfg.slots,
-            )
+            fed += self._feed(pending, missing)
+
+    def _feed(self, pending: Sequence[int], missing: np.ndarray) -> int:
+        """One device call; the tokens it took, padding included."""
+        slots, buckets = self._slots, self.cfg.token_buckets
+        width = buckets[-1]
+        if not self.cfg.deterministic:
+            pending = pending[: max(self.cfg.prefill_tokens // width, 1)]
+            width = _bucket(int(missing[pending].max()) - 1, buckets)
+        rows = self.cfg.prefill_rows or self.cfg.row_buckets
+        size, placed = self._place_rows(pending, rows)
+        tokens = np.zeros((size, width), np.int32)
+        counts, lengths = np.zeros(size, np.int32), np.zeros(size, np.int32)
+        index = np.full(size, self.cfg.slots, np.int32)
+        for row, slot in placed:
+            start, count = slots.fed[slot], min(width, missing[slot] - 1)
+            tokens[row, :count] = slots.text[slot, start : start + count]
+            counts[row], lengths[row], index[row] = count, start, slot
+            slots.fed[slot] += count
+            self.tokens_prefilled += int(count)
+        filled = self._length_bucket(int(lengths.max()))
+        self.programs.add(("prefill", size, width, filled))
+        whole = size == self.cfg.slots
+        self._cache = prefill(
+            self._params, self.model, self._cache, index, lengths, tokens, counts, filled, whole
+        )
+        return size * width
 
     def _decode_chunk(self) -> None:
-        slots = list(self._running)
-        size = self._row_bucket(len(slots))
-        rows = DecodeRows(
-            index=np.full(size, self.cfg.slots, np.int32),  # type: ignore[arg-type]
-            length=np.zeros(size, np.int32),  # type: ignore[arg-type]
-            token=np.zeros(size, np.int32),  # type: ignore[arg-type]
-            budget=np.zeros(size, np.int32),  # type: ignore[arg-type]
-            generated=np.zeros(size, np.int32),  # type: ignore[arg-type]
-            temperature=np.ones(size, np.float32),  # type: ignore[arg-type]
-            key=np.zeros((size, 2), np.uint32),  # type: ignore[arg-type]
-            stop=np.full((size, MAX_STOP_IDS), -1, np.int32),  # type: ignore[arg-type]
-        )
-        placed = self._rows(slots, size)
+        slots = self._slots
+        ready = [s for s in self._running if slots.known[s] - slots.fed[s] == 1]
+        size, placed = self._place_rows(ready, self.cfg.row_buckets)
+        take = np.full(size, self.cfg.slots)
         for row, slot in placed:
-            run = self._running[slot]
-            text = self._text(run)
-            rows.index[row], rows.length[row] = slot, len(text) - 1
-            rows.token[row] = text[-1]
-            rows.budget[row] = run.budget - len(run.ids)
-            rows.generated[row] = len(run.ids)
-            rows.temperature[row] = run.request.params.temperature
-            rows.key[row] = run.key
-            stop = run.request.params.stop_ids
-            rows.stop[row, : len(stop)] = stop
-        self._cache, ids, logprobs, valid = decode(
-            self._params,
-            self.model,
-            self._cache,
-            rows,
-            self.cfg.chunk,
-            self._length_bucket(int(np.max(rows.length)) + self.cfg.chunk),
-            size == self.cfg.slots,
+            take[row] = slot
+        everyone = np.arange(self.cfg.slots)
+        self._rows.length[:-1] = slots.fed
+        self._rows.token[:-1] = slots.text[everyone, np.maximum(slots.known - 1, 0)]
+        rows = jax.tree.map(lambda x: x[take], self._rows)
+        filled = self._length_bucket(int(rows.length.max()))
+        self.programs.add(("decode", size, filled))
+        whole = size == self.cfg.slots
+        self._cache, *out = decode(
+            self._params, self.model, self._cache, rows, self.cfg.chunk, filled, whole
         )
-        ids, logprobs, valid = np.asarray(ids), np.asarray(logprobs), np.asarray(valid)
-        now = time.monotonic()
+        ids, logprobs, counts = jax.device_get(out)
         for row, slot in placed:
-            run = self._running[slot]
-            count = int(valid[:, row].sum())
-            run.ids += ids[:count, row].tolist()
-            run.logprobs += logprobs[:count, row].tolist()
-            run.versions += [self.version] * count
-            self.tokens_sampled += count
-            # The last sampled token has not been fed, so it is not in the cache.
-            self._cached[slot] = self._text(run)[:-1]
-            self._last_used[slot] = now
-            stopped = bool(run.ids) and run.ids[-1] in run.request.params.stop_ids
-            if stopped or len(run.ids) >= run.budget:
-                del self._running[slot]
-                self._resolve(run, Finish.STOP if stopped else Finish.LENGTH, "")
+            self._advance(slot, ids[: counts[row], row], logprobs[: counts[row], row])
+
+    def _advance(self, slot: int, ids: np.ndarray, logprobs: np.ndarray) -> None:
+        """Book what a row has sampled; end its request if that was all."""
+        run = self._running[slot]
+        self._slots.append(slot, ids)
+        self._rows.generated[slot] += len(ids)
+        self._rows.budget[slot] -= len(ids)
+        self.tokens_sampled += len(ids)
+        if finish := run.record(ids, logprobs, self.version, self._text):
+            self._leave(slot)
+            run.resolve(finish)
 
     # --- small parts -----------------------------------------------------------------------
 
-    def _text(self, run: _Running) -> np.ndarray:
-        return np.concatenate(
-            [np.asarray(run.request.prompt_ids, np.int32), np.asarray(run.ids, np.int32)]
-        )
+    def _leave(self, slot: int) -> None:
+        del self._running[slot]
+        self._slots.release(slot)
 
-    def _missing(self, run: _Running) -> int:
-        return len(run.request.prompt_ids) + len(run.ids) - len(self._cached[run.slot])
-
-    def _row_bucket(self, count: int) -> int:
-        if self.cfg.deterministic:
-            return self.cfg.slots
-        return _bucket(count, (*self.cfg.row_buckets, self.cfg.slots))
+    def _place_rows(
+        self, slots: Sequence[int], buckets: Sequence[int]
+    ) -> tuple[int, list[tuple[int, int]]]:
+        """Number of rows and (row, slot) pairs; with a row for every slot, a slot is its own."""
+        size = self.cfg.slots
+        if not self.cfg.deterministic:
+            size = _bucket(len(slots), _up_to(self.cfg.slots, buckets))
+        same = size == self.cfg.slots
+        return size, [(s, s) if same else (i, s) for i, s in enumerate(slots)]
 
     def _length_bucket(self, length: int) -> int:
         if self.cfg.deterministic:
             return self.cfg.capacity
-        return _bucket(length, (*self.cfg.length_buckets, self.cfg.capacity))
-
-    def _rows(self, slots: Sequence[int], size: int) -> list[tuple[int, int]]:
-        """(row, slot) pairs; with a row for every slot, a slot is its own row."""
-        return [(s, s) if size == self.cfg.slots else (i, s) for i, s in enumerate(slots)]
-
-    def _resolve(self, run: _Running, finish: Finish, error: str) -> None:
-        completion = Completion(
-            ids=np.asarray(run.ids, np.int32),
-            logprobs=np.asarray(run.logprobs, np.float32),
-            versions=np.asarray(run.versions, np.int32),
-            finish=finish,
-            error=error,
-        )
-
-        def deliver() -> None:
-            if not run.future.done():
-                run.future.set_result(completion)
-
-        if not run.loop.is_closed():
-            run.loop.call_soon_threadsafe(deliver)
+        return _bucket(length, _up_to(self.cfg.capacity, self.cfg.length_buckets))
 
 
 def check_capacity(cfg: EngineConfig, max_context: int) -> None:
@@ -334,16 +358,9 @@ def check_capacity(cfg: EngineConfig, max_context: int) -> None:
         )
 
 
+def _up_to(last: int, buckets: Sequence[int]) -> tuple[int, ...]:
+    return (*(b for b in buckets if b < last), last)
+
+
 def _bucket(count: int, buckets: Sequence[int]) -> int:
     return next((b for b in buckets if b >= count), buckets[-1])
-
-
-def _shared_prefix(cached: np.ndarray, prompt: np.ndarray) -> int:
-    n = min(len(cached), len(prompt))
-    different = np.flatnonzero(cached[:n] != prompt[:n])
-    return int(different[0]) if len(different) else n
-
-
-def _failed(error: str) -> Completion:
-    empty = np.zeros(0, np.int32)
-    return Completion(empty, np.zeros(0, np.float32), empty, Finish.ERROR, error)

@@ -13,15 +13,12 @@ from typing import Any
 import numpy as np
 
 from agentcpm_jax.engine.sessions import Job, version_spans
-from agentcpm_jax.rollout.policy import SamplingParams
+from agentcpm_jax.engine.stops import MAX_STOP_IDS
 from agentcpm_jax.types import UserError
 
 DEFAULT_NEW_TOKENS = 128
 #: Values that change nothing; any other one asks for what the engine does not do.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "top_p": (1, None),
-    "top_k": (-1, 0, None),
-    "min_p": (0, None),
     "frequency_penalty": (0, None),
     "presence_penalty": (0, None),
     "repetition_penalty": (1, None),
@@ -34,7 +31,12 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "logit_bias": (None, {}),
     "stop_regex": (None, [], ""),
 }
-_ENGINE_OPTIONS = {f.name for f in dataclasses.fields(SamplingParams)}
+#: (neutral value, test, what is allowed)
+_OPTIONS: dict[str, tuple[float, Callable[[float], bool], str]] = {
+    "top_p": (1.0, lambda p: 0 < p <= 1, "a number above 0, at most 1"),
+    "top_k": (0, lambda k: k == int(k) and k >= -1, "-1 for all, or a positive integer"),
+    "min_p": (0.0, lambda p: 0 <= p <= 1, "a number from 0 to 1"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,17 +106,15 @@ def make_job(
     temperature = params.get("temperature", 1.0)
     if not isinstance(temperature, int | float) or temperature < 0:
         raise UserError(f"temperature={temperature!r} must be a number of at least 0")
-    options = {}
     for key, neutral in _NEUTRAL.items():
-        value = params.get(key, neutral[0])
-        if value not in neutral and key not in _ENGINE_OPTIONS:
+        if (value := params.get(key, neutral[0])) not in neutral:
             raise UserError(f"{key}={value!r} is not supported by this server")
-        if value not in neutral:
-            options[key] = value
     stop = params.get("stop") or ()
     eos = () if params.get("ignore_eos") else (*(params.get("stop_token_ids") or ()),)
     if not params.get("ignore_eos"):
         eos = tuple(dict.fromkeys((*eos, *limits.stop_ids)))
+    if len(eos) > MAX_STOP_IDS:
+        raise UserError(f"{len(eos)} stop ids, the model's included; at most {MAX_STOP_IDS}")
     return Job(
         rid=rid or uuid.uuid4().hex,
         prompt=np.asarray(prompt, np.int32),
@@ -123,8 +123,18 @@ def make_job(
         stop_ids=tuple(int(i) for i in eos),
         stop_strings=(stop,) if isinstance(stop, str) else tuple(stop),
         seed=params.get("sampling_seed"),
-        options=options,
+        options={key: _option(key, params.get(key)) for key in _OPTIONS},
+        keep_stop=bool(params.get("no_stop_trim")),
     )
+
+
+def _option(key: str, value: Any) -> float:
+    neutral, allowed, words = _OPTIONS[key]
+    if value is None:
+        return neutral
+    if isinstance(value, bool) or not isinstance(value, int | float) or not allowed(value):
+        raise UserError(f"{key}={value!r} must be {words}")
+    return type(neutral)(max(value, 0))
 
 
 def generate_answer(
@@ -136,16 +146,17 @@ def generate_answer(
     seconds: float,
 ) -> dict[str, Any]:
     """SGLang's answer for a job, finished or (in a stream) not."""
-    text = "" if decode is None else decode(job.ids)
-    matched = (job.finish or {}).get("matched")
+    # What stopped it leaves the text and stays in the ids.
+    matched = None if job.keep_stop else (job.finish or {}).get("matched")
+    text = "" if decode is None else decode(job.ids[:-1] if type(matched) is int else job.ids)
     if isinstance(matched, str):
-        text = text[: text.index(matched)]  # stop strings leave the text and stay in the ids
+        text = text[: text.index(matched)]
     meta: dict[str, Any] = {
         "id": job.rid,
         "finish_reason": job.finish,
         "prompt_tokens": len(job.prompt),
         "completion_tokens": len(job.ids),
-        "cached_tokens": 0,
+        "cached_tokens": job.cached,
         "num_retractions": job.retractions,
         "e2e_latency": seconds,
         "weight_version": job.versions[-1] if job.versions else current,

@@ -38,6 +38,9 @@ class ServedLocal:
         params, _ = load_hf(path, self._model)
         self._engine.set_params(params, version)
 
+    def flush(self) -> bool:
+        return self._engine.flush()
+
     def close(self) -> None:
         self._engine.close()
 

@@ -249,11 +249,9 @@ class EngineServer:
         return web.Response()
 
     async def _flush(self, request: web.Request) -> web.Response:
-        if self.sessions.running:
+        if self.sessions.running or not self.sessions.engine.flush():
             return web.Response(status=400, text="Flush cache failed: requests are running.\n")
-        return web.Response(
-            text="Nothing to flush: no cache outlives the weights it was made by.\n"
-        )
+        return web.Response(text="Cache flushed.\n")
 
     async def _update(self, request: web.Request) -> web.Response:
         body = await _json(request)
@@ -324,6 +322,7 @@ class EngineServer:
             "sglang:num_requests_total": ("counter", total["requests"]),
             "sglang:num_aborted_requests_total": ("counter", total["aborted"]),
             "sglang:prompt_tokens_total": ("counter", total["prompt_tokens"]),
+            "sglang:cached_tokens_total": ("counter", total["cached_tokens"]),
             "sglang:generation_tokens_total": ("counter", total["generated_tokens"]),
         }
         lines = [f"# TYPE {n} {kind}\n{n} {value}" for n, (kind, value) in values.items()]

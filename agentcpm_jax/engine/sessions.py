@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from agentcpm_jax.engine.stops import cut_at_stop
 from agentcpm_jax.rollout.policy import Completion, Finish, SampleRequest, SamplingParams
 from agentcpm_jax.types import UserError
 
@@ -37,6 +38,10 @@ class ServedEngine(Protocol):
 
     def load(self, path: str, version: int) -> None:
         """Weights from a directory, from now on; raises `UserError` and keeps the old ones."""
+        ...
+
+    def flush(self) -> bool:
+        """Forget cached prefixes; False while requests run."""
         ...
 
     def close(self) -> None: ...
@@ -58,13 +63,18 @@ class Job:
     stop_strings: tuple[str, ...] = ()
     seed: int | None = None
     options: dict[str, Any] = field(default_factory=dict)  # further SamplingParams, e.g. top_p
+    keep_stop: bool = False  # the text of the answer ends with what stopped it
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     versions: list[str] = field(default_factory=list)
     finish: dict[str, Any] | None = None  # SGLang's finish_reason
     retractions: int = 0
+    cached: int = 0  # tokens of the prompt that the engine had in its prefix cache
     aborted: str = ""  # the reason, once somebody wants the request to end
     wake: asyncio.Event = field(default_factory=asyncio.Event)  # a held request looks again
+
+
+_TOTALS = ("requests", "aborted", "prompt_tokens", "cached_tokens", "generated_tokens")
 
 
 class Sessions:
@@ -87,7 +97,7 @@ class Sessions:
         for event in (self._open, self._quiet, self._none):
             event.set()
         self._updating = asyncio.Lock()
-        self.total = {"requests": 0, "aborted": 0, "prompt_tokens": 0, "generated_tokens": 0}
+        self.total = dict.fromkeys(_TOTALS, 0)
 
     @property
     def paused(self) -> bool:
@@ -194,6 +204,9 @@ class Sessions:
                 self._quiet.set()
         if done.finish in (Finish.ERROR, Finish.ABORT):
             raise EngineFailure(done.error)
+        if not job.ids:
+            job.cached = done.cached_tokens
+            self.total["cached_tokens"] += job.cached
         job.ids += done.ids.tolist()
         job.logprobs += done.logprobs.tolist()
         job.versions += [self._names[v] for v in done.versions.tolist()]
@@ -208,18 +221,13 @@ class Sessions:
         """Cuts the job after the token that completes a stop string."""
         if not job.stop_strings or self.decode is None:
             return False
-        text = self.decode(job.ids)
-        if not any(stop in text for stop in job.stop_strings):
+        count, found = cut_at_stop(self.decode, job.ids, new, job.stop_strings)
+        if count is None:
             return False
-        for count in range(len(job.ids) - new + 1, len(job.ids) + 1):
-            text = self.decode(job.ids[:count])
-            found = next((stop for stop in job.stop_strings if stop in text), None)
-            if found is not None:
-                for kept in (job.ids, job.logprobs, job.versions):
-                    del kept[count:]
-                job.finish = {"type": "stop", "matched": found}
-                return True
-        return False
+        for kept in (job.ids, job.logprobs, job.versions):
+            del kept[count:]
+        job.finish = {"type": "stop", "matched": found}
+        return True
 
 
 def version_spans(versions: Sequence[str], current: str) -> list[dict[str, Any]]:

@@ -163,7 +163,8 @@ def scatter_chart(
       chosen: index of the point that was taken.
       width, height: in CSS pixels.
     """
-    ticks = [_nice_ticks(*_padded(_range([p[axis] for p in points])), 4) for axis in (0, 1)]
+    xs, ys = [p[0] for p in points], [p[1] for p in points]
+    ticks = [_nice_ticks(*_padded(_range(values)), 4) for values in (xs, ys)]
     labels = [format_number(t, _step(ticks[1])) for t in ticks[1]]
     f = _Frame(
         left=14 + 6.2 * max(map(len, labels)),

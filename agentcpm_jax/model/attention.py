@@ -1,21 +1,49 @@
-"""Grouped-query attention in plain jnp: what every kernel must equal.
+"""Grouped-query attention: the interface, and in plain jnp what every kernel must equal.
 
-An attention function takes (q, k, v, segment_ids) and is injected into `qwen3.forward`.
+An `Attention` takes (q, k, v, segment_ids) and is injected into `qwen3.forward`. It is made from a
+`Kernel` by `attention_context.on_mesh`: a kernel attends from some rows of the sequence to all of
+it, which is what one device of a mesh does.
 Einsum letters: B batch, T query time, S key time, N query heads, K kv heads, G = N / K, H head dim.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 Attention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 # Finite, so that a row that sees nothing gives a mean instead of NaN (and NaN gradients).
 MASKED = -1e30
+
+
+class Kernel(NamedTuple):
+    """Attention of queries at given places of the sequence to the whole of it.
+
+    prepare(order, shards, heads) -> (operands, specs): `order` i32[T] holds the place of every
+      query of the row, in `shards` equal parts along time; `heads` query heads on a device. The
+      operands are arrays (or trees of them), the specs split them over the mesh axis 'context'.
+    attend(operands, q [B,T,N,H], k [B,S,K,H], v, q_segments [B,T], kv_segments [B,S]) -> like q,
+      on one device, with its part of the operands.
+    """
+
+    prepare: Callable[[np.ndarray, int, int], tuple[Any, Any]]
+    attend: Callable[..., jax.Array]
+
+
+def by_index(attend: Callable[..., jax.Array]) -> Kernel:
+    """A kernel that is told the places of its queries as an array i32[T], its last argument."""
+
+    def prepare(order: np.ndarray, shards: int, heads: int) -> tuple[Any, Any]:
+        return jnp.asarray(order, jnp.int32), PartitionSpec("context")
+
+    return Kernel(prepare, lambda index, *arrays: attend(*arrays, index))
 
 
 def reference(
@@ -29,9 +57,23 @@ def reference(
     A query sees the keys of its own segment at or before its own index. Padding (segment 0) sees
     padding only.
     """
+    return reference_kernel(q, k, v, segment_ids, segment_ids, jnp.arange(q.shape[1]))
+
+
+def reference_kernel(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    q_segments: Int[Array, "B T"],
+    kv_segments: Int[Array, "B S"],
+    q_index: Int[Array, " T"],
+) -> Float[Array, "B T N H"]:
+    """`reference` for the queries at the places `q_index` of the sequence that k and v hold."""
     grouped = group_queries(q, k.shape[2])
     scores = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(segment_mask(segment_ids)[:, None, None], scores, MASKED)
+    seen = q_segments[:, :, None] == kv_segments[:, None, :]
+    seen &= q_index[:, None] >= jnp.arange(k.shape[1])
+    scores = jnp.where(seen[:, None, None], scores, MASKED)
     weights = jax.nn.softmax(scores, axis=-1)
     return jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(v.dtype), v).reshape(q.shape)
 

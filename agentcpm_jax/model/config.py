@@ -9,6 +9,8 @@ from typing import Any
 from agentcpm_jax.types import UserError
 
 DTYPES = ("float32", "bfloat16")
+ATTENTIONS = ("auto", "reference", "blockwise", "splash", "cudnn")
+REMATS = ("none", "full", "attention", "matmuls", "offload")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +32,12 @@ class ModelConfig:
       dtype: of activations and matrix products (norms, softmax and logits are float32).
       param_dtype: of the stored parameters.
       lm_head_fp32: the last product is taken in float32 from float32 operands.
-      remat: 'none' keeps every activation for the backward pass, 'full' one per layer.
+      remat: which activations are kept for the backward pass, see `remat.py`.
+      attention: the kernel, see `attention_choice.py`; 'auto' takes the platform's.
+      logits_chunk: tokens on a device whose logits exist at once; 0: as many as fit 16 MiB, at
+        least 512.
+      lora_rank: of the adapters that are trained in place of the parameters, see `lora.py`; 0:
+        none. Their product counts `lora_alpha / lora_rank` times.
 
     Raises:
       UserError: a field is out of its range.
@@ -51,6 +58,10 @@ class ModelConfig:
     param_dtype: str = "float32"
     lm_head_fp32: bool = True
     remat: str = "none"
+    attention: str = "auto"
+    logits_chunk: int = 0
+    lora_rank: int = 0
+    lora_alpha: float = 32.0
 
     def __post_init__(self) -> None:
         for name in _SIZES:
@@ -63,15 +74,17 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise UserError(f"model.head_dim is {self.head_dim}; rotary pairs need an even number")
-        for name in ("dtype", "param_dtype"):
-            if getattr(self, name) not in DTYPES:
+        for name in ("logits_chunk", "lora_rank"):
+            if getattr(self, name) < 0:
+                raise UserError(f"model.{name} is {getattr(self, name)}; use 0 or more")
+        for name, allowed in _NAMES.items():
+            if getattr(self, name) not in allowed:
                 raise UserError(
-                    f"model.{name} is {getattr(self, name)!r}; use one of {', '.join(DTYPES)}"
+                    f"model.{name} is {getattr(self, name)!r}; use one of {', '.join(allowed)}"
                 )
-        if self.remat not in ("none", "full"):
-            raise UserError(f"model.remat is {self.remat!r}; use 'none' or 'full'")
 
 
+_NAMES = {"dtype": DTYPES, "param_dtype": DTYPES, "attention": ATTENTIONS, "remat": REMATS}
 _SIZES = (
     "vocab_size",
     "width",

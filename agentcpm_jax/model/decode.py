@@ -1,12 +1,18 @@
-"""Incremental decoding: a key/value cache and one function that feeds it tokens.
+"""Incremental decoding: a key/value cache and the functions that read and write it.
 
-`extend` serves prefill (C > 1) and decoding (C = 1), with its own number of tokens in each row.
-Einsum letters as in `attention.py`; C (as keys: J) new tokens per row, S the cache's capacity.
+`attend` runs the model on new tokens that see keys and values of the past without changing them;
+`extend` also writes the new ones into a cache, with its own number of tokens in each row.
+Einsum letters as in `attention.py`; C (as keys: J) new tokens per row, S past ones.
+
+Parameters and caches come stacked, L first, and are scanned; or with the layers apart (`unstack`),
+one part of the program per layer, which on CPUs saves a copy of every weight in every step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import flax.struct
@@ -23,20 +29,38 @@ from agentcpm_jax.model.config import ModelConfig
 class KVCache:
     """Keys and values in `cfg.dtype`, and how many of the S slots each row has filled.
 
-    Every array but `lengths` has rows on axis 1. The time axis is last in k and second to last in
-    v: both products of one new token then read contiguous memory (measured on CPU, 5x faster than
-    S before K).
+    The time axis is last in k and second to last in v: both products of one new token then read
+    contiguous memory (measured on CPU, 5x faster than S before K).
     """
 
     # Not typed as arrays: a pytree's leaves may also be shardings, specs or numpy copies.
-    k: Any  # [L, B, K, H, S]
-    v: Any  # [L, B, K, S, H]
+    k: Any  # [L, B, K, H, S], or a tuple of L [B, K, H, S]
+    v: Any  # [L, B, K, S, H], or a tuple of L [B, K, S, H]
     lengths: Any  # i32 [B]
 
     @property
     def capacity(self) -> int:
         """Tokens a row can hold, S."""
-        return self.k.shape[-1]
+        return jax.tree.leaves(self.k)[0].shape[-1]
+
+
+@flax.struct.dataclass
+class Past:
+    """Keys and values that new tokens may look at, as in `KVCache`; seen: bool [B, S]."""
+
+    k: Any
+    v: Any
+    seen: Any
+
+
+@flax.struct.dataclass
+class Recent:
+    """Buffers, as in `KVCache`, whose `column` (i32 scalar) takes the one new token of each row;
+    the columns before it hold the tokens before it."""
+
+    k: Any
+    v: Any
+    column: Any
 
 
 def init_cache(cfg: ModelConfig, batch: int, capacity: int) -> KVCache:
@@ -47,6 +71,13 @@ def init_cache(cfg: ModelConfig, batch: int, capacity: int) -> KVCache:
         v=jnp.zeros((*heads, capacity, cfg.head_dim), cfg.dtype),
         lengths=jnp.zeros((batch,), jnp.int32),
     )
+
+
+def unstack(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree of `params.init` with `layers` as a tuple of one dict per layer."""
+    leaves, shape = jax.tree.flatten(params["layers"])
+    each = tuple(jax.tree.unflatten(shape, layer) for layer in zip(*leaves, strict=True))
+    return {**params, "layers": each}
 
 
 def extend(
@@ -60,11 +91,10 @@ def extend(
 ) -> tuple[Float[Array, "B V"], KVCache]:
     """Appends tokens[b, :counts[b]] to row b, at positions lengths[b] onward.
 
-    Jit it with the cache donated: the cache is only read inside the layer scan and written once
-    after it, in place.
+    Jit it with the cache donated: it is read first and written once after, in place.
 
     Args:
-      params: the tree of `params.init`.
+      params: the tree of `params.init`, or `unstack` of it.
       cfg: its configuration.
       cache: lengths[b] + counts[b] must not exceed its capacity (tokens past it would be lost;
         the caller knows the lengths).
@@ -76,48 +106,126 @@ def extend(
     Returns:
       Float32 logits after each row's last new token (undefined where counts is 0), and the cache.
     """
-    batch, chunk = tokens.shape
-    offsets = jnp.arange(chunk, dtype=jnp.int32)
-    positions = cache.lengths[:, None] + offsets
-    rope = layers.rope_tables(positions, cfg)
     filled = cache.capacity if filled is None else min(filled, cache.capacity)
-    stored = jnp.arange(filled) < cache.lengths[:, None]  # [B, S]
-    causal = offsets[:, None] >= offsets[None, :]  # [C, C]
-    f32 = jnp.float32
+    past = prefix(cache, filled, cache.lengths)
+    hidden, k_new, v_new = attend(params, cfg, past, tokens, cache.lengths)
+    cache = write(cache, jnp.arange(tokens.shape[0]), cache.lengths, counts, k_new, v_new)
+    cache = dataclasses.replace(cache, lengths=cache.lengths + counts.astype(jnp.int32))
+    last = jnp.take_along_axis(hidden, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
+    return qwen3.unembed(params, cfg, last), cache
+
+
+def prefix(cache: KVCache, filled: int, lengths: Int[Array, " B"]) -> Past:
+    """The first `filled` slots of every row, of which `lengths` are seen."""
+    return Past(
+        k=jax.tree.map(lambda x: x[..., :filled], cache.k),
+        v=jax.tree.map(lambda x: x[..., :filled, :], cache.v),
+        seen=jnp.arange(filled) < lengths[:, None],
+    )
+
+
+def attend(
+    params: Mapping[str, Any],
+    cfg: ModelConfig,
+    past: Past,
+    tokens: Int[Array, "B C"],
+    start: Int[Array, " B"],
+    *,
+    recent: Recent | None = None,
+) -> tuple[Float[Array, "B C D"], Any, Any]:
+    """The model on tokens at positions start[b] onward, which see `past` and each other causally;
+    with `recent` one token, which sees the buffers up to its own column.
+
+    Returns:
+      What `qwen3.unembed` reads, and the new keys [(L) B, K, H, C] and values [(L) B, K, C, H], or
+      the updated buffers.
+    """
+    offsets = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    rope = layers.rope_tables(start[:, None] + offsets, cfg)
+    seen = past.seen[:, None]
+    if recent is None:
+        own_seen = (offsets[:, None] >= offsets[None, :])[None]
+        xs = params["layers"], past.k, past.v, None, None
+    else:
+        own_seen = (jnp.arange(jax.tree.leaves(recent.k)[0].shape[-1]) <= recent.column)[None, None]
+        xs = params["layers"], past.k, past.v, recent.k, recent.v
+
+    def own(k: jax.Array, v: jax.Array, buffers: Any) -> tuple[jax.Array, jax.Array]:
+        k, v = jnp.moveaxis(k, 1, 3), jnp.moveaxis(v, 1, 2)
+        if recent is None:
+            return k, v
+        put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=recent.column)
+        return put(buffers[0], k, axis=3), put(buffers[1], v, axis=2)
 
     def body(x: jax.Array, xs: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        layer, k_old, v_old = xs
-        k_old, v_old = k_old[..., :filled], v_old[..., :filled, :]
+        layer, k_past, v_past, *buffers = xs
+        new = []  # written once, before it is read: else XLA copies the buffers
 
-        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            # One softmax over the cache and the chunk, without joining their keys.
-            grouped = group_queries(q, cfg.num_kv_heads)
-            old = _scores(grouped, k_old)
-            new = jnp.einsum("BCKGH,BJKH->BKGCJ", grouped, k, preferred_element_type=f32)
-            old = jnp.where(stored[:, None, None, None], old, MASKED)
-            new = jnp.where(causal, new, MASKED)
-            weights = jax.nn.softmax(jnp.concatenate([old, new], axis=-1), axis=-1)
-            w_old, w_new = jnp.split(weights.astype(v.dtype), [filled], axis=-1)
-            out = _values(w_old, v_old)
-            out = out + jnp.einsum("BKGCJ,BJKH->BCKGH", w_new, v)
-            return out.reshape(q.shape)
+        def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            new[:] = own(k, v, buffers)
+            parts = [(k_past, v_past, seen), (*new, own_seen)]
+            parts = [part for part in parts if part[0].shape[-1]]
+            return _softmax_sum(group_queries(q, cfg.num_kv_heads), parts).reshape(q.shape)
 
-        return qwen3.block(layer, cfg, x, rope, attend)
+        x, _ = qwen3.block(layer, cfg, x, rope, attention)
+        return x, (new[0], new[1])
 
-    x = qwen3.embed(params, cfg, tokens)
-    x, (k_new, v_new) = jax.lax.scan(body, x, (params["layers"], cache.k, cache.v))
+    x, (k_new, v_new) = _over_layers(body, qwen3.embed(params, cfg, tokens), xs)
+    return qwen3.final_norm(params, cfg, x), k_new, v_new
 
+
+def write(
+    cache: KVCache,
+    rows: Int[Array, " B"],
+    start: Int[Array, " B"],
+    counts: Int[Array, " B"],
+    k_new: Any,
+    v_new: Any,
+) -> KVCache:
+    """Puts the first counts[b] new keys and values, as `attend` returns them, into row rows[b] from
+    start[b] on; rows and slots outside the cache are dropped. `lengths` stay as they are."""
+    offsets = jnp.arange(jax.tree.leaves(k_new)[0].shape[-1], dtype=jnp.int32)
     # Ignored tokens get an index past the end, which mode='drop' does not write.
-    slots = jnp.where(offsets < counts[:, None], positions, cache.capacity)
-    rows = jnp.arange(batch)[:, None]
-    k_new, v_new = (jnp.transpose(new, (1, 2, 0, 3, 4)) for new in (k_new, v_new))
-    cache = KVCache(
-        k=cache.k.at[:, rows, :, :, slots].set(k_new, mode="drop"),
-        v=cache.v.at[:, rows, :, slots].set(v_new, mode="drop"),
-        lengths=cache.lengths + counts.astype(jnp.int32),
+    slots = jnp.where(offsets < counts[:, None], start[:, None] + offsets, cache.capacity)
+    rows = rows[:, None]
+
+    def put_k(old: jax.Array, new: jax.Array) -> jax.Array:
+        return old.at[..., rows, :, :, slots].set(jnp.moveaxis(new, (-4, -1), (0, 1)), mode="drop")
+
+    def put_v(old: jax.Array, new: jax.Array) -> jax.Array:
+        return old.at[..., rows, :, slots, :].set(jnp.moveaxis(new, (-4, -2), (0, 1)), mode="drop")
+
+    return dataclasses.replace(
+        cache, k=jax.tree.map(put_k, cache.k, k_new), v=jax.tree.map(put_v, cache.v, v_new)
     )
-    last = jnp.take_along_axis(x, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
-    return qwen3.unembed(params, cfg, qwen3.final_norm(params, cfg, last)), cache
+
+
+def _over_layers(
+    body: Callable[[jax.Array, Any], tuple[jax.Array, Any]], x: jax.Array, xs: Any
+) -> tuple[jax.Array, Any]:
+    """`lax.scan` of `body` over stacked layers, or a loop over layers that are apart."""
+    if not isinstance(xs[0], tuple):
+        return jax.lax.scan(body, x, xs)
+    found = []
+    for i in range(len(xs[0])):
+        x, new = body(x, tuple(None if part is None else part[i] for part in xs))
+        found.append(new)
+    return x, tuple(zip(*found, strict=True))
+
+
+def _softmax_sum(
+    q: Float[Array, "B C K G H"], parts: Sequence[tuple[jax.Array, jax.Array, jax.Array]]
+) -> Float[Array, "B C K G H"]:
+    """Attention with one softmax over parts that are not joined: keys [B, K, H, S], values
+    [B, K, S, H], seen [B, C, S]. A query must see something of the last one."""
+    scores = [jnp.where(seen[:, None, None], _scores(q, k), MASKED) for k, _, seen in parts]
+    top = scores[-1].max(axis=-1, keepdims=True)
+    for part in scores[:-1]:
+        top = jnp.maximum(top, part.max(axis=-1, keepdims=True))
+    weights = [jnp.exp(part - top) for part in scores]
+    total = sum(w.sum(axis=-1) for w in weights)  # [B, K, G, C]
+    out = sum(_values(w.astype(v.dtype), v) for w, (_, v, _) in zip(weights, parts, strict=True))
+    return (out / jnp.moveaxis(jnp.asarray(total), 3, 1)[..., None]).astype(q.dtype)
 
 
 def _scores(q: Float[Array, "B C K G H"], k: Float[Array, "B K H S"]) -> jax.Array:
@@ -130,8 +238,8 @@ def _scores(q: Float[Array, "B C K G H"], k: Float[Array, "B K H S"]) -> jax.Arr
 
 
 def _values(w: Float[Array, "B K G C S"], v: Float[Array, "B K S H"]) -> jax.Array:
-    """[B, C, K, G, H] in v's dtype; as `_scores`."""
+    """float32 [B, C, K, G, H]; as `_scores`."""
     if w.shape[3] > 1:
-        return jnp.einsum("BKGCS,BKSH->BCKGH", w, v)
+        return jnp.einsum("BKGCS,BKSH->BCKGH", w, v, preferred_element_type=jnp.float32)
     products = w[:, :, :, 0, :, None].astype(jnp.float32) * v[:, :, None].astype(jnp.float32)
-    return jnp.sum(products, axis=3)[:, None].astype(v.dtype)
+    return jnp.sum(products, axis=3)[:, None]

@@ -15,18 +15,24 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 import safetensors.numpy
 
 from agentcpm_jax import tree
 from agentcpm_jax.model.config import DTYPES, ModelConfig, from_hf_config, to_hf_config
+from agentcpm_jax.model.hf_files import (
+    INDEX,
+    SINGLE,
+    Tensors,
+    aligned_empty,
+    read_json,
+    transpose_into,
+)
 from agentcpm_jax.model.params import Params, ParamSpec, param_specs
 from agentcpm_jax.types import UserError
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -37,17 +43,18 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
-_STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-# Written by some exporters although they hold nothing of their own.
-_REDUNDANT = ("rotary_emb.inv_freq",)
 
 
 def load_hf(
     directory: str | os.PathLike[str],
     cfg: ModelConfig | None = None,
     param_dtype: str | None = None,
+    shardings: Mapping[str, Any] | None = None,
 ) -> tuple[Params, ModelConfig]:
     """Parameters and configuration of a Qwen3 checkpoint directory.
+
+    Files are mapped, not read: beside the parameters themselves no more than one device's part of
+    one parameter is in memory.
 
     Args:
       directory: holds config.json and safetensors, in one file or sharded with an index.
@@ -55,6 +62,8 @@ def load_hf(
         Default: what config.json says.
       param_dtype: 'float32' or 'bfloat16'. Default: `cfg.param_dtype` if cfg is given, else the
         dtype that is stored, so that nothing is rounded.
+      shardings: one for every parameter (`sharding.param_shardings`); each process then reads its
+        devices' parts. Default: whole, on the default device.
 
     Returns:
       The tree of `params.init` as jax arrays, and the configuration with its `param_dtype` set.
@@ -63,27 +72,28 @@ def load_hf(
       UserError: something is missing, truncated, unexpected or of another shape.
     """
     directory = Path(directory)
-    stored = from_hf_config(_read_json(directory, "config.json"))
+    stored = from_hf_config(read_json(directory, "config.json"))
     if cfg is None:
         cfg = stored
     else:
         _same_model(directory, cfg, stored)
         param_dtype = param_dtype or cfg.param_dtype
     with contextlib.ExitStack() as stack:
-        tensors = _Tensors(directory, stack)
-        tensors.check_keys(cfg)
+        tensors = Tensors(directory, stack)
+        tensors.check_keys(hf_shapes(cfg), cfg.tied_embeddings)
         if param_dtype is None:
             param_dtype = tensors.dtype(param_specs(cfg)["embed"].hf_key)
         cfg = dataclasses.replace(cfg, param_dtype=param_dtype)
 
-        def leaf(path: str, spec: ParamSpec) -> Any:
-            out = np.empty(spec.shape, jnp.dtype(cfg.param_dtype))
-            for key, index in _keys(spec):
-                found = tensors.get(key, _hf_shape(spec))
-                out[index] = _from_hf(found, spec)
-            return jnp.asarray(out)
+        def leaf(_: str, spec: ParamSpec, sharding: Any = None) -> Any:
+            if sharding is None:
+                return jnp.asarray(_slice(tensors, spec, (slice(None),) * len(spec.shape), cfg))
+            return jax.make_array_from_callback(
+                spec.shape, sharding, lambda index: _slice(tensors, spec, index or (), cfg)
+            )
 
-        return tree.map_with_path(leaf, param_specs(cfg)), cfg
+        specs = param_specs(cfg)
+        return tree.map_with_path(leaf, specs, *([shardings] if shardings else [])), cfg
 
 
 def save_hf(
@@ -189,93 +199,31 @@ def _to_hf(x: np.ndarray, spec: ParamSpec, dtype: str | None) -> np.ndarray:
     return np.ascontiguousarray(x, dtype=None if dtype is None else jnp.dtype(dtype))
 
 
-def _from_hf(x: np.ndarray, spec: ParamSpec) -> np.ndarray:
+def _slice(tensors: Tensors, spec: ParamSpec, index: tuple[slice, ...], cfg: ModelConfig) -> Any:
+    """The part `index` of a stacked parameter, in `cfg.param_dtype`, from the files."""
+    ranges = [range(*part.indices(size)) for part, size in zip(index, spec.shape, strict=True)]
+    out = aligned_empty(tuple(len(r) for r in ranges), jnp.dtype(cfg.param_dtype))
+    keys = _keys(spec)
+    stacked = spec.axes[0] == "layers"
     inputs, outputs = _inputs_outputs(spec)
-    return x.T.reshape(*inputs, *outputs) if inputs else x
-
-
-class _Tensors:
-    """The tensors of a directory by key, whichever file they are in."""
-
-    def __init__(self, directory: Path, stack: contextlib.ExitStack):
-        if (directory / INDEX).is_file():
-            weight_map = _read_json(directory, INDEX).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise UserError(f"{directory / INDEX} has no weight_map; download it again")
-            names = sorted(set(weight_map.values()))
-        elif (directory / SINGLE).is_file():
-            names = [SINGLE]
+    inner = index[1:] if stacked else index
+    for place, number in enumerate(ranges[0] if stacked else (0,)):
+        key = keys[number][0]
+        found = tensors.get(key, _hf_shape(spec))
+        target = out[place] if stacked else out
+        if inputs:
+            cut = len(inputs)
+            part = found.reshape(*outputs, *inputs)[(*inner[cut:], *inner[:cut])]
+            transpose_into(target.reshape(math.prod(target.shape[:cut]), -1), part)
         else:
-            raise UserError(f"{directory} has neither {SINGLE} nor {INDEX}; name a checkpoint")
-        self.directory = directory
-        self.files: dict[str, tuple[str, Any]] = {}
-        for name in names:
-            path = directory / name
-            if not path.is_file():
-                raise UserError(f"{path} is missing although {INDEX} names it; download it again")
-            try:
-                opened = stack.enter_context(safetensors.safe_open(path, framework="numpy"))
-            except safetensors.SafetensorError as error:
-                raise UserError(
-                    f"{path} is truncated or corrupt ({error}); download it again"
-                ) from error
-            self.files.update(dict.fromkeys(opened.keys(), (name, opened)))
-
-    def check_keys(self, cfg: ModelConfig) -> None:
-        expected = hf_shapes(cfg)
-        for key in expected:
-            if key not in self.files:
-                raise UserError(f"{self.directory} lacks tensor {key} of shape {expected[key]}")
-        for key in sorted(self.files.keys() - expected.keys()):
-            copy_of_embedding = key == "lm_head.weight" and cfg.tied_embeddings
-            if not copy_of_embedding and not key.endswith(_REDUNDANT):
-                raise UserError(
-                    f"{self.directory / self.files[key][0]} has tensor {key}, which the model of "
-                    "config.json does not have; correct config.json"
-                )
-
-    def dtype(self, key: str) -> str:
-        name, opened = self.files[key]
-        stored = _STORED.get(opened.get_slice(key).get_dtype())
-        if stored not in DTYPES:
-            raise UserError(
-                f"{self.directory / name}: tensor {key} is stored as "
-                f"{opened.get_slice(key).get_dtype()}; give param_dtype {' or '.join(DTYPES)}"
-            )
-        return stored
-
-    def get(self, key: str, shape: tuple[int, ...]) -> np.ndarray:
-        name, opened = self.files[key]
-        header = opened.get_slice(key)
-        found = tuple(header.get_shape())
-        if found != shape:
-            raise UserError(
-                f"{self.directory / name}: tensor {key} has shape {found}, expected {shape}; "
-                "config.json and weights are of different models"
-            )
-        if header.get_dtype() not in _STORED:
-            raise UserError(
-                f"{self.directory / name}: tensor {key} is stored as {header.get_dtype()}, which "
-                f"is not supported; convert it to {' or '.join(DTYPES)}"
-            )
-        return opened.get_tensor(key)
-
-
-def _read_json(directory: Path, name: str) -> dict[str, Any]:
-    path = directory / name
-    if not path.is_file():
-        raise UserError(f"{path} is missing; name a Hugging Face checkpoint directory")
-    try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); download it again") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object; download it again")
-    return value
+            target[...] = found[inner]
+        tensors.release(key)
+    return out
 
 
 def _same_model(directory: Path, cfg: ModelConfig, stored: ModelConfig) -> None:
-    free = {"dtype", "param_dtype", "lm_head_fp32", "remat", "max_positions"}
+    free = {"dtype", "param_dtype", "lm_head_fp32", "max_positions"}
+    free |= {"remat", "attention", "logits_chunk", "lora_rank", "lora_alpha"}
     for field in dataclasses.fields(ModelConfig):
         ours, theirs = getattr(cfg, field.name), getattr(stored, field.name)
         if field.name not in free and ours != theirs:

@@ -7,10 +7,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from agentcpm_jax.model import qwen3
 from agentcpm_jax.model.attention import Attention
+from agentcpm_jax.model.attention_context import reorder
+from agentcpm_jax.model.chunked_head import label_logprobs
 from agentcpm_jax.model.config import ModelConfig
 
 
@@ -22,14 +25,15 @@ def token_logprobs(
     segment_ids: Int[Array, "B T"],
     *,
     attention: Attention | None = None,
+    mesh: Mesh | None = None,
 ) -> Float[Array, "B T"]:
     """log p(token t | the tokens of its segment before t), at index t.
 
-    0 at the first token of a segment and at padding. Arguments as in `qwen3.forward`.
+    0 at the first token of a segment and at padding. Arguments as in `qwen3.forward`. The logits of
+    all positions never exist together, see `chunked_head`.
     """
-    hidden = qwen3.hidden_states(params, cfg, tokens, positions, segment_ids, attention=attention)
-    logits = qwen3.unembed(params, cfg, hidden[:, :-1])
-    return _align(logprobs_from_logits(logits, tokens[:, 1:]), predicted(segment_ids))
+    where = (tokens, positions, segment_ids)
+    return _of_labels(params, cfg, *where, attention, mesh, entropy=False)[0]
 
 
 def token_logprobs_and_entropy(
@@ -40,13 +44,11 @@ def token_logprobs_and_entropy(
     segment_ids: Int[Array, "B T"],
     *,
     attention: Attention | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """`token_logprobs`, and at t the entropy (nats) of the distribution that predicts token t."""
-    hidden = qwen3.hidden_states(params, cfg, tokens, positions, segment_ids, attention=attention)
-    logits = qwen3.unembed(params, cfg, hidden[:, :-1])
-    valid = predicted(segment_ids)
-    logprobs = _align(logprobs_from_logits(logits, tokens[:, 1:]), valid)
-    return logprobs, _align(entropy_from_logits(logits), valid)
+    where = (tokens, positions, segment_ids)
+    return _of_labels(params, cfg, *where, attention, mesh, entropy=True)
 
 
 def predicted(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T"]:
@@ -72,6 +74,33 @@ def entropy_from_logits(logits: Float[Array, "*B V"]) -> Float[Array, "*B"]:
     return -jnp.sum(p * jnp.where(p > 0, logp, 0.0), axis=-1)
 
 
-def _align(values: Float[Array, "B T1"], valid: Bool[Array, "B T"]) -> Float[Array, "B T"]:
-    # Logits at t speak of token t + 1.
-    return jnp.where(valid, jnp.pad(values, ((0, 0), (1, 0))), 0.0)
+def _of_labels(
+    params: Mapping[str, Any],
+    cfg: ModelConfig,
+    tokens: jax.Array,
+    positions: jax.Array,
+    segment_ids: jax.Array,
+    attention: Attention | None,
+    mesh: Mesh | None,
+    *,
+    entropy: bool,
+) -> tuple[jax.Array, jax.Array]:
+    labels = jnp.roll(tokens, -1, axis=1)  # before any reordering; the last one is never read
+    inputs = [reorder(x, mesh) for x in (tokens, positions, segment_ids)]
+    hidden = qwen3.hidden_states(params, cfg, *inputs, attention=attention, mesh=mesh)
+    found = label_logprobs(
+        hidden,
+        qwen3.output_matrix(params, cfg, mesh),
+        reorder(labels, mesh),
+        chunk=cfg.logits_chunk,
+        entropy=entropy,
+        mesh=mesh,
+    )
+    valid = predicted(segment_ids)
+    logprobs, entropies = (_align(reorder(x, mesh, back=True), valid) for x in found)
+    return logprobs, entropies
+
+
+def _align(values: Float[Array, "B T"], valid: Bool[Array, "B T"]) -> Float[Array, "B T"]:
+    # What stands at t speaks of token t + 1.
+    return jnp.where(valid, jnp.roll(values, 1, axis=1), 0.0)

@@ -12,11 +12,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from agentcpm_jax.model import layers
-from agentcpm_jax.model.attention import Attention, reference
+from agentcpm_jax.model.attention import Attention
+from agentcpm_jax.model.attention_choice import make_attention
+from agentcpm_jax.model.attention_context import reorder
 from agentcpm_jax.model.config import ModelConfig
+from agentcpm_jax.model.gather import embedding_rows, gather, gather_layer
+from agentcpm_jax.model.lora import adapted
+from agentcpm_jax.model.remat import ATTENTION_OUT, RESIDUAL, named, rematerialise
+from agentcpm_jax.sharding import constrain
 
 
 def forward(
@@ -27,19 +34,22 @@ def forward(
     segment_ids: Int[Array, "B T"],
     *,
     attention: Attention | None = None,
+    mesh: Mesh | None = None,
 ) -> Float[Array, "B T V"]:
     """Next-token logits, float32.
 
     Args:
-      params: the tree of `params.init`.
+      params: the tree of `params.init`; "adapters" beside it are added (`lora.py`).
       cfg: its configuration.
       tokens: ids; any valid id at padding.
       positions: rotary positions, from 0 within each segment.
       segment_ids: 0 is padding; tokens of one row see only their own segment.
-      attention: a function of (q, k, v, segment_ids); default `attention.reference`.
+      attention: a function of (q, k, v, segment_ids); default that of `cfg.attention` on `mesh`.
+      mesh: of the parameters and the batch; None: one device.
     """
-    hidden = hidden_states(params, cfg, tokens, positions, segment_ids, attention=attention)
-    return unembed(params, cfg, hidden)
+    inputs = [reorder(x, mesh) for x in (tokens, positions, segment_ids)]
+    hidden = hidden_states(params, cfg, *inputs, attention=attention, mesh=mesh)
+    return unembed(params, cfg, reorder(hidden, mesh, back=True))
 
 
 def hidden_states(
@@ -50,18 +60,28 @@ def hidden_states(
     segment_ids: Int[Array, "B T"],
     *,
     attention: Attention | None = None,
+    mesh: Mesh | None = None,
 ) -> Float[Array, "B T D"]:
-    """What `unembed` reads: the residual stream after the final norm, in `cfg.dtype`."""
-    attention = attention or reference
+    """What `unembed` reads: the residual stream after the final norm, in `cfg.dtype`.
+
+    As `forward`, but with time in the order of the attention: on a mesh with a context axis that
+    is `attention_context.time_order`, in and out.
+    """
+    attention = attention or make_attention(cfg, mesh)
     rope = layers.rope_tables(positions, cfg)
 
-    def body(x: jax.Array, layer: Mapping[str, Any]) -> tuple[jax.Array, None]:
-        x, _ = block(layer, cfg, x, rope, lambda q, k, v: attention(q, k, v, segment_ids))
-        return x, None
+    def body(x: jax.Array, xs: Any) -> tuple[jax.Array, None]:
+        layer, adapters = xs
+        layer = gather_layer(layer, cfg, mesh)
+        if adapters is not None:
+            layer = adapted(layer, adapters, cfg)
+        x = named(constrain(x, mesh, "batch", "time", None), RESIDUAL)
+        x, _ = block(layer, cfg, x, rope, lambda q, k, v: attention(q, k, v, segment_ids), mesh)
+        return constrain(x, mesh, "batch", "time", None), None
 
-    if cfg.remat == "full":
-        body = jax.checkpoint(body, prevent_cse=False)
-    x, _ = jax.lax.scan(body, embed(params, cfg, tokens), params["layers"])
+    stacked = (params["layers"], params.get("adapters"))
+    x = embed(params, cfg, tokens, mesh)
+    x, _ = jax.lax.scan(rematerialise(body, cfg.remat), x, stacked)
     return final_norm(params, cfg, x)
 
 
@@ -82,12 +102,27 @@ def unembed(
         )
 
 
+def output_matrix(
+    params: Mapping[str, Any], cfg: ModelConfig, mesh: Mesh | None = None
+) -> Float[Array, "V D"]:
+    """What `unembed` multiplies by, in the dtype of that product, gathered over the token axes."""
+    dtype = "float32" if cfg.lm_head_fp32 else cfg.dtype
+    if cfg.tied_embeddings:
+        return gather(params["embed"], dtype, mesh, ("vocab", "width"))
+    return gather(params["lm_head"], dtype, mesh, ("width", "vocab")).T
+
+
 def embed(
-    params: Mapping[str, Any], cfg: ModelConfig, tokens: Int[Array, "B T"]
+    params: Mapping[str, Any],
+    cfg: ModelConfig,
+    tokens: Int[Array, "B T"],
+    mesh: Mesh | None = None,
 ) -> Float[Array, "B T D"]:
     """Rows of the embedding in `cfg.dtype`."""
     with jax.named_scope("embed"):
-        return params["embed"][tokens].astype(cfg.dtype)
+        if mesh is None or mesh.size == 1:
+            return params["embed"][tokens].astype(cfg.dtype)
+        return embedding_rows(params["embed"], tokens, cfg.dtype, mesh)
 
 
 def block(
@@ -96,13 +131,17 @@ def block(
     x: Float[Array, "B T D"],
     rope: layers.Rope,
     attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+    mesh: Mesh | None = None,
 ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]]:
     """One layer (parameters without L) around `attend(q, k, v)`; also its new keys and values."""
     with jax.named_scope("attention"):
         h = layers.rms_norm(x, layer["attn_norm"], cfg.norm_eps)
         q, k, v = layers.qkv(layer["attn"], cfg, h, rope)
-        out = attend(q, k, v)
-        x = x + jnp.einsum("BTNH,NHD->BTD", out, layer["attn"]["o"].astype(x.dtype))
+        q = constrain(q, mesh, "batch", "time", "heads", None)
+        k, v = (constrain(y, mesh, "batch", "time", "kv_heads", None) for y in (k, v))
+        out = named(attend(q, k, v), ATTENTION_OUT)
+        # Not an einsum: that contracts H before N, for which XLA transposes the matrix every time.
+        x = x + jnp.tensordot(out, layer["attn"]["o"].astype(x.dtype), 2)
     with jax.named_scope("mlp"):
         h = layers.rms_norm(x, layer["mlp_norm"], cfg.norm_eps)
         return x + layers.swiglu(layer["mlp"], h), (k, v)

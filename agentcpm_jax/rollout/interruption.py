@@ -10,14 +10,17 @@ same here: what was answered is kept, the prefix is sent again. The prefix is co
 the weights of the new leg, so each token's log-probability is that of the version stamped on it.
 After AReaL (arXiv 2505.24298, section 4.1, interruptible rollout workers). Deviations:
 1. versions are those that the server reports for each token, not the client's belief on arrival;
-2. the budget shrinks by what is kept; a remainder of zero is a completion of finish `length`;
-3. legs that bring no token are bounded, so a server that only aborts is an error and not a loop.
+2. a stop string whose beginning is in one leg and whose end is in the next, which no server sees,
+   is found over the joined text: what was sampled after it is cut off;
+3. the budget shrinks by what is kept; a remainder of zero is a completion of finish `length`;
+4. legs that bring no token are bounded, so a server that only aborts is an error and not a loop.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from bisect import bisect_left
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,6 +28,8 @@ import numpy as np
 from agentcpm_jax.rollout.policy import Completion, Finish, SampleRequest
 from agentcpm_jax.rollout.sglang_protocol import FINAL, Leg, PoolError, Trouble
 
+#: ids -> text
+Decode = Callable[[Sequence[int]], str]
 #: (prefix i32[P], budget, leg number) -> the leg; raises `PoolError`.
 SendLeg = Callable[[np.ndarray, int, int], Awaitable[Leg]]
 
@@ -54,11 +59,16 @@ class Tally:
 
 
 async def complete(
-    request: SampleRequest, send: SendLeg, limits: Limits, tally: Tally
+    request: SampleRequest,
+    send: SendLeg,
+    limits: Limits,
+    tally: Tally,
+    decode: Decode | None = None,
 ) -> Completion:
     """The whole completion. Failure is data: `finish` is `error` or `abort`, `error` says why.
 
-    What was kept before a failure is returned with it. Only cancellation raises.
+    What was kept before a failure is returned with it. Only cancellation raises. Without `decode`
+    stop strings are left to the server.
     """
     kept = _Kept()
     trouble = "no worker took the request"
@@ -78,7 +88,10 @@ async def complete(
                         return kept.completion(Finish.ERROR, trouble)
                     await asyncio.sleep(_pause(limits, failures))
                     continue
+                seam = len(kept.ids)
                 kept.add(leg, tally)
+                if seam and decode is not None and kept.cut(request.params.stop_strings, decode):
+                    return kept.completion(Finish.STOP)
                 if leg.finish is not Finish.ABORT:
                     return kept.completion(leg.finish)
                 trouble = f"aborted: {leg.message or 'by the server'}"
@@ -112,6 +125,20 @@ class _Kept:
         tally.tokens += len(leg.ids)
         tally.aborted += leg.finish is Finish.ABORT
         tally.uncertain_tokens += len(leg.ids) * leg.uncertain
+
+    def cut(self, strings: Sequence[str], decode: Decode) -> bool:
+        """Ends with the id that completes one of `strings`, if any does."""
+
+        def complete(count: int) -> bool:
+            text = decode(self.ids[:count])
+            return any(string in text for string in strings)
+
+        if not strings or not complete(len(self.ids)):
+            return False
+        count = bisect_left(range(len(self.ids)), True, key=complete)
+        for values in (self.ids, self._logprobs, self._versions):
+            del values[count:]
+        return True
 
     def completion(self, finish: Finish, error: str = "") -> Completion:
         return Completion(

@@ -17,7 +17,7 @@ import numpy as np
 class Finish(enum.StrEnum):
     """Why a completion ended."""
 
-    STOP = "stop"  # a stop id was sampled (it is the last id of the completion)
+    STOP = "stop"  # the last id of the completion is a stop id or completes a stop string
     LENGTH = "length"
     ABORT = "abort"
     ERROR = "error"
@@ -25,11 +25,17 @@ class Finish(enum.StrEnum):
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to sample. `temperature=0` is greedy. Log-probabilities are those of temperature 1."""
+    """How to sample. `temperature=0` is greedy. Log-probabilities are those of the full
+    distribution at temperature 1, whatever the sampling was restricted to; train on samples
+    without `top_p`, `top_k` and `min_p`."""
 
     temperature: float = 1.0
     stop_ids: tuple[int, ...] = ()
     seed: tuple[int, ...] = (0,)  # folded into the key one by one, then the token index
+    top_p: float = 1.0
+    top_k: int = 0  # 0 (and SGLang's -1): all
+    min_p: float = 0.0  # relative to the most likely id
+    stop_strings: tuple[str, ...] = ()  # the id that completes one is the last
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,7 @@ class Completion:
     versions: np.ndarray
     finish: Finish
     error: str = ""
+    cached_tokens: int = 0  # of the prompt, found in the engine's prefix cache
 
 
 class TokenPolicy(Protocol):

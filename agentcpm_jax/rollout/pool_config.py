@@ -26,7 +26,9 @@ class PoolConfig:
     urls_file: str = ""  # a file of further urls, one per line, read again at every health check
     router_url: str = ""  # the official router: /generate goes there, control to each worker
     pause: Literal["abort", "retract", "in_place"] = "abort"
-    weights_dir: str = ""  # where the workers find weights; empty: below the stage's directory
+    weights_dir: str = ""  # a directory or URL (gs://...); empty: below the stage's directory
+    weights_dtype: Literal["", "float32", "bfloat16"] = ""  # empty: as the trainer's parameters
+    agent_port: int = 0  # launch/pool_agent.py on every worker's host; 0: workers see weights_dir
     api_key_env: str = "SGLANG_API_KEY"  # names of environment variables, not keys
     admin_key_env: str = "SGLANG_ADMIN_API_KEY"
     ca_file: str = ""  # PEM bundle of a private certificate authority
@@ -40,6 +42,7 @@ class PoolConfig:
     request_timeout: float = 1800.0  # s for a completion that brings no deadline, all legs together
     attempt_timeout: float = 900.0  # s for one HTTP request: what hangs is given up
     control_timeout: float = 60.0  # s for pause, continue, information
+    prefetch_timeout: float = 900.0  # s for an agent to copy weights; workers generate meanwhile
     update_timeout: float = 300.0  # s for one worker to load weights
     health_every: float = 10.0  # s between looks at each worker
     health_timeout: float = 25.0  # s; SGLang itself answers after at most 20
@@ -74,3 +77,10 @@ def check_url(url: str) -> str:
         shown = f"{parts.scheme}://...@{parts.hostname}"
         raise UserError(f"pool url {shown} carries credentials; use the keys' variables instead")
     return url.rstrip("/")
+
+
+def agent_url(worker: str, port: int) -> str:
+    """The agent of the host that `worker`, a checked url, is on; with TLS where that has it."""
+    parts = urlsplit(worker)
+    host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
+    return f"{parts.scheme}://{host}:{port}"

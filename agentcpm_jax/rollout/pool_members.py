@@ -17,7 +17,7 @@ import httpx
 import numpy as np
 
 from agentcpm_jax.rollout.policy import SamplingParams
-from agentcpm_jax.rollout.pool_config import Keys, PoolConfig, check_url
+from agentcpm_jax.rollout.pool_config import Keys, PoolConfig, agent_url, check_url
 from agentcpm_jax.rollout.pool_probe import (
     CONVENTION_TEMPERATURE,
     TOKENS,
@@ -51,6 +51,11 @@ class Weights:
     version: int
     name: str
     path: str
+
+    @property
+    def run(self) -> str:
+        """The name without its version: that of the directory which holds all of them."""
+        return self.name.rpartition("-")[0]
 
 
 class Members:
@@ -147,18 +152,28 @@ class Members:
         self.target = weights
         self.names[weights.name] = weights.version
         self._logprobs, self._fingerprint = logprobs, None
-        ready = [w for w in self.workers.values() if w.state is State.READY]
+        asked = [w for w in self.workers.values() if w.state is State.READY]
+        await asyncio.gather(*(self._prefetch(w) for w in asked))  # while they generate
+        ready = [w for w in asked if w.state is State.READY]
         for worker in ready:  # all gates close first, or aborted requests would hop to the next
             self._set(worker, State.UPDATING, f"loading {weights.name}")
         await asyncio.gather(*(self._update_ready(w) for w in ready))
         self._logprobs = None
         for worker in self.workers.values():
-            if worker.state is State.REFUSED and worker not in ready:
+            if worker.state is State.REFUSED and worker not in asked:
                 self._set(worker, State.JOINING, worker.reason)
         self._wake.set()
-        return {w.url: "" if w.state is State.READY else w.reason for w in ready}
+        return {w.url: "" if w.state is State.READY else w.reason for w in asked}
 
     # --- one worker -------------------------------------------------------------------------
+
+    async def _prefetch(self, worker: Worker) -> None:
+        """The weights onto the worker's host; without them it is out until it has caught up."""
+        try:
+            await self._path(worker, self.target)
+        except PoolError as error:
+            self.lost(worker, str(error))
+            worker.drop_legs()
 
     async def _update_ready(self, worker: Worker) -> None:
         target = self.target
@@ -226,11 +241,33 @@ class Members:
     async def _load(self, worker: Worker, target: Weights) -> None:
         """Pause, load, and continue whatever happened."""
         server, mode = worker.server, self.cfg.pause
+        path = await self._path(worker, target)
         try:
             await server.pause(mode)
-            await server.update_from_disk(target.path, target.name, flush=mode != "in_place")
+            await server.update_from_disk(path, target.name, flush=mode != "in_place")
         finally:
             await server.resume()
+
+    async def _path(self, worker: Worker, target: Weights) -> str:
+        """Where the worker's host has the weights; waits while its agent copies them."""
+        if not self.cfg.agent_port:
+            return target.path
+        assert self.client is not None
+        url = agent_url(worker.url, self.cfg.agent_port)
+        agent = Server(url, self.client, self._keys, self.cfg)
+        pause = 0.05
+        try:
+            async with asyncio.timeout(self.cfg.prefetch_timeout):
+                found = await agent.pull(target.run, target.version)
+                while found["state"] == "pulling":
+                    await asyncio.sleep(pause)
+                    pause = min(2 * pause, 1.0)
+                    found = await agent.pull(target.run, target.version)
+        except TimeoutError:
+            found = {"reason": f"not copied within {self.cfg.prefetch_timeout:g} s"}
+        if found.get("state") != "ready":
+            raise PoolError(Trouble.NO_WEIGHTS, url, f"{target.name}: {found.get('reason')}")
+        return str(found["path"])
 
     async def _verify(self, worker: Worker, target: Weights) -> None:
         """It announces the version, and its answers are those of the weights."""

@@ -99,7 +99,8 @@ class SGLangPool:
         pool until they caught up; requests go on as soon as one worker is ready.
 
         Args:
-          path: a Hugging Face directory that every worker can read.
+          path: a Hugging Face directory that every worker can read; with agents, the URL of one
+            below `pool.weights_dir/<run>`, which they copy from.
           logprobs: of the trainer under the new weights; else workers are compared to each other.
 
         Returns:
@@ -197,7 +198,9 @@ class SGLangPool:
             backoff_max=self.cfg.backoff_max,
         )
         try:
-            return await complete(request, send, limits, self.tally)
+            chat = self._get().trainer.chat
+            decode = None if chat is None else chat.decode
+            return await complete(request, send, limits, self.tally, decode)
         except asyncio.CancelledError:
             if self._closing:
                 return _closed()
@@ -278,7 +281,7 @@ class SGLangPool:
                 return chosen
             if any(w.state is State.UPDATING for w in workers):
                 patience = clock() + self.cfg.control_timeout
-            elif clock() > patience:
+            elif clock() > patience or all(w.state is State.REFUSED for w in workers):
                 raise PoolError(Trouble.UNREACHABLE, "pool", f"no worker: {members.describe()}")
             members.changed.clear()
             try:

@@ -38,6 +38,7 @@ class Trouble(enum.StrEnum):
     VOCABULARY = "vocabulary"  # a sampled id that the trainer does not have
     NON_FINITE = "non_finite_logprob"
     UPDATE_REFUSED = "update_refused"  # `success: false`
+    NO_WEIGHTS = "no_weights"  # the host's agent could not copy them
 
 
 #: Repeating these changes nothing: a human has to.
@@ -98,6 +99,9 @@ def generate_body(
         "spaces_between_special_tokens": False,
         "no_stop_trim": True,
     }
+    restricted = {"top_p": (params.top_p, 1.0), "min_p": (params.min_p, 0.0)}
+    restricted |= {"top_k": (params.top_k, 0), "stop": (list(params.stop_strings), [])}
+    sampling |= {name: value for name, (value, default) in restricted.items() if value != default}
     if seed is not None:
         sampling["sampling_seed"] = seed
     body = {

@@ -87,6 +87,14 @@ class Server:
         body = {"model_path": path, "weight_version": version, "flush_cache": flush}
         await self._control("/update_weights_from_disk", body, self._cfg.update_timeout)
 
+    async def pull(self, run: str, version: int) -> dict[str, Any]:
+        """An agent's word on its copy of the weights; it begins one when it has none."""
+        body = {"name": run, "version": version}
+        found = await self._control("/pull", body, self._cfg.control_timeout)
+        if not isinstance(found, dict) or "state" not in found:
+            raise PoolError(Trouble.BAD_ANSWER, self.url, f"/pull: {found!r:.200}")
+        return found
+
     async def abort(self, rid: str) -> None:
         await self._control("/abort_request", {"rid": rid}, self._cfg.control_timeout)
 

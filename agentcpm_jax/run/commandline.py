@@ -26,6 +26,7 @@ class Command(NamedTuple):
 
     config: ExperimentConfig
     workdir: Path
+    doctor: bool | None = None  # True: examine only, False: do not examine, None: examine first
 
 
 def parse(argv: Sequence[str]) -> Command:
@@ -35,11 +36,14 @@ def parse(argv: Sequence[str]) -> Command:
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=ordered)
     flags.DEFINE_string("workdir", "", "where the run lives", flag_values=values)
+    flags.DEFINE_boolean("doctor", None, "examine what the config names", flag_values=values)
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # absl logs what it then raises
             positional = values(ordered)
     except flags.UnrecognizedFlagError as error:
-        raise UserError(f"{error}; known: --config, --config.<key>=..., --workdir") from None
+        raise UserError(
+            f"{error}; known: --config, --config.<key>=..., --workdir, --[no]doctor"
+        ) from None
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         # ml_collections puts the repr of a KeyError, escapes included, into the next one.
         text = " ".join(str(error).replace("\\n", " ").replace("\\", "").split())
@@ -50,7 +54,8 @@ def parse(argv: Sequence[str]) -> Command:
         raise UserError(f"unexpected argument {positional[1]!r}; overrides are --config.a.b=value")
     loaded: Any = values["config"].value
     config = from_config_dict(loaded)
-    return Command(config, Path(values["workdir"].value or config.workdir))
+    workdir = Path(values["workdir"].value or config.workdir)
+    return Command(config, workdir, values["doctor"].value)
 
 
 def find_config(path: str) -> Path:

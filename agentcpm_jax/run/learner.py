@@ -12,8 +12,8 @@ from agentcpm_jax.config import RLStage, Stage
 from agentcpm_jax.data.loader import StepBatches
 from agentcpm_jax.data.rows import Row
 from agentcpm_jax.run.context import RunContext
-from agentcpm_jax.run.placement import place, step_shardings
 from agentcpm_jax.train.optimizer import make_optimizer
+from agentcpm_jax.train.placement import place, step_shardings
 from agentcpm_jax.train.state import TrainState
 from agentcpm_jax.train.step import make_rl_step, needs_reference
 from agentcpm_jax.types import UserError

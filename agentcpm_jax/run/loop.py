@@ -34,6 +34,7 @@ from agentcpm_jax.run.interrupt import Interrupted
 from agentcpm_jax.run.learner import make_batches, make_learner
 from agentcpm_jax.run.meter import Meter
 from agentcpm_jax.run.metrics import MetricsWriter
+from agentcpm_jax.run.nonfinite import stop_if_not_finite
 from agentcpm_jax.run.pool import PoolEngine, engine_metrics, open_engine
 from agentcpm_jax.run.sampling import make_finish, make_run_sample, task_sequence
 from agentcpm_jax.run.staleness import age_metrics, drop_metrics, stale_drops
@@ -126,8 +127,10 @@ class _Circle:
     ) -> None:
         """Metrics of one step: losses, rewards, staleness, filters, time."""
         values = dict(jax.device_get(values))
-        values |= self.meter.drain() | self.stream.snapshot()
         shipped = self.shipped.pop(step - 1)
+        where = self.ctx.directory(self.stage), self.stage, step
+        stop_if_not_finite(values, batch, *where, (s.issue_id for s in shipped))
+        values |= self.meter.drain() | self.stream.snapshot()
         values |= age_metrics(shipped, step - 1) | row_metrics(shipped)
         values |= drop_metrics(stale_drops(self.ctx.log, self.stage))
         values |= {

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import re
 import secrets
-import shutil
-from collections import deque
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,16 +12,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from agentcpm_jax import weight_sync
 from agentcpm_jax.config import RLStage, Stage
 from agentcpm_jax.engine.local import LocalEngine, check_capacity
 from agentcpm_jax.model.config import ModelConfig
-from agentcpm_jax.model.hf import save_hf
 from agentcpm_jax.model.logprobs import token_logprobs
 from agentcpm_jax.rollout.policy import Completion, SampleRequest
+from agentcpm_jax.rollout.pool_config import PoolConfig
 from agentcpm_jax.rollout.pool_probe import Trainer
 from agentcpm_jax.rollout.sglang_pool import SGLangPool
 from agentcpm_jax.run.context import RunContext, write_atomically
 from agentcpm_jax.types import UserError
+from agentcpm_jax.weight_store import open_place, remove_roots
 
 
 def open_engine(
@@ -56,19 +57,22 @@ def engine_metrics(engine: LocalEngine | PoolEngine) -> dict[str, float]:
 class PoolEngine:
     """A pool with the face of `LocalEngine`: `set_params` publishes a Hugging Face directory.
 
-    The directories of the last two versions stay, for workers that join late.
+    Every start of the trainer publishes below a name of its own, which the versions that servers
+    announce begin with: no name ever stands for two sets of weights, also when a resumed run
+    computes a step again. The last two versions stay, for workers that join late.
     """
 
     def __init__(
         self, ctx: RunContext, stage: Stage, rl: RLStage, params: Any, version: int
     ) -> None:
-        self._model, self._tokenizer = ctx.cfg.model, ctx.tokenizer
+        self._model, self._tokenizer, self._cfg = ctx.cfg.model, ctx.tokenizer, rl.pool
         directory = ctx.directory(stage)
-        self._weights = Path(rl.pool.weights_dir or directory / "pool_weights").absolute()
-        self._kept: deque[Path] = deque()
+        mine = weights_name(ctx.cfg.name, stage.name, _run_id(directory / "run_id"))
+        name = f"{mine}.{secrets.token_hex(3)}"
+        where = weights_place(rl.pool, directory / "pool_weights")
+        self._root = f"{where}/{name}"
         self.version = version
         self.tokens_prefilled = 0  # servers do not tell
-        name = f"{ctx.cfg.name}-{stage.name}-{_run_id(directory / 'run_id')}"
         self.pool = SGLangPool(rl.pool, name)
         trainer = Trainer(
             vocab_size=self._model.vocab_size,
@@ -77,10 +81,11 @@ class PoolEngine:
             temperature=ctx.cfg.episode.temperature,
         )
         try:
-            self.pool.start(trainer, version, self._write(params, version))
+            self.pool.start(trainer, version, self._publish(params, version))
         except BaseException:
             self.pool.close()
             raise
+        remove_roots(where, f"{mine}.", but=name)  # of earlier starts
 
     @property
     def tokens_sampled(self) -> int:
@@ -91,21 +96,52 @@ class PoolEngine:
 
     def set_params(self, params: Any, version: int) -> None:
         """Publish; returns when each worker has the weights or is out of the pool."""
-        path = self._write(params, version)
+        path = self._publish(params, version)
         self.pool.update_weights(version, path, probe_logprobs(params, self._model))
         self.version = version
+        weight_sync.collect_garbage(self._root, version - 1)
 
     def close(self) -> None:
         self.pool.close()
 
-    def _write(self, params: Any, version: int) -> str:
-        path = self._weights / f"v{version:06d}"
-        if not path.exists():
-            save_hf(path, jax.device_get(params), self._model, tokenizer_from=self._tokenizer)
-        self._kept.append(path)
-        while len(self._kept) > 2:
-            shutil.rmtree(self._kept.popleft(), ignore_errors=True)
-        return str(path)
+    def _publish(self, params: Any, version: int) -> str:
+        weight_sync.publish(
+            self._root,
+            version,
+            params,
+            self._model,
+            dtype=self._cfg.weights_dtype,
+            tokenizer_from=self._tokenizer,
+        )
+        return version_path(self._root, version)
+
+
+def weights_place(pool: PoolConfig, default: Path) -> str:
+    """Where a pool's weights are published: an absolute path, or a URL.
+
+    Raises `UserError`: workers could not read from there.
+    """
+    where = pool.weights_dir.rstrip("/") or str(default)
+    place = open_place(where)
+    if place.local:
+        return place.path  # absolute
+    if not pool.agent_port:
+        raise UserError(
+            f"pool.weights_dir={where!r}: workers read local files; start launch/pool_agent.py on "
+            "their hosts and name its port in pool.agent_port"
+        )
+    return where
+
+
+def weights_name(*parts: str) -> str:
+    """The parts as a name for directories and versions."""
+    return re.sub(r"[^A-Za-z0-9_]+", "-", "-".join(parts)).strip("-")
+
+
+def version_path(root: str, version: int) -> str:
+    """What a worker, or its agent, reads a version from."""
+    place = open_place(root)
+    return place.version(version) if place.local else f"{root}/weights/v{version:06d}"
 
 
 def probe_logprobs(params: Any, model: ModelConfig, length: int = 32):

@@ -23,8 +23,9 @@ from agentcpm_jax.rollout.chat import ChatFormat
 from agentcpm_jax.run.context import RunContext
 from agentcpm_jax.run.interrupt import Interrupted
 from agentcpm_jax.run.metrics import MetricsWriter
-from agentcpm_jax.run.placement import place, step_shardings
+from agentcpm_jax.run.nonfinite import stop_if_not_finite
 from agentcpm_jax.train.optimizer import OptimizerConfig, make_optimizer
+from agentcpm_jax.train.placement import place, step_shardings
 from agentcpm_jax.train.state import TrainState
 from agentcpm_jax.train.step import make_sft_step
 from agentcpm_jax.types import UserError
@@ -170,6 +171,7 @@ def _train(
         state, values = step_fn(state, batch)
         if step % shape.log_every == 0 or step == shape.steps:
             values = jax.device_get(values)
+            stop_if_not_finite(values, batch, directory, name, step)
             metrics.write(step, {**values, **(constants or {})})
             bar.set_postfix_str(f"loss {values['train/loss']:.3f}")
             _check_finite(values, name, step)
@@ -188,6 +190,6 @@ def _train(
 def _check_finite(values: dict[str, Any], name: str, step: int) -> None:
     if values["train/nonfinite"] > 10:
         raise UserError(
-            f"{name}: more than 10 updates were skipped for a non-finite loss or gradient by step "
+            f"{name}: more than 10 updates were skipped for a non-finite gradient by step "
             f"{step}; lower the learning rate or look at the data"
         )

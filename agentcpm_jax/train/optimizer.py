@@ -3,6 +3,11 @@
 Weight decay follows Hugging Face's Trainer: matrices (embeddings included) decay, norm scales and
 biases do not. A stacked norm is a matrix to look at ([L,D]), so leaves are told apart by name.
 
+Bytes of state for each parameter: adamw 8, with `moments="bfloat16"` 6 (the second moment stays
+float32: at b2 = 0.999 an update changes it by less than bfloat16 can hold), adafactor (Shazeer and
+Stern 2018, arXiv 1804.04235, without its own schedule and relative steps) near 0: the second moment
+of a matrix is an outer product of its row and column means.
+
 Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon) orthogonalises the update of each
 layer's matrices; embeddings, the lm_head and norms take Adam at `adam_lr` (with Nesterov's
 look-ahead, as in optax) and do not decay. The matrices of all layers are stacked on axis 0, a
@@ -22,7 +27,8 @@ import optax
 
 from agentcpm_jax.types import UserError
 
-NAMES = ("adamw", "muon")
+NAMES = ("adamw", "adafactor", "muon")
+MOMENTS = ("float32", "bfloat16")
 SCHEDULES = ("cosine", "constant", "linear", "flat_linear")
 
 Schedule = Callable[[Any], jax.Array]
@@ -40,12 +46,13 @@ class OptimizerConfig:
       UserError: unknown name or schedule.
     """
 
-    name: str = "adamw"  # adamw | muon
+    name: str = "adamw"  # adamw | adafactor | muon
     lr: float = 2e-5
     adam_lr: float = 2e-3
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
+    moments: str = "float32"  # or bfloat16: of adamw's first moment
     muon_momentum: float = 0.95
     weight_decay: float = 0.01
     clip_norm: float = 1.0
@@ -57,7 +64,7 @@ class OptimizerConfig:
     final_fraction: float | None = None  # None: 0.05 for flat_linear, 0 for the others
 
     def __post_init__(self) -> None:
-        for key, allowed in (("name", NAMES), ("schedule", SCHEDULES)):
+        for key, allowed in (("name", NAMES), ("schedule", SCHEDULES), ("moments", MOMENTS)):
             if getattr(self, key) not in allowed:
                 value = getattr(self, key)
                 raise UserError(
@@ -78,7 +85,20 @@ def make_optimizer(cfg: OptimizerConfig) -> tuple[optax.GradientTransformation, 
 
     if cfg.name == "adamw":
         inner = optax.adamw(
-            schedule, cfg.b1, cfg.b2, cfg.eps, weight_decay=cfg.weight_decay, mask=decay_mask
+            schedule,
+            cfg.b1,
+            cfg.b2,
+            cfg.eps,
+            mu_dtype=cfg.moments,
+            weight_decay=cfg.weight_decay,
+            mask=decay_mask,
+        )
+    elif cfg.name == "adafactor":
+        inner = optax.chain(
+            optax.scale_by_factored_rms(decay_rate=0.8, epsilon=1e-30),
+            optax.clip_by_block_rms(1.0),
+            optax.add_decayed_weights(cfg.weight_decay, decay_mask),
+            optax.scale_by_learning_rate(schedule),
         )
     else:
         inner = optax.contrib.muon(

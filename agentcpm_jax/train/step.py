@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import AbstractMesh, Mesh
 
 from agentcpm_jax.data.batch import Batch
 from agentcpm_jax.model.attention import Attention
@@ -38,6 +39,8 @@ class StepShardings(NamedTuple):
 
     state: Any
     batch: Any
+    mesh: Mesh | AbstractMesh | None = None  # of the shardings; constrains activations
+    base: Any = None  # with adapters: of the frozen parameters
 
 
 def make_sft_step(
@@ -56,23 +59,27 @@ def make_sft_step(
       tx: the optimiser; `schedule` (its learning rate) is for the metric `train/lr` only.
       micro_rows: rows per forward pass; the batch's rows must be a multiple. 0: all at once.
       shardings: of the state and the batch on a mesh; None: one device.
-      attention: the kernel; None: the reference.
+      attention: the kernel; None: that of `model.attention` on the mesh.
     Returns:
       A jitted (state, batch) -> (state, metrics). The state is donated. A non-finite loss or
       gradient changes nothing but `step` and `skipped`.
     """
 
+    run = {"attention": attention, "mesh": shardings and shardings.mesh}
+
     def loss_fn(params: Any, batch: Batch) -> tuple[jax.Array, Metrics]:
-        logprobs = token_logprobs(
-            params, model, batch.tokens, batch.positions, batch.segment_ids, attention=attention
-        )
+        where = (batch.tokens, batch.positions, batch.segment_ids)
+        logprobs = token_logprobs(params, model, *where, **run)
         loss = cross_entropy(logprobs, batch.loss_mask, batch.weights, batch.num_tokens)
         return loss, {}
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        return _update(state, batch, loss_fn, tx, schedule, micro_rows)
+    def step(state: TrainState, batch: Batch, base: Any = None) -> tuple[TrainState, Metrics]:
+        def of_trained(trained: Any, batch: Batch) -> tuple[jax.Array, Metrics]:
+            return loss_fn(_beside(base, trained), batch)
 
-    return _jit(step, shardings)
+        return _update(state, batch, of_trained, tx, schedule, micro_rows)
+
+    return _jit(step, shardings, ("base",) if model.lora_rank else ())
 
 
 def make_rl_step(
@@ -95,22 +102,26 @@ def make_rl_step(
     Returns:
       A jitted (state, batch, version) -> (state, metrics). `version` i32[] is that of the current
       parameters: the age of a token is `version - batch.versions`. When `needs_reference(loss_cfg)`
-      a fourth argument holds the parameters that `kl_coef` pulls to.
+      a fourth argument holds the parameters that `kl_coef` pulls to; with `model.lora_rank` a
+      fourth (fifth) the frozen base.
     """
     cfg = resolve(loss_cfg)
     recompute = cfg.proximal == "recompute"
+    run = {"attention": attention, "mesh": shardings and shardings.mesh}
 
     def step(
-        state: TrainState, batch: Batch, version: jax.Array, reference: Any = None
+        state: TrainState, batch: Batch, version: jax.Array, *others: Any
     ) -> tuple[TrainState, Metrics]:
+        base = others[-1] if model.lora_rank else None
+        reference = others[0] if needs_reference(cfg) else None
+
         def loss_fn(params: Any, batch: Batch) -> tuple[jax.Array, Metrics]:
+            params = _beside(base, params)
             where = (batch.tokens, batch.positions, batch.segment_ids)
-            logprobs, entropy = token_logprobs_and_entropy(
-                params, model, *where, attention=attention
-            )
+            logprobs, entropy = token_logprobs_and_entropy(params, model, *where, **run)
             pulled_to = None
             if reference is not None:
-                pulled_to = token_logprobs(reference, model, *where, attention=attention)
+                pulled_to = token_logprobs(reference, model, *where, **run)
             old = batch.proximal_logprobs
             if recompute and old is None:
                 old = jax.lax.stop_gradient(logprobs)
@@ -142,12 +153,17 @@ def make_rl_step(
         if cfg.updates == 1:
             return one_update(state, batch)
         if recompute:
-            old = _logprobs(state.params, model, batch, micro_rows, attention)
+            old = _logprobs(_beside(base, state.params), model, batch, micro_rows, run)
             batch = replace(batch, proximal_logprobs=old)
         state, metrics = jax.lax.scan(one_update, state, _shares(batch, cfg.updates))
         return state, _over_updates(metrics)
 
-    return _jit(step, shardings, extra=2 if needs_reference(cfg) else 1)
+    extra = ["version"]
+    if needs_reference(cfg):
+        extra.append("base" if model.lora_rank else "state")
+    if model.lora_rank:
+        extra.append("base")
+    return _jit(step, shardings, tuple(extra))
 
 
 def needs_reference(loss_cfg: LossConfig) -> bool:
@@ -223,15 +239,14 @@ def _logprobs(
     model: ModelConfig,
     batch: Batch,
     micro_rows: int,
-    attention: Attention | None,
+    run: dict[str, Any],
 ) -> jax.Array:
     """log pi of every token of a batch, `micro_rows` rows at a time: f32[B,T], a constant."""
     rows, length = batch.shape
 
     def some(part: Batch) -> jax.Array:
-        return token_logprobs(
-            params, model, part.tokens, part.positions, part.segment_ids, attention=attention
-        )
+        where = (part.tokens, part.positions, part.segment_ids)
+        return token_logprobs(params, model, *where, **run)
 
     if micro_rows <= 0 or micro_rows >= rows:
         return jax.lax.stop_gradient(some(batch))
@@ -286,15 +301,25 @@ def _update(
     return TrainState(state.step + 1, skipped, params, opt_state), metrics
 
 
-def _jit(step: Callable, shardings: StepShardings | None, extra: int = 0) -> Callable:
+def _beside(base: Any, trained: Any) -> Any:
+    """What the backbone reads: the trained parameters, or the frozen ones with trained adapters."""
+    return trained if base is None else {**base, "adapters": trained}
+
+
+def _jit(step: Callable, shardings: StepShardings | None, extra: tuple[str, ...] = ()) -> Callable:
+    """`extra` names the sharding of each argument after the batch."""
     if shardings is None:
         return jax.jit(step, donate_argnums=0)
-    state, batch = shardings
+    state = shardings.state
     # The parameters of a reference policy are laid out like those of the state.
-    rest = (None, getattr(state, "params", state))[:extra]
+    known = {
+        "version": None,
+        "state": getattr(state, "params", state),
+        "base": shardings.base,
+    }
     return jax.jit(
         step,
         donate_argnums=0,
-        in_shardings=(state, batch, *rest),
+        in_shardings=(state, shardings.batch, *(known[name] for name in extra)),
         out_shardings=(state, None),
     )

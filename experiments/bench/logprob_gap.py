@@ -4,8 +4,10 @@
     SGLANG_PYTHON=.venv-sglang/bin/python python experiments/bench/logprob_gap.py   # and SGLang
 
 The trainer is the float32 forward pass. Gaps are |log-prob of the server - of the trainer| per
-token (nats). Mismatch KL is the estimate of KL(server || trainer) under the server's samples,
-mean of exp(d) - 1 - d with d = trainer - server (http://joschu.net/blog/kl-approx.html, k3).
+token (nats). bfloat16: the server computes in float32 with weights that were rounded, which is what
+publishing in bfloat16 adds; this XLA multiplies no bfloat16 matrices on a CPU. Mismatch KL is the
+estimate of KL(server || trainer) under the server's samples, mean of exp(d) - 1 - d with d =
+trainer - server (http://joschu.net/blog/kl-approx.html, k3).
 `in_place` and `retract` rows: tokens of a request after an update that happened under it.
 """
 
@@ -16,6 +18,7 @@ import os
 import platform
 import sys
 import tempfile
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -31,6 +34,7 @@ from toy_pool import Servers
 from agentcpm_jax.engine.local import EngineConfig
 from agentcpm_jax.engine.served_local import ServedLocal
 from agentcpm_jax.engine.server import EngineServer, ServerConfig
+from agentcpm_jax.model.hf import load_hf, save_hf
 from agentcpm_jax.rollout.chat import ChatFormat
 
 OUT = ROOT / "experiments" / "results" / "logprob_gap"
@@ -39,12 +43,12 @@ OUT = ROOT / "experiments" / "results" / "logprob_gap"
 def main() -> None:
     rows, weights = [], two_weights(Path(tempfile.mkdtemp()))
     running = Servers()
-    for dtype in ("float32", "bfloat16"):
+    for name, sent in (("float32", weights), ("bfloat16 weights", rounded(weights))):
         cfg = EngineConfig(slots=8, capacity=CONTEXT, row_buckets=(), token_buckets=(32,))
-        served = ServedLocal(str(FIRST), cfg, dtype)
+        served = ServedLocal(sent[0], cfg, "float32")
         chat = ChatFormat.load(FIRST)
         url = running.start(EngineServer(served, ServerConfig(port=0, chunk=16), chat=chat))
-        rows += measure(subject(url, weights), f"JAX engine {dtype}")
+        rows += measure(replace(subject(url, weights), weights=sent), f"JAX engine, {name}")
         served.close()
     running.close()
     if os.environ.get("SGLANG_PYTHON"):
@@ -52,6 +56,16 @@ def main() -> None:
         with sglang_servers(str(FIRST), CONTEXT, 1, logs) as urls:
             rows += measure(subject(urls[0], weights), "SGLang 0.5.23 float32 (CPU)")
     write(rows)
+
+
+def rounded(weights: tuple[str, str]) -> tuple[str, str]:
+    """The same weights as a trainer publishes them in bfloat16."""
+    found = []
+    for path in weights:
+        params, cfg = load_hf(path)
+        found.append(f"{tempfile.mkdtemp()}/weights")
+        save_hf(found[-1], params, cfg, dtype="bfloat16", tokenizer_from=FIRST)
+    return found[0], found[1]
 
 
 def subject(url: str, weights: tuple[str, str]) -> Subject:

@@ -1,0 +1,94 @@
+"""One request inside the engine, from submission to its completion."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from agentcpm_jax.engine.slots import Place
+from agentcpm_jax.engine.stops import cut_at_stop
+from agentcpm_jax.rollout.policy import Completion, Finish, SampleRequest
+
+
+@dataclass
+class Running:
+    """What was asked, what was sampled so far, and who waits for it."""
+
+    request: SampleRequest
+    prompt: np.ndarray  # i32[P]
+    budget: int
+    deadline: float  # of time.monotonic
+    key: np.ndarray  # u32[2]
+    loop: asyncio.AbstractEventLoop
+    future: asyncio.Future[Completion]
+    place: Place = field(default_factory=lambda: Place(-1, 0))
+    leader: Running | None = None  # the request that feeds the prefix we wait for
+    cached: int = 0  # prompt tokens that did not have to be fed
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+
+    @staticmethod
+    def of(request: SampleRequest, budget: int) -> Running:
+        """For a caller in the running event loop."""
+        loop = asyncio.get_running_loop()
+        seed = [s % 2**32 for s in request.params.seed]
+        return Running(
+            request=request,
+            prompt=np.asarray(request.prompt_ids, np.int32),
+            budget=budget,
+            deadline=time.monotonic() + request.deadline if request.deadline else float("inf"),
+            key=np.random.SeedSequence(seed).generate_state(2),
+            loop=loop,
+            future=loop.create_future(),
+        )
+
+    def record(
+        self,
+        ids: np.ndarray,
+        logprobs: np.ndarray,
+        version: int,
+        text: Callable[[Sequence[int]], str] | None,
+    ) -> Finish | None:
+        """Takes what a chunk has sampled; how the request ends, if it does."""
+        params = self.request.params
+        self.ids += ids.tolist()
+        self.logprobs += logprobs.tolist()
+        self.versions += [version] * len(ids)
+        if params.stop_strings and text is not None:
+            count, _ = cut_at_stop(text, self.ids, len(ids), params.stop_strings)
+            if count is not None:
+                for kept in (self.ids, self.logprobs, self.versions):
+                    del kept[count:]
+                return Finish.STOP
+        if self.ids[-1] in params.stop_ids:
+            return Finish.STOP
+        return Finish.LENGTH if len(self.ids) >= self.budget else None
+
+    def resolve(self, finish: Finish, error: str = "") -> None:
+        """Hands the completion to the caller's event loop; from any thread."""
+        completion = Completion(
+            ids=np.asarray(self.ids, np.int32),
+            logprobs=np.asarray(self.logprobs, np.float32),
+            versions=np.asarray(self.versions, np.int32),
+            finish=finish,
+            error=error,
+            cached_tokens=self.cached,
+        )
+
+        def deliver() -> None:
+            if not self.future.done():
+                self.future.set_result(completion)
+
+        if not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(deliver)
+
+
+def failed(error: str) -> Completion:
+    """A completion without tokens."""
+    empty = np.zeros(0, np.int32)
+    return Completion(empty, np.zeros(0, np.float32), empty, Finish.ERROR, error)

@@ -1,0 +1,109 @@
+"""Low-rank adapters (Hu et al. 2021, arXiv 2106.09685): W' = W + (alpha / r) A B, A and B trained.
+
+Adapters are a tree of their own, stacked like the layers: {"attn": {"q": {"a", "b"}}}. Where
+`params["adapters"]` is there, the layer scan adds them to the frozen matrices one layer at a time,
+so that neither a second copy of the weights nor their gradient ever exists whole.
+
+Deviations:
+1. A B is added to the matrix instead of being applied beside it: the same function; the gradient of
+   one layer's matrix is formed while that layer is differentiated.
+2. A starts normal with the variance of PEFT's uniform, 1 / (3 inputs); B starts at 0.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+
+from agentcpm_jax import tree
+from agentcpm_jax.model.config import ModelConfig
+from agentcpm_jax.model.params import Params, ParamSpec, draw, param_specs
+
+PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def adapter_specs(cfg: ModelConfig) -> dict[str, Any]:
+    """The nested dict of ParamSpec of the adapters: every matrix of a layer has a pair."""
+    flat: dict[str, Any] = {}
+    for path, spec in tree.flatten(param_specs(cfg)["layers"]).items():
+        if not spec.hf_inputs:
+            continue
+        cut = 1 + spec.hf_inputs
+        fan_in = math.prod(spec.shape[1:cut])
+        name = spec.hf_key.removesuffix(".weight")
+        down = (*spec.shape[:cut], cfg.lora_rank), (*spec.axes[:cut], "rank")
+        up = (spec.shape[0], cfg.lora_rank, *spec.shape[cut:])
+        up_axes = (spec.axes[0], "rank", *spec.axes[cut:])
+        flat[f"{path}/a"] = ParamSpec(
+            *down, (3 * fan_in) ** -0.5, f"{name}.lora_A.weight", spec.hf_inputs
+        )
+        flat[f"{path}/b"] = ParamSpec(up, up_axes, 0.0, f"{name}.lora_B.weight", 1)
+    return tree.unflatten(flat)
+
+
+def init_adapters(rng: jax.Array, cfg: ModelConfig) -> Params:
+    """Fresh adapters in float32; the adapted model is the base model."""
+    return draw(rng, adapter_specs(cfg), "float32")
+
+
+def adapted(layer: Mapping[str, Any], adapters: Mapping[str, Any], cfg: ModelConfig) -> Params:
+    """One layer (no L) with its adapters added, in the dtype of its matrices."""
+    flat, pairs = tree.flatten(layer), tree.flatten(adapters)
+    for path in {p.rpartition("/")[0] for p in pairs}:
+        flat[path] = _added(flat[path], pairs[f"{path}/a"], pairs[f"{path}/b"], cfg)
+    return tree.unflatten(flat)
+
+
+def merge(params: Mapping[str, Any], adapters: Mapping[str, Any], cfg: ModelConfig) -> Params:
+    """The parameters of a plain model that computes what the adapted one does."""
+    one = jax.vmap(lambda layer, pair: adapted(layer, pair, cfg))
+    return {**params, "layers": one(params["layers"], adapters)}
+
+
+def save_peft(
+    directory: str | os.PathLike[str], adapters: Mapping[str, Any], cfg: ModelConfig, base: str
+) -> None:
+    """Writes a directory that `peft.PeftModel.from_pretrained(model, directory)` reads.
+
+    Args:
+      base: name or path of the base model, recorded in its config.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    specs = tree.flatten(adapter_specs(cfg))
+    for path, stacked in tree.flatten(adapters).items():
+        spec, host = specs[path], np.asarray(stacked)
+        for i in range(spec.shape[0]):
+            inputs = math.prod(spec.shape[1 : 1 + spec.hf_inputs])
+            matrix = np.ascontiguousarray(host[i].reshape(inputs, -1).T)
+            tensors[f"base_model.model.{spec.hf_key.format(i)}"] = matrix
+    safetensors.numpy.save_file(tensors, directory / PEFT_WEIGHTS, metadata={"format": "pt"})
+    targets = sorted({s.hf_key.split(".")[-3] for s in specs.values()})
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": cfg.lora_rank,
+        "lora_alpha": cfg.lora_alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": targets,
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    (directory / PEFT_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _added(w: jax.Array, a: jax.Array, b: jax.Array, cfg: ModelConfig) -> jax.Array:
+    product = jnp.tensordot(a, b, axes=1) * (cfg.lora_alpha / cfg.lora_rank)
+    return (w.astype(jnp.float32) + product).astype(w.dtype)

@@ -1,0 +1,276 @@
+"""Does everything outside that a configuration names work? One line each: what is wrong, the fix.
+
+Every launch asks before its first stage; `--doctor` asks and does nothing else, `--nodoctor` leaves
+it out. A pool is asked with real weights: random ones of the run's shape are published, loaded by
+every worker, announced under their version and compared with the trainer's log-probabilities.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import math
+import secrets
+import shutil
+import sqlite3
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+
+import httpx
+import jax
+import sqlalchemy as sa
+from sqlalchemy.exc import DBAPIError
+
+from agentcpm_jax import tree, weight_sync
+from agentcpm_jax.config import ExperimentConfig, RLStage, Stage
+from agentcpm_jax.model import params as model_params
+from agentcpm_jax.model.params import param_specs
+from agentcpm_jax.rewards.judge import JudgeConfig, judge_prompt, parse_verdict
+from agentcpm_jax.rollout.chat import ChatFormat, template_text
+from agentcpm_jax.rollout.chat_endpoint import ChatEndpoint, EndpointConfig
+from agentcpm_jax.rollout.experience_engine import clock, first_line, open_engine
+from agentcpm_jax.rollout.experience_place import place_log
+from agentcpm_jax.rollout.policy import Finish
+from agentcpm_jax.rollout.pool_config import Keys, PoolConfig
+from agentcpm_jax.rollout.pool_probe import Trainer
+from agentcpm_jax.rollout.sglang_pool import SGLangPool
+from agentcpm_jax.rollout.sglang_worker import open_client
+from agentcpm_jax.run.commandline import Command
+from agentcpm_jax.run.pool import probe_logprobs, version_path, weights_name, weights_place
+from agentcpm_jax.sharding import make_mesh, param_shardings
+from agentcpm_jax.types import Task, UserError
+from agentcpm_jax.weight_store import remove_roots
+from agentcpm_jax.world.vocabulary import write_tokenizer
+
+LOCK_SECONDS = 5.0  # that another writer may take
+MAX_SKEW = 30.0  # s; leases and logs of several machines are compared by their clocks
+QUESTION = Task("How many legs does a spider have?", ("8",))
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One part. `needed`: a launch without it cannot work; else a run can begin and wait for it."""
+
+    part: str
+    ok: bool
+    text: str
+    needed: bool = True
+
+    def __str__(self) -> str:
+        return f"{'ok  ' if self.ok else 'FAIL'}  {self.part}: {self.text}"
+
+
+def consult(command: Command, announce: Callable[[str], None]) -> bool:
+    """Examines as the command line asks; True when that was all it asked for.
+
+    A launch announces only what is wrong. Raises `UserError` when something is that matters.
+    """
+    if command.doctor is False:
+        return False
+    alone = command.doctor is True
+    failed = 0
+    for finding in examine(command.config, command.workdir, thorough=alone):
+        if alone or not finding.ok:
+            announce(str(finding))
+        failed += not finding.ok and (alone or finding.needed)
+    if failed:
+        fix = "mend what FAIL names" + ("" if alone else ", or launch with --nodoctor")
+        raise UserError(f"{failed} of the checks failed; {fix}")
+    return alone
+
+
+def examine(cfg: ExperimentConfig, workdir: Path, *, thorough: bool = True) -> Iterator[Finding]:
+    """Every outside part of the stages that are still to run.
+
+    Args:
+      thorough: also what the first second of a run checks by itself.
+    """
+    todo = [stage for stage in cfg.stages if not (workdir / stage.name / "DONE").exists()]
+    yield _find("disk", lambda: _disk(cfg, todo, workdir))
+    if thorough:
+        yield _find("tokenizer", lambda: _tokenizer(cfg))
+    yield _find("database", lambda: _database(cfg, workdir))
+    for judge in {
+        s.judge for stage in todo if (s := stage.rl or stage.eval) and s.grader == "judge"
+    }:
+        for model in judge.models:
+            yield _find(f"judge {model}", lambda judge=judge, model=model: _judge(judge, model))
+    for stage in todo:
+        if stage.rl is not None and (stage.rl.pool.urls or stage.rl.pool.urls_file):
+            yield from _pool(cfg, stage, stage.rl, workdir)
+
+
+def _find(part: str, check: Callable[[], str]) -> Finding:
+    try:
+        return Finding(part, True, check())
+    except UserError as error:
+        return Finding(part, False, str(error))
+
+
+def _disk(cfg: ExperimentConfig, todo: list[Stage], workdir: Path) -> str:
+    """Checkpoints (two, and one being written: parameters and two moments) and models to come."""
+    shapes = tree.flatten(param_specs(cfg.model)).values()
+    width = 4 if cfg.model.param_dtype == "float32" else 2
+    model = sum(math.prod(spec.shape) for spec in shapes) * width
+    trained = sum(stage.kind in ("pretrain", "sft", "rl") for stage in todo)
+    needed = model * (9 * trained + len(todo))
+    place = _existing(workdir)
+    free = shutil.disk_usage(place).free
+    said = f"{free / 1e9:.1f} GB free at {place}, about {needed / 1e9:.1f} GB needed"
+    if free < needed:
+        raise UserError(f"{said}; free some space or choose another --workdir")
+    return said
+
+
+def _tokenizer(cfg: ExperimentConfig) -> str:
+    with tempfile.TemporaryDirectory() as scratch:
+        if not cfg.tokenizer:
+            write_tokenizer(scratch, template_text(cfg.template))
+        directory = Path(cfg.tokenizer or scratch)
+        chat = ChatFormat.load(directory)
+        digest = hashlib.sha256((directory / "tokenizer.json").read_bytes()).hexdigest()[:12]
+    if chat.vocab_size > cfg.model.vocab_size:
+        raise UserError(
+            f"{cfg.tokenizer or 'the world'} has {chat.vocab_size} ids, config.model.vocab_size is "
+            f"{cfg.model.vocab_size}; raise it"
+        )
+    rendered = chat.prompt_ids([{"role": "user", "content": QUESTION.question}])
+    template = hashlib.sha256(rendered.tobytes()).hexdigest()[:12]
+    return f"{chat.vocab_size} ids, sha256 {digest}; template sha256 {template}"
+
+
+def _database(cfg: ExperimentConfig, workdir: Path) -> str:
+    """A write that is taken back."""
+    place = place_log(workdir, cfg.log_url)
+    if not cfg.log_url:
+        return _sqlite(Path(place.url))
+    engine = open_engine(place.url, durable=True)
+    shown = engine.url.render_as_string(hide_password=True)
+    try:
+        with engine.connect() as conn, conn.begin() as transaction:
+            conn.execute(sa.text("CREATE TEMPORARY TABLE doctor (x INTEGER)"))
+            conn.execute(sa.text("INSERT INTO doctor VALUES (1)"))
+            skew = time.time() - clock(conn)
+            transaction.rollback()
+    except DBAPIError as error:
+        fix = "start the server and check host, user, rights and database of config.log_url"
+        raise UserError(f"{shown}: {first_line(error)}; {fix}") from None
+    finally:
+        engine.dispose()
+    return f"{shown} takes writes; {_check_skew(shown, skew)}"
+
+
+def _sqlite(path: Path) -> str:
+    new = not path.exists()
+    with (
+        tempfile.TemporaryDirectory(dir=_existing(path.parent))
+        if new
+        else contextlib.nullcontext(path.parent) as folder
+    ):
+        try:
+            with contextlib.closing(
+                sqlite3.connect(
+                    Path(folder) / path.name, timeout=LOCK_SECONDS, isolation_level=None
+                )
+            ) as conn:
+                conn.execute("BEGIN IMMEDIATE")
+                conn.execute("CREATE TABLE doctor (x INTEGER)")
+                conn.execute("ROLLBACK")
+        except sqlite3.Error as error:
+            fix = "end the process that holds it, or make its directory writable"
+            raise UserError(f"{path}: {error}; {fix}") from None
+    return f"{path} takes writes"
+
+
+def _judge(cfg: JudgeConfig, model: str) -> str:
+    """A question that every judge can answer."""
+    endpoint = ChatEndpoint(
+        EndpointConfig(cfg.url, model, cfg.key_env, max_tokens=cfg.max_tokens, timeout=cfg.timeout)
+    )
+    prompt, code = judge_prompt(QUESTION, "8")
+    started = time.monotonic()
+    reply = asyncio.run(endpoint.reply([{"role": "user", "content": prompt}]))
+    if reply.finish is Finish.ERROR:
+        raise UserError(f"{cfg.url}: {reply.error}; check judge.url, judge.models and the key")
+    verdict = parse_verdict(reply.content, code)
+    if verdict is None:
+        said = " ".join(reply.content.split())[-80:]
+        raise UserError(f"{cfg.url} gives no verdict but {said!r}; use a model that follows orders")
+    return f"{cfg.url} says {verdict} in {time.monotonic() - started:.1f} s"
+
+
+def _pool(cfg: ExperimentConfig, stage: Stage, rl: RLStage, workdir: Path) -> Iterator[Finding]:
+    part = f"pool of {stage.name}"
+    pool = SGLangPool(rl.pool, f"{weights_name('doctor', cfg.name)}.{secrets.token_hex(4)}")
+    try:
+        where = weights_place(rl.pool, _existing(workdir) / f".{pool.run}")
+        root = f"{where}/{pool.run}"
+        try:
+            _start(cfg, rl.pool, pool, root)
+        finally:
+            remove_roots(where, pool.run)
+            shutil.rmtree(_existing(workdir) / f".{pool.run}", ignore_errors=True)
+        for url, state in pool.workers().items():
+            ready = state == "ready"
+            text = "took weights and version, log-probs are the trainer's" if ready else state
+            yield Finding(f"{part}, {url}", ready, text, needed=False)
+        for url in pool.workers():
+            yield _find(f"clock of {url}", lambda url=url: asyncio.run(_clock(rl.pool, url)))
+    except UserError as error:
+        yield Finding(part, False, str(error))
+    finally:
+        pool.close()
+
+
+def _start(cfg: ExperimentConfig, where: PoolConfig, pool: SGLangPool, root: str) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        if not cfg.tokenizer:
+            write_tokenizer(scratch, template_text(cfg.template))
+        tokenizer = Path(cfg.tokenizer or scratch)
+        mesh = make_mesh(cfg.mesh)
+        spread = param_shardings(param_specs(cfg.model), mesh) if mesh.size > 1 else None
+        init = jax.jit(model_params.init, static_argnums=1, out_shardings=spread)
+        params = init(jax.random.key(cfg.seed), cfg.model)
+        weight_sync.publish(
+            root, 0, params, cfg.model, dtype=where.weights_dtype, tokenizer_from=tokenizer
+        )
+        trainer = Trainer(
+            vocab_size=cfg.model.vocab_size,
+            chat=ChatFormat.load(tokenizer),
+            logprobs=probe_logprobs(params, cfg.model),
+            temperature=cfg.episode.temperature,
+        )
+        pool.start(trainer, 0, version_path(root, 0))
+
+
+async def _clock(cfg: PoolConfig, url: str) -> str:
+    """The server's own time, from the header of any answer; it counts whole seconds."""
+    key = Keys.from_environment(cfg).generate
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    async with open_client(cfg) as client:
+        before = time.time()
+        try:
+            answer = await client.get(f"{url}/model_info", headers=headers, timeout=10.0)
+        except httpx.HTTPError as error:
+            raise UserError(f"{type(error).__name__} {error}; is the server up?") from None
+        middle = (before + time.time()) / 2
+    if "date" not in answer.headers:
+        return "it does not tell its time"
+    return _check_skew(url, middle - parsedate_to_datetime(answer.headers["date"]).timestamp())
+
+
+def _check_skew(what: str, skew: float) -> str:
+    if abs(skew) > MAX_SKEW:
+        raise UserError(f"{what} and this machine differ by {skew:.0f} s; set both clocks (NTP)")
+    return f"clock within {max(1.0, abs(skew)):.0f} s"
+
+
+def _existing(path: Path) -> Path:
+    """The nearest directory that is there."""
+    path = path.absolute()
+    return next(p for p in (path, *path.parents) if p.is_dir())
