@@ -63,7 +63,7 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         data axis nor the devices.
     """
     devices = jax.devices() if devices is None else devices
-    shape = _mesh_shape(cfg, len(devices))
+    shape = mesh_shape(cfg, len(devices))
     if cfg.slices > 1:
         grid = _over_slices(cfg, shape, devices)
         return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
@@ -120,7 +120,8 @@ def nearest_divisor(size: int, wanted: int) -> int:
     return min(divisors, key=lambda d: (abs(d - wanted), d))
 
 
-def _mesh_shape(cfg: MeshConfig, devices: int) -> tuple[int, ...]:
+def mesh_shape(cfg: MeshConfig, devices: int) -> tuple[int, ...]:
+    """Sizes along `AXES` over so many devices; raises `UserError` as `make_mesh` does."""
     sizes = {axis: getattr(cfg, axis) for axis in AXES}
     free = [axis for axis, size in sizes.items() if size == -1]
     fixed = math.prod(size for size in sizes.values() if size != -1)

@@ -4,8 +4,8 @@
     python launch/train.py --config=configs/quickstart.py --config.seed=1 --doctor
 
 The same command resumes an interrupted run. --doctor examines what the config names (pool, judge,
-database, disk) and stops; every launch does so first, unless --nodoctor. Exit codes: 0 done, 2 a
-mistake in the configuration or the data (one line says which), 130 interrupted and resumable.
+database, disk) and stops; every launch does so first, unless --nodoctor. --explain says what a run
+takes on --slice. Exit codes: 0 done, 2 a mistake of yours (one line says which), 130 resumable.
 """
 
 import sys
@@ -25,13 +25,13 @@ def main(argv: list[str]) -> int:
         return 0
     try:
         from agentcpm_jax.rollout.stream import StreamError
-        from agentcpm_jax.run.commandline import parse
+        from agentcpm_jax.run.commandline import explained, parse
         from agentcpm_jax.run.doctor import consult
         from agentcpm_jax.run.interrupt import Interrupted
         from agentcpm_jax.run.stages import run_experiment
 
         command = parse(argv)
-        if consult(command, announce=tqdm.write):
+        if explained(command, announce=print) or consult(command, announce=tqdm.write):
             return 0
         report = run_experiment(*command[:2], progress=progress, announce=tqdm.write)
     except UserError as error:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +89,7 @@ def test_logprobs_equal_the_trainers_for_many_requests_of_all_lengths(params):
 
 def test_every_shape_comes_from_a_bucket_and_is_compiled_once(params):
     cfg = replace(ENGINE, row_buckets=(2,), prefill_rows=(4,), length_buckets=(16,))
-    programs = (device.prefill, device.decode, device.copy_prefix)
+    programs: tuple[Any, ...] = (device.prefill, device.decode, device.copy_prefix)
     before = sum(program._cache_size() for program in programs)
     engine = LocalEngine(params, CFG, cfg)
     asked = [request(p, seed=i) for i, p in enumerate(prompts(11))]

@@ -86,14 +86,16 @@ def decode(
     cfg: ModelConfig,
     cache: KVCache,
     rows: DecodeRows,
+    least: jax.Array,
     steps: int,
     filled: int,
     whole: bool,
 ) -> tuple[KVCache, jax.Array, jax.Array, jax.Array]:
     """Sample up to `steps` tokens per row; `filled` and `whole` as in `prefill`.
 
-    A row ends when it has sampled a stop id or used its budget, the loop when all rows have. New
-    keys and values collect in a small buffer and go to the cache at the end.
+    A row ends when it has sampled a stop id or used its budget; the loop when all rows have, or
+    after `least` (i32 scalar) steps when one has. New keys and values collect in a small buffer and
+    go to the cache at the end.
 
     Returns (cache, ids i32[steps, R], log-probabilities f32[steps, R] of the full distribution at
     temperature 1, counts i32[R]: how many of them are valid).
@@ -104,7 +106,8 @@ def decode(
 
     def running(carry: tuple) -> jax.Array:
         i, _, active, *_ = carry
-        return (i < steps) & jnp.any(active)
+        ended = jnp.any(~active & (rows.budget > 0))
+        return (i < steps) & jnp.any(active) & ((i < least) | ~ended)
 
     def step(carry: tuple) -> tuple:
         i, token, active, counts, k_new, v_new, ids, logprobs = carry

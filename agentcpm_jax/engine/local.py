@@ -28,6 +28,8 @@ from agentcpm_jax.model.config import ModelConfig
 from agentcpm_jax.rollout.policy import Completion, Finish, SampleRequest
 from agentcpm_jax.types import UserError
 
+LEAST_STEPS = 4  # of a chunk that ends early
+
 
 @dataclass(frozen=True)
 class EngineConfig:
@@ -308,9 +310,12 @@ class LocalEngine:
         rows = jax.tree.map(lambda x: x[take], self._rows)
         filled = self._length_bucket(int(rows.length.max()))
         self.programs.add(("decode", size, filled))
+        # With requests waiting for a slot, a chunk may end with a row; never where bits matter.
+        hurry = self._waiting and not self.cfg.deterministic
+        least = np.int32(min(LEAST_STEPS, self.cfg.chunk) if hurry else self.cfg.chunk)
         whole = size == self.cfg.slots
         self._cache, *out = decode(
-            self._params, self.model, self._cache, rows, self.cfg.chunk, filled, whole
+            self._params, self.model, self._cache, rows, least, self.cfg.chunk, filled, whole
         )
         ids, logprobs, counts = jax.device_get(out)
         for row, slot in placed:

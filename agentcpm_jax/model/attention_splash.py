@@ -24,7 +24,7 @@ from agentcpm_jax.types import UserError
 LANES = 128  # of a TPU's vector registers: the smallest block
 
 
-def splash_kernel(*, block: int = 1024, interpret: bool = False) -> Kernel:
+def splash_kernel(*, block: int = 512, interpret: bool = False) -> Kernel:
     """The kernel with blocks of at most `block` queries and keys.
 
     Args:

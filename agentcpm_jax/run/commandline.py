@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,22 +27,30 @@ class Command(NamedTuple):
     config: ExperimentConfig
     workdir: Path
     doctor: bool | None = None  # True: examine only, False: do not examine, None: examine first
+    explain: str = ""  # 'estimate' or 'aot': say what the run takes, and stop
+    slice: str = "v5p-64"  # the TPU slice that is explained
+    prices: str = ""  # JSON file of its prices
 
 
 def parse(argv: Sequence[str]) -> Command:
     """Raises `UserError` for a missing file, an unknown flag or key, or a wrong type."""
     first, rest = _config_first(argv)
+    rest = ["--explain=estimate" if flag.lstrip("-") == "explain" else flag for flag in rest]
     ordered = ["train", first, *rest]
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=ordered)
     flags.DEFINE_string("workdir", "", "where the run lives", flag_values=values)
     flags.DEFINE_boolean("doctor", None, "examine what the config names", flag_values=values)
+    flags.DEFINE_enum("explain", "", ["", "estimate", "aot"], "", flag_values=values)
+    flags.DEFINE_string("slice", Command._field_defaults["slice"], "", flag_values=values)
+    flags.DEFINE_string("prices", "", "JSON file of prices for --explain", flag_values=values)
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # absl logs what it then raises
             positional = values(ordered)
     except flags.UnrecognizedFlagError as error:
         raise UserError(
-            f"{error}; known: --config, --config.<key>=..., --workdir, --[no]doctor"
+            f"{error}; known: --config, --config.<key>=..., --workdir, --[no]doctor, "
+            "--explain[=aot] with --slice and --prices"
         ) from None
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         # ml_collections puts the repr of a KeyError, escapes included, into the next one.
@@ -55,7 +63,19 @@ def parse(argv: Sequence[str]) -> Command:
     loaded: Any = values["config"].value
     config = from_config_dict(loaded)
     workdir = Path(values["workdir"].value or config.workdir)
-    return Command(config, workdir, values["doctor"].value)
+    rest: list[Any] = [values[name].value for name in Command._fields[2:]]
+    return Command(config, workdir, *rest)
+
+
+def explained(command: Command, announce: Callable[[str], None]) -> bool:
+    """Says what the run takes, when that was asked for; whether it was."""
+    if not command.explain:
+        return False
+    from agentcpm_jax.run.explain import explain  # only then: it imports the train step
+
+    compiled = command.explain == "aot"
+    announce(explain(command.config, command.slice, compiled=compiled, prices=command.prices))
+    return True
 
 
 def find_config(path: str) -> Path:

@@ -188,9 +188,9 @@ def ragged(params: dict, cfg: ModelConfig) -> dict[str, Any]:
     shape = EngineConfig(
         slots=8,
         capacity=1024,
-        chunk=8,
-        row_buckets=(3,),
-        prefill_rows=(1, 3),
+        chunk=16,
+        row_buckets=(2, 4),
+        prefill_rows=(1, 2),
         token_buckets=(PROMPT,),
         length_buckets=(128, 256),
         reuse=False,
