@@ -59,7 +59,6 @@ def empty_rows(slots: int) -> DecodeRows:
     )
 
 
-@partial(jax.jit, static_argnames=("cfg", "filled", "whole"), donate_argnames="cache")
 def prefill(
     params: dict,
     cfg: ModelConfig,
@@ -73,9 +72,31 @@ def prefill(
 ) -> KVCache:
     """Feed `tokens` i32[R, C] (the first `counts` i32[R] of each row) behind `length` i32[R].
 
-    `filled`: a static bound on length. `whole`: row r is slot r, for all slots.
+    `filled`: a static bound on length. `whole`: row r is slot r, for all slots. Two programs: one
+    that read and wrote the donated cache would copy all of it, as XLA does not order the two.
     """
-    past = _past(cache, index, length, filled, whole)
+    past = read(cache, index, length, filled, whole)
+    return feed(params, cfg, cache, past, index, length, tokens, counts)
+
+
+@partial(jax.jit, static_argnames=("filled", "whole"))
+def read(cache: KVCache, index: jax.Array, length: jax.Array, filled: int, whole: bool) -> Past:
+    """A copy of what the rows hold."""
+    return _past(cache, index, length, filled, whole)
+
+
+@partial(jax.jit, static_argnames="cfg", donate_argnames="cache")
+def feed(
+    params: dict,
+    cfg: ModelConfig,
+    cache: KVCache,
+    past: Past,
+    index: jax.Array,
+    length: jax.Array,
+    tokens: jax.Array,
+    counts: jax.Array,
+) -> KVCache:
+    """The model on the tokens, and their keys and values into the cache."""
     _, k_new, v_new = attend(params, cfg, past, tokens, length)
     return write(cache, index, length, counts, k_new, v_new)
 

@@ -55,11 +55,11 @@ class EngineConfig:
     def max_programs(self) -> int:
         """No engine of this configuration compiles more device programs."""
         if self.deterministic:
-            return 2
+            return 3
         lengths = len(_up_to(self.capacity, self.length_buckets))
         rows = len(_up_to(self.slots, self.row_buckets))
         fed = len(_up_to(self.slots, self.prefill_rows or self.row_buckets))
-        return lengths * (fed * len(self.token_buckets) + rows + 1)
+        return lengths * (fed * (1 + len(self.token_buckets)) + rows + 1)
 
 
 class LocalEngine:
@@ -290,7 +290,7 @@ class LocalEngine:
             slots.fed[slot] += count
             self.tokens_prefilled += int(count)
         filled = self._length_bucket(int(lengths.max()))
-        self.programs.add(("prefill", size, width, filled))
+        self.programs |= {("read", size, filled), ("feed", size, width, filled)}
         whole = size == self.cfg.slots
         self._cache = prefill(
             self._params, self.model, self._cache, index, lengths, tokens, counts, filled, whole
