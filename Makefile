@@ -83,7 +83,7 @@ test-kills: $(VENV)/.test
 	$(BIN)/python experiments/kill_points.py --n $(N)
 
 test-sglang: $(VENV)/.test $(SGLANG_VENV)/.ready
-	SGLANG_PYTHON=$(abspath $(SGLANG_VENV))/bin/python $(BIN)/python -m pytest -m sglang $(PYTEST_ARGS)
+	SGLANG_PYTHON=$(abspath $(SGLANG_VENV))/bin/python $(BIN)/python -m pytest -m sglang tests/test_sglang_contract.py $(PYTEST_ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

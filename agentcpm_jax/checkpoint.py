@@ -79,7 +79,8 @@ class Checkpointer:
           loader_state: instead of `loader`, any JSON value that does not depend on the number of
             processes.
           config, extra: JSON mappings, copied before this returns.
-          log: its position is stored and, of an SQLite log, a snapshot.
+          log: its position is stored and, of an SQLite log, a snapshot; both of process 0. The
+            others give an SQLite log when that one does.
 
         Raises:
           ValueError: both `loader` and `loader_state`; TypeError: something is not JSON.
@@ -101,8 +102,8 @@ class Checkpointer:
         }
         if loader is not None:
             items["loader"] = CheckpointSave(loader)
-        if log is not None and not log.shared and jax.process_index() == 0:
-            items["log"] = _LogSave(log)
+        if log is not None and not log.shared:
+            items["log"] = _LogSave(log)  # an item of every process, written by the first
         return self._writer().save(step, args=ocp.args.Composite(**items), force=True)
 
     def restore(
@@ -139,6 +140,17 @@ class Checkpointer:
         if loader is not None:
             self._restore_loader(path, loader, meta["loader_state"])
         return Restored(step, state, meta["config"], meta["extra"], meta["loader_state"])
+
+    def restore_part(self, step: int, abstract_part: Any) -> Any:
+        """The leaves of `abstract_part` (a subtree by its keys, such as {"params": ...}) alone.
+
+        Raises `UserError` as `restore` does.
+        """
+        self.wait()
+        path = self.directory / str(step)
+        if step not in self.steps():
+            raise UserError(f"no checkpoint {path}; finished steps there: {self.steps() or 'none'}")
+        return self._read_state(path, abstract_part, partial=True)
 
     def latest_step(self) -> int | None:
         """The newest finished step on disk; a save still under way does not count."""
@@ -189,7 +201,7 @@ class Checkpointer:
             )
         return meta
 
-    def _read_state(self, path: Path, abstract_state: Any) -> Any:
+    def _read_state(self, path: Path, abstract_state: Any, partial: bool = False) -> Any:
         target = jax.tree.map(_abstract, abstract_state)
         # Checked first: orbax reads in threads of its own, which print tracebacks when a file ends
         # too early.
@@ -198,7 +210,15 @@ class Checkpointer:
         try:
             handler = ocp.StandardCheckpointHandler()
             found: Any = handler.metadata(path / "state")  # pyright: ignore[reportArgumentType]
-            _check_match(path, _leaves(found.tree), _leaves(target))
+            stored, wanted = _leaves(found.tree), _leaves(target)
+            if partial:
+                stored = {name: leaf for name, leaf in stored.items() if name in wanted}
+            _check_match(path, stored, wanted)
+            if partial:
+                restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+                args = ocp.args.PyTreeRestore(target, restore_args, partial_restore=True)
+                with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+                    return reader.restore(path / "state", args=args)
             with ocp.Checkpointer(handler) as reader:
                 return reader.restore(path / "state", args=ocp.args.StandardRestore(target))
         except UserError:
@@ -241,7 +261,8 @@ class _LogHandler(ocp.CheckpointHandler):
     """Writes the snapshot into the step's temporary directory: it appears with the step."""
 
     def save(self, directory: Any, args: _LogSave) -> None:
-        args.log.snapshot(Path(directory) / SNAPSHOT)
+        if jax.process_index() == 0:
+            args.log.snapshot(Path(directory) / SNAPSHOT)
 
     def restore(self, directory: Any, args: Any = None) -> Path:
         return Path(directory) / SNAPSHOT

@@ -44,6 +44,7 @@ class TrainShape:
     row_length: int = 256
     rows: int = 8
     micro_rows: int = 0  # 0: the whole batch at once
+    buckets: tuple[int, ...] = ()  # shorter row lengths, compiled too, for batches of short rows
     steps: int = 100
     checkpoint_every: int = 50
     log_every: int = 1
@@ -202,6 +203,8 @@ class ExperimentConfig:
     episode: EpisodeConfig = EpisodeConfig()
     tools: tuple[str, ...] = ()  # package.module:function of tools beside the world's
     log_url: str = ""  # PostgreSQL URL; empty = workdir/experience.db
+    profile: bool = False  # trace a few steps of every training stage, see run/profile.py
+    hang_seconds: float = 7200.0  # of several processes: a longer step ends the job; 0: never
     schema_version: int = SCHEMA_VERSION
 
 

@@ -3,10 +3,14 @@
     python launch/train.py --config=configs/rl_qwen3_4b.py \\
         --config.stage.rl.init_from=checkpoints/sft-merge \\
         --config.tokenizer=checkpoints/sft-merge \\
-        --config.stage.rl.tasks_path=data/tasks.jsonl
+        --config.stage.rl.tasks_path=data/tasks.jsonl \\
+        --config.stage.rl.pool.urls='("http://host:30000",)'
 
-Hardware: a v5p slice with the in-process engine on the same devices. Not timed; wall time and
-expected score are therefore not stated. `:runlocal` shrinks it to the tiny model and world.
+Hardware: a v5p-64 slice for training (4 rows of 131,072 tokens, each split over 8 chips), SGLang
+servers for the rollouts; `--explain` says how many tokens a second they have to give, and what
+all of it takes. Not timed; wall time and expected score are therefore not stated. Without
+`pool.urls` the in-process engine decodes on four chips of the slice, far too slowly for this size.
+`:runlocal` shrinks it to the tiny model and world.
 
 Recipe: MiniRL with strict bounds [0.8, 1.3], leave-one-out advantages times 2 with sign clamp,
 sequence sums averaged over sequences, 8 samples a task, 96 sequences a step, AdamW 2e-6 with betas
@@ -16,14 +20,18 @@ Deviations: staleness is bounded (4 versions; the original has no bound), and th
 as a file of your own (the original's example names a benchmark's test set).
 """
 
+from dataclasses import replace
+
 from agentcpm_jax.config import TrainShape, default_config, stage_dict, to_config_dict
 from agentcpm_jax.engine.local import EngineConfig
 from agentcpm_jax.model.config import QWEN3_4B
 from agentcpm_jax.rewards.advantages import AdvantageConfig
 from agentcpm_jax.rewards.denoise import DenoiseConfig
 from agentcpm_jax.rollout.episode import EpisodeConfig
+from agentcpm_jax.rollout.pool_config import PoolConfig
 from agentcpm_jax.rollout.stream import StreamConfig
 from agentcpm_jax.run.tiny import TEST_ENGINE, use_tiny_world
+from agentcpm_jax.sharding import MeshConfig
 from agentcpm_jax.train.loss import LossConfig
 from agentcpm_jax.train.optimizer import OptimizerConfig
 
@@ -34,7 +42,8 @@ def get_config(variant: str = ""):
     c = default_config()
     c.name = "rl_qwen3_4b"
     c.workdir = "runs/rl_qwen3_4b"
-    c.model = to_config_dict(QWEN3_4B)
+    c.model = to_config_dict(replace(QWEN3_4B, param_dtype="float32", remat="full"))
+    c.mesh = to_config_dict(MeshConfig() if local else MeshConfig(fsdp=4, context=8))
     c.tokenizer = "checkpoints/sft-merge"
     c.episode = to_config_dict(
         EpisodeConfig(
@@ -72,7 +81,8 @@ def get_config(variant: str = ""):
         ),
         denoise=DenoiseConfig(("environment",)) if local else DenoiseConfig(),
         stream=StreamConfig(batch_groups=12, group_size=8, max_staleness=4),
-        engine=EngineConfig(slots=128, capacity=131_072),
+        engine=EngineConfig(slots=8, capacity=131_072, tensor=4),
+        pool=PoolConfig(weights_dtype="bfloat16"),
     )
     if local:
         use_tiny_world(c)

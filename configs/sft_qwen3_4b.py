@@ -5,14 +5,17 @@
         --config.tokenizer=checkpoints/Qwen3-4B-Thinking-2507 \\
         --config.stage.sft.data.path=data/agent_sft.jsonl
 
-Hardware: a v5p-32 slice or larger. The step has not been timed on one; wall time and expected
-score are therefore not stated. `:runlocal` shrinks it to the tiny model on the offline world.
+Hardware: a v5p-32 slice or larger (`--explain` says what it takes there). The step has not been
+timed on one; wall time and expected score are therefore not stated. `:runlocal` shrinks it to the
+tiny model on the offline world.
 
 Recipe: sequences of at most 21,000 tokens (longer ones are dropped), every assistant turn trained,
 AdamW 2e-5 cosine with 3 % warm-up, clip 1.0, 3 epochs.
 Deviation: rows are packed with segment masks instead of one sequence per device, so a batch is a
 number of tokens, not of sequences.
 """
+
+from dataclasses import replace
 
 from agentcpm_jax.config import (
     Demonstrations,
@@ -33,7 +36,8 @@ def get_config(variant: str = ""):
     c = default_config()
     c.name = "sft_qwen3_4b"
     c.workdir = "runs/sft_qwen3_4b"
-    c.model = to_config_dict(QWEN3_4B)
+    trained = replace(QWEN3_4B, param_dtype="float32", remat="full", lm_head_fp32=False)
+    c.model = to_config_dict(trained)
     c.tokenizer = "checkpoints/Qwen3-4B-Thinking-2507"
     c.episode = to_config_dict(EpisodeConfig(max_context=128_768, max_new_tokens=32_768))
     c.stages = ("sft",)

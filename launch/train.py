@@ -3,8 +3,9 @@
     python launch/train.py --config=configs/quickstart.py:smoke --workdir=/tmp/smoke
     python launch/train.py --config=configs/quickstart.py --config.seed=1 --doctor
 
-The same command resumes an interrupted run. --doctor examines what the config names (pool, judge,
-database, disk) and stops; every launch does so first, unless --nodoctor. --explain says what a run
+The same command resumes an interrupted run, and runs on every host of a job that Slurm, GKE, a TPU
+pod or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID describe. --doctor examines pool,
+judge, database, disk and stops; a launch does so first, unless --nodoctor. --explain: what a run
 takes on --slice. Exit codes: 0 done, 2 a mistake of yours (one line says which), 130 resumable.
 """
 
@@ -28,24 +29,23 @@ def main(argv: list[str]) -> int:
         from agentcpm_jax.run.commandline import explained, parse
         from agentcpm_jax.run.doctor import consult
         from agentcpm_jax.run.interrupt import Interrupted
+        from agentcpm_jax.run.multihost import join
         from agentcpm_jax.run.stages import run_experiment
 
         command = parse(argv)
+        join(announce=tqdm.write)
         if explained(command, announce=print) or consult(command, announce=tqdm.write):
             return 0
         report = run_experiment(*command[:2], progress=progress, announce=tqdm.write)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except Interrupted as stopped:
-        print(f"interrupted: {stopped}", file=sys.stderr)
+    except (Interrupted, KeyboardInterrupt) as stopped:
+        print(f"interrupted: {str(stopped) or 'the same command resumes'}", file=sys.stderr)
         return 130
     except StreamError as failed:  # engine, tools or tasks, not the command
         print(f"failed: {failed}; the same command resumes", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
-        return 130
     print(f"report: {report}")
     return 0
 

@@ -13,15 +13,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
+import pytest
 
 from agentcpm_jax.rollout.chat import ChatFormat
 from agentcpm_jax.rollout.policy import Completion, Finish, SampleRequest, SamplingParams
 from agentcpm_jax.rollout.pool_probe import Logprobs, Trainer
 from agentcpm_jax.rollout.sglang_pool import PoolConfig, SGLangPool
+from agentcpm_jax.types import UserError
 
 PROMPT = [10, 20, 30, 40, 50]
 LONG = 600  # tokens of a request that is to be interrupted
@@ -39,6 +42,7 @@ class Subject:
     chat: ChatFormat
     max_gap: float  # nats, any token
     exact_in_place: bool  # whether tokens after an in-place update are the new model's
+    other_model: str  # a directory of another model, which the server must not take
 
     def post(self, path: str, body: dict[str, Any], timeout: float = 240.0) -> httpx.Response:
         return httpx.post(self.url + path, json=body, timeout=timeout, trust_env=False)
@@ -228,8 +232,12 @@ def test_an_update_changes_weights_and_version(subject: Subject) -> None:
 
 
 def test_an_update_from_nowhere_is_refused_and_harmless(subject: Subject) -> None:
+    refused_and_harmless(subject, subject.weights[0] + "-is-not-there")
+
+
+def refused_and_harmless(subject: Subject, path: str) -> None:
     subject.load(0, "c-0")
-    update = {"model_path": subject.weights[0] + "-is-not-there", "weight_version": "c-9"}
+    update = {"model_path": path, "weight_version": "c-9"}
     answer = subject.post("/update_weights_from_disk", update)
     assert (answer.status_code, answer.json()["success"]) == (400, False)
     assert subject.get("/model_info").json()["weight_version"] == "c-0"
@@ -300,6 +308,19 @@ def test_the_pool_verifies_samples_updates_and_resumes(subject: Subject) -> None
         check_gaps(subject, gaps)
         assert figures["pool/uncertain_tokens"] == 0
         assert len({v for c in done for v in c.versions.tolist()}) >= 2
+
+
+def test_the_pool_refuses_a_server_of_another_model(subject: Subject) -> None:
+    """One line, nothing sampled, the server unharmed: real ones do not survive such weights."""
+    subject.load(0, "c-0")
+    pool = SGLangPool(PoolConfig(urls=(subject.url,), max_gap=1e-4), "suite-wrong")
+    config = json.loads((Path(subject.other_model) / "config.json").read_text())
+    trainer = Trainer(subject.vocab_size, subject.chat, subject.logprobs[0], config=config)
+    with pytest.raises(UserError, match=f"wrong model on {subject.url}: ") as error:
+        pool.start(trainer, 0, subject.other_model)
+    pool.close()
+    assert "\n" not in str(error.value) and pool.tally.tokens == 0
+    assert check(subject, subject.generate(8), {"c-0": 0}) <= subject.max_gap
 
 
 def pool_run(

@@ -30,19 +30,20 @@ def interpreter() -> str:
 
 @contextmanager
 def sglang_servers(
-    model: str, context: int, count: int, logs: Path, **environment: str
+    model: str, context: int, count: int, logs: Path, dtype: str = "float32"
 ) -> Iterator[list[str]]:
     """`count` servers of `model`, started together; their urls."""
     ports = [_free_port() for _ in range(count)]
     servers = []
     for port in ports:
         arguments = ["--model-path", model, "--host", "127.0.0.1", "--port", str(port)]
-        arguments += ["--device", "cpu", "--dtype", "float32", "--grammar-backend", "none"]
+        arguments += ["--device", "cpu", "--dtype", dtype, "--grammar-backend", "none"]
         arguments += ["--attention-backend", "torch_native", "--disable-overlap-schedule"]
         arguments += ["--cuda-graph-backend-decode=disabled", "--skip-server-warmup"]
         arguments += ["--cuda-graph-backend-prefill=disabled", "--max-total-tokens", "8192"]
-        arguments += ["--context-length", str(context)]
-        servers.append(_start([str(HERE / "sglang_cpu.py"), *arguments], logs, port, environment))
+        # Without the last one an idle server takes a whole core by asking for work.
+        arguments += ["--context-length", str(context), "--sleep-on-idle"]
+        servers.append(_start([str(HERE / "sglang_cpu.py"), *arguments], logs, port))
     urls = [f"http://127.0.0.1:{port}" for port in ports]
     try:
         for url, server, port in zip(urls, servers, ports, strict=True):
@@ -61,7 +62,7 @@ def official_router(workers: list[str], logs: Path) -> Iterator[str]:
     arguments += ["--policy", "cache_aware", "--cache-threshold", "0.3"]
     arguments += ["--balance-abs-threshold", "4", "--balance-rel-threshold", "1.2"]
     arguments += ["--prometheus-port", str(_free_port()), "--worker-urls", *workers]
-    server = _start(arguments, logs, port, {})
+    server = _start(arguments, logs, port)
     url = f"http://127.0.0.1:{port}"
     try:
         _await_health(url, server, logs / f"{port}.log")
@@ -79,9 +80,7 @@ def kill(url: str) -> None:
 _BY_PORT: dict[str, subprocess.Popen[bytes]] = {}
 
 
-def _start(
-    arguments: list[str], logs: Path, port: int, environment: dict[str, str]
-) -> subprocess.Popen[bytes]:
+def _start(arguments: list[str], logs: Path, port: int) -> subprocess.Popen[bytes]:
     # What conftest sets for JAX is not meant for SGLang's processes.
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_", "JAX_"))}
     with (logs / f"{port}.log").open("wb") as log:
@@ -90,7 +89,7 @@ def _start(
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env=kept | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment,
+            env=kept | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         )
     _BY_PORT[str(port)] = server
     return server

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from agentcpm_jax.model import params as model_params
+from agentcpm_jax.model.config import ModelConfig
 from agentcpm_jax.model.hf import load_hf, save_hf
 from agentcpm_jax.model.logprobs import token_logprobs
 from agentcpm_jax.rollout.pool_probe import Logprobs
@@ -29,6 +31,14 @@ def two_weights(root: Path) -> tuple[str, str]:
         moved = [x * (1 + 0.1 * rng.standard_normal(x.shape).astype(np.float32)) for x in leaves]
         save_hf(second, jax.tree.unflatten(treedef, moved), cfg, tokenizer_from=FIRST)
     return str(FIRST), str(second)
+
+
+def other_model(root: Path) -> str:
+    """A directory of the agent's vocabulary and tokenizer, and another width."""
+    cfg = ModelConfig(VOCABULARY, 64, 2, num_heads=4, num_kv_heads=2, head_dim=16, ffw=96)
+    path = root / "other"
+    save_hf(path, model_params.init(jax.random.key(0), cfg), cfg, tokenizer_from=FIRST)
+    return str(path)
 
 
 def trainer_logprobs(path: str) -> Logprobs:

@@ -18,19 +18,8 @@ import signal
 import sys
 import types
 
-os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads on shared cores: 100 times slower
-
-import torch
-
-# torchvision's wheel is a CUDA build. Beside a CPU torch its library does not load, and its import
-# stops at two operators without a schema.
-_vision = torch.library.Library("torchvision", "DEF")
-for _operator in ("nms", "qnms"):
-    _vision.define(_operator + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
 # SGLang imports these names on a CPU even where it never calls them.
-_KERNELS = (
+KERNELS = (
     "copy_all_layer_kv_cache_cpu",
     "assign_req_to_token_pool_cpu",
     "assign_draft_cache_locs_contiguous_cpu",
@@ -43,26 +32,47 @@ _KERNELS = (
 )
 
 
-def _absent(name: str):
+def stand_in() -> None:
+    """What has to be there before SGLang is imported."""
+    os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads on shared cores: 100 times slower
+    import torch
+
+    # torchvision's wheel is a CUDA build. Beside a CPU torch its library does not load, and its
+    # import stops at two operators without a schema.
+    global vision
+    vision = torch.library.Library("torchvision", "DEF")  # the operators live as long as it does
+    for operator in ("nms", "qnms"):
+        vision.define(operator + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    if importlib.util.find_spec("sgl_kernel") is None:
+        module = types.ModuleType("sgl_kernel")
+        module.__spec__ = importlib.machinery.ModuleSpec("sgl_kernel", None)
+        for name in KERNELS:
+            setattr(module, name, absent(name))
+        sys.modules["sgl_kernel"] = module
+
+
+def absent(name: str):
     def call(*_args: object, **_kwargs: object) -> None:
         raise RuntimeError(f"sgl_kernel.{name} was called, but there is no kernel wheel for CPUs")
 
     return call
 
 
-# At module level: SGLang's own processes are spawned, and import this file again.
-if importlib.util.find_spec("sgl_kernel") is None:
-    _module = types.ModuleType("sgl_kernel")
-    _module.__spec__ = importlib.machinery.ModuleSpec("sgl_kernel", None)
-    for _name in _KERNELS:
-        setattr(_module, _name, _absent(_name))
-    sys.modules["sgl_kernel"] = _module
+ROUTER = sys.argv[1:2] == ["router"]
+if ROUTER:
+    # The router's package looks for SGLang's tracing; without it, it starts in a second.
+    sys.modules["sglang"] = None  # type: ignore[assignment]
+else:  # at module level: SGLang's own processes are spawned, and import this file again
+    stand_in()
 
 
 def main(argv: list[str]) -> None:
     # Tests that are killed cannot stop their servers: Linux does (1 is PR_SET_PDEATHSIG).
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-    if argv[:1] == ["router"]:  # it imports SGLang where it finds it, and torchvision with that
+    # Until SGLang has a handler of its own: with all that it has begun to start.
+    signal.signal(signal.SIGTERM, lambda *_: os.killpg(0, signal.SIGKILL))
+    if ROUTER:
         from sglang_router.launch_router import launch_router, parse_router_args
 
         launch_router(parse_router_args(argv[1:]))

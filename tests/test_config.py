@@ -26,6 +26,12 @@ VARIANTS = [
     ("sft_qwen3_4b.py", "runlocal"),
     ("rl_qwen3_4b.py", ""),
     ("rl_qwen3_4b.py", "runlocal"),
+    ("sft_qwen3_0_6b.py", ""),
+    ("sft_qwen3_0_6b.py", "t4"),
+    ("sft_qwen3_0_6b.py", "runlocal"),
+    ("lora_qwen3_4b.py", ""),
+    ("lora_qwen3_4b.py", "t4"),
+    ("lora_qwen3_4b.py", "runlocal"),
     ("tiny.py", ""),
     ("tiny.py", "async"),
 ]

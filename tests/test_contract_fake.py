@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from contract_suite import *  # noqa: F403
 from contract_suite import Subject
+from served_models import other_model
 from toy_pool import Servers, toy_logprobs, toy_weights
 
 from agentcpm_jax.engine.fault_server import FaultServer, ToyEngine
@@ -37,5 +38,6 @@ def subject(tmp_path_factory) -> Iterator[Subject]:
         chat=chat,
         max_gap=1e-6,
         exact_in_place=True,
+        other_model=other_model(root),
     )
     running.close()

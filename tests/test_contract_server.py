@@ -6,8 +6,15 @@ from collections.abc import Iterator
 
 import pytest
 from contract_suite import *  # noqa: F403
-from contract_suite import PROMPT, Subject
-from served_models import CONTEXT, FIRST, VOCABULARY, trainer_logprobs, two_weights
+from contract_suite import PROMPT, Subject, refused_and_harmless
+from served_models import (
+    CONTEXT,
+    FIRST,
+    VOCABULARY,
+    other_model,
+    trainer_logprobs,
+    two_weights,
+)
 from toy_pool import Servers
 
 from agentcpm_jax.engine.local import EngineConfig
@@ -33,6 +40,7 @@ def subject(tmp_path_factory) -> Iterator[Subject]:
         chat=chat,
         max_gap=1e-5,
         exact_in_place=True,
+        other_model=other_model(tmp_path_factory.mktemp("other")),
     )
     running.close()
     served.close()
@@ -49,3 +57,7 @@ def test_a_longer_prompt_finds_the_shorter_one_in_the_cache(subject: Subject) ->
     fresh = subject.generate(8, input_ids=longer)
     assert fresh["meta_info"]["cached_tokens"] == 0
     assert fresh["output_ids"] == again["output_ids"]
+
+
+def test_weights_of_another_shape_are_refused_and_harmless(subject: Subject) -> None:
+    refused_and_harmless(subject, subject.other_model)

@@ -2,48 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from served_processes import our_servers
 
 from agentcpm_jax.rollout.experience import ExperienceLog
-from agentcpm_jax.run.tiny import CONTEXT, SHIPPED
 
 pytestmark = pytest.mark.faults
 ROOT = Path(__file__).parent.parent
 STEPS = 6
-
-
-@contextlib.contextmanager
-def servers(count: int) -> Iterator[list[tuple[subprocess.Popen[str], str]]]:
-    """(process, url) of `launch/serve.py` with the shipped agent."""
-    command = [sys.executable, "launch/serve.py", str(SHIPPED["shipped:sft"]), "--port=0"]
-    command += ["--slots=8", f"--context={CONTEXT}", "--chunk=16"]
-    running = [
-        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(count)
-    ]
-    try:
-        found = []
-        for process in running:
-            assert process.stdout is not None
-            line = process.stdout.readline()
-            assert line.startswith("serving"), process.wait()
-            found.append((process, line.split()[-1]))
-        yield found
-    finally:
-        for process in running:
-            process.terminate()
-        for process in running:
-            with process:
-                process.wait(60)
 
 
 def rows(workdir: Path) -> list[dict]:
@@ -55,7 +29,7 @@ def rows(workdir: Path) -> list[dict]:
 def test_a_stage_trains_on_two_servers_of_which_one_is_killed(tmp_path: Path) -> None:
     """No trajectory is lost: every issued group ends, every step has its rows."""
     workdir = tmp_path / "run"
-    with servers(2) as pool:
+    with our_servers(2) as pool:
         urls = tuple(url for _, url in pool)
         command = [sys.executable, "launch/train.py", "--config=configs/tiny.py:async"]
         command += [f"--workdir={workdir}", f"--config.stage.rl.pool.urls={urls!r}"]

@@ -1,5 +1,5 @@
-"""The pool's scripts: manifests against the schema of Kubernetes, the shell scripts by running them
-with stand-ins for what only a cluster has."""
+"""The pool's scripts: manifests against the schemas of Kubernetes and Compose, the shell scripts by
+ShellCheck and by running them with stand-ins for what only a cluster has."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import kubernetes_validate
@@ -59,6 +60,17 @@ def test_the_parts_of_the_pod_fit_each_other() -> None:
     assert env.keys() - keys <= variables("workers.sh")
 
 
+@pytest.mark.parametrize(("old", "new", "valid"), [("", "", True), ("ipc:", "ipcc:", False)])
+def test_compose_takes_the_file(tmp_path: Path, old: str, new: str, valid: bool) -> None:
+    """The specification's own schema; a key that it does not know is refused."""
+    file = tmp_path / "compose.yaml"
+    file.write_text((POOL / "compose.yaml").read_text().replace(old, new))
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema=vendor.compose-spec"]
+    done = subprocess.run([*command, file], capture_output=True, text=True)
+    assert (done.returncode == 0) is valid, done.stdout
+    assert valid or "ipcc" in done.stdout
+
+
 def test_compose_names_what_the_script_reads() -> None:
     compose = yaml.safe_load((POOL / "compose.yaml").read_text())
     assert compose.keys() == {"name", "services", "volumes"}
@@ -81,6 +93,10 @@ def variables(script: str) -> set[str]:
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_are_bash(script: str) -> None:
     subprocess.run(["bash", "-n", POOL / script], check=True)
+    # SC2329 takes the function that a trap calls for an unused one.
+    shellcheck = Path(sys.executable).parent / "shellcheck"
+    done = subprocess.run([shellcheck, "--exclude=SC2329", POOL / script], capture_output=True)
+    assert done.returncode == 0, done.stdout.decode()
 
 
 def test_sbatch_options_are_slurms() -> None:
@@ -124,6 +140,7 @@ def read(calls: Path) -> list:
 def test_one_server_per_gpu_and_one_agent_per_host(stage) -> None:
     environment, calls = stage
     environment |= {"SOURCE": "gs://bucket/weights", "GPUS_EACH": "2", "WORKERS": "2"}
+    environment |= {"SGLANG_FLAGS": "--log-level warning"}
     environment |= {"SGLANG_API_KEY": "a-secret", "SGLANG_ADMIN_API_KEY": "b-secret"}
     script = subprocess.Popen(["bash", POOL / "workers.sh"], env=environment)
     while len(read(calls)) < 3:
@@ -141,6 +158,7 @@ def test_one_server_per_gpu_and_one_agent_per_host(stage) -> None:
     for arguments, _, keys in servers:
         assert yaml.safe_load(keys) == {"api-key": "a-secret", "admin-api-key": "b-secret"}
         assert "secret" not in " ".join(arguments)
+        assert arguments[-2:] == ["--log-level", "warning"]
 
 
 def test_a_server_that_dies_ends_its_host(stage) -> None:

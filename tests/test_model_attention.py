@@ -147,6 +147,33 @@ def test_splash_equals_the_reference() -> None:
     assert_equal(found, expected)
 
 
+def test_splash_on_context_devices_equals_the_reference() -> None:
+    """Each device's part of the kernel, in zig-zag order, with its queries and all keys."""
+    length, shards = 512, 2
+    q, k, v, grad = arrays(length, heads=2, kv_heads=1, size=128)
+    segments, order = packed_segments(length), time_order(length, shards)
+    kernel = splash_kernel(block=128, interpret=True)
+    operands, specs = kernel.prepare(order, shards, q.shape[2])
+    expected = results(lambda *x: reference(*x, jnp.asarray(segments)), q, k, v, grad)
+    total = [np.zeros_like(x) for x in expected]
+    for device, mine in enumerate(order.reshape(shards, -1)):
+
+        def own(x: Any, spec: Any, device: int = device) -> Any:
+            cut = [axis for axis, name in enumerate(spec) if name == "context"]
+            return np.split(x, shards, cut[0])[device] if cut else x
+
+        part = jax.tree.map(own, operands, specs)
+
+        def attend(q: Any, k: Any, v: Any, part: Any = part, mine: Any = mine) -> Any:
+            return kernel.attend(part, q, k, v, segments[:, mine], segments)
+
+        out, dq, dk, dv = results(attend, q[:, mine], k, v, grad[:, mine])
+        total[0][:, mine], total[1][:, mine] = out, dq
+        total[2] += dk
+        total[3] += dv
+    assert_equal(total, expected)
+
+
 def test_the_mask_of_splash_is_causal_in_any_order_and_cheap() -> None:
     looked_at = 0
 
@@ -210,6 +237,11 @@ def test_the_configuration_chooses_and_says_why() -> None:
     assert exact.name == "blockwise" and "float32" in exact.why
     with pytest.raises(UserError, match="'splash', which runs on tpu only, and this is cpu"):
         choose("cpu", attention="splash")
+    assert attention_choice.fit_to(QWEN3_4B, "gpu", 8.0) == (QWEN3_4B, [])
+    fitted, lines = attention_choice.fit_to(QWEN3_4B, "gpu", 7.5)
+    assert fitted == dataclasses.replace(QWEN3_4B, dtype="float32")
+    assert [line.split(":")[0] for line in lines] == ["model.dtype", "model.attention"]
+    assert attention_choice.fit_to_device(QWEN3_4B, jax.devices()[0]) == (QWEN3_4B, [])
     with pytest.raises(UserError, match=f"'flash'; use one of {', '.join(ATTENTIONS)}"):
         dataclasses.replace(TINY, attention="flash")
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from agentcpm_jax.model import attention, qwen3
-from agentcpm_jax.model.config import TINY
+from agentcpm_jax.model.config import REMATS, TINY
 from agentcpm_jax.model.params import init
 
 CFG = dataclasses.replace(TINY, vocab_size=61, width=32, num_layers=2, head_dim=8, ffw=48)
@@ -69,9 +69,10 @@ def test_remat_changes_no_gradient(params):
 
     grad = jax.jit(jax.grad(loss), static_argnums=1)
     plain = grad(params, CFG)
-    remat = grad(params, dataclasses.replace(CFG, remat="full"))
-    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(remat), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+    for policy in REMATS:
+        remat = grad(params, dataclasses.replace(CFG, remat=policy))
+        for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(remat), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
 
 
 def test_bfloat16_follows_float32_and_returns_float32(params):

@@ -81,9 +81,30 @@ def test_what_was_kept_comes_with_a_failure() -> None:
     assert found.error == "busy: http://a: full" and tally.troubles == {"busy": 4}
 
 
-def test_only_what_was_asked_for_is_sent() -> None:
+def test_attempts_that_bring_nothing_are_ever_further_apart(monkeypatch) -> None:
+    pauses: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+
+    async def send(prefix: np.ndarray, rest: int, number: int) -> Leg:
+        if number == 5:  # progress: the next failure is a first one again
+            ids = np.asarray([1], np.int32)
+            return Leg(ids, ids.astype(np.float32), ids, Finish.ABORT)
+        raise PoolError(Trouble.BUSY, "http://a", "full")
+
+    monkeypatch.setattr("agentcpm_jax.rollout.interruption.asyncio.sleep", sleep)
+    request = SampleRequest("r/", np.asarray([0], np.int32), 9)
+    limits = Limits(timeout=60.0, failures=6, backoff=0.2, backoff_max=1.0)
+    asyncio.run(complete(request, send, limits, Tally()))
+    assert pauses == [0.2, 0.4, 0.8, 1.0, 0.2, 0.4, 0.8, 1.0, 1.0]
+
+
+def test_nothing_is_left_to_a_servers_own_defaults() -> None:
     plain = generate_body("r/", [1], 5, SamplingParams())["sampling_params"]
-    assert not {"top_p", "top_k", "min_p", "stop", "sampling_seed"} & plain.keys()
+    whole = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "stop": []}
+    penalties = {"frequency_penalty": 0.0, "presence_penalty": 0.0, "repetition_penalty": 1.0}
+    assert plain.items() >= (whole | penalties).items() and "sampling_seed" not in plain
     params = SamplingParams(top_p=0.9, top_k=5, min_p=0.1, stop_strings=("</a>",))
     full = generate_body("r/", [1], 5, params, seed=3)["sampling_params"]
     chosen = {"top_p": 0.9, "top_k": 5, "min_p": 0.1, "stop": ["</a>"], "sampling_seed": 3}

@@ -98,7 +98,7 @@ def test_what_is_damaged_is_never_ready(store: ObjectStore, tmp_path: Path) -> N
     store.objects[key(1)] = WEIGHTS[:-1] + b"!"
     copies = mirror(store, tmp_path)
     done = finish(copies, 1)
-    assert done.state == "failed" and "its sha256 is not the one in manifest.json" in done.reason
+    assert done.state == "failed" and "its checksum is not the one in manifest.json" in done.reason
     assert copies.versions() == {}
     assert copies.pull("run", 1) is done  # told once more, then tried again
     publish(store, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -16,11 +17,13 @@ from toy_pool import (
     toy_weights,
 )
 
-from agentcpm_jax.engine.fault_server import FaultServer, ToyEngine
+from agentcpm_jax.engine.fault_server import Fault, FaultServer, ToyEngine
 from agentcpm_jax.engine.server import ServerKeys
+from agentcpm_jax.rollout.chat import ChatFormat
 from agentcpm_jax.rollout.policy import Completion, Finish, SampleRequest
 from agentcpm_jax.rollout.pool_config import Keys, PoolConfig
 from agentcpm_jax.rollout.sglang_pool import SGLangPool
+from agentcpm_jax.run.tiny import SHIPPED
 from agentcpm_jax.types import UserError
 
 # --- start-up -------------------------------------------------------------------------------
@@ -61,6 +64,51 @@ def test_a_model_that_does_not_take_the_weights_is_the_wrong_model(servers, tmp_
     with pytest.raises(UserError, match=r"wrong model on http.*toy.txt is missing"):
         pool.start(toy_trainer("w0"), 0, str(tmp_path / "nothing"))
     pool.close()
+
+
+def test_a_server_that_dies_of_the_first_weights_is_the_wrong_model(servers, tmp_path):
+    toy = FaultServer()
+    toy.arm(Fault("death", "/update_weights_from_disk"))
+    with pytest.raises(UserError, match=r"wrong model on http.*ended while it loaded") as error:
+        open_pool([servers.start(toy)], tmp_path)
+    assert "\n" not in str(error.value) and not toy.sessions.paused
+
+
+def test_another_architecture_is_refused_before_it_is_given_weights(servers, tmp_path):
+    toy = FaultServer(model={"architectures": ["LlamaForCausalLM"], "model_path": "org/name"})
+    config = {"architectures": ["Qwen3ForCausalLM"], "hidden_size": 64}
+    pool = SGLangPool(replace(QUICK, urls=(servers.start(toy),)), "run")
+    message = r"wrong model on http.*org/name has architectures \['Llama.*the run's model \['Qwen3"
+    with pytest.raises(UserError, match=message):
+        pool.start(replace(toy_trainer("w0"), config=config), 0, toy_weights(tmp_path, "w0"))
+    pool.close()
+    assert (toy.sessions.version, toy.sessions.total["requests"]) == ("default", 0)
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "message"),
+    [
+        ("chat_template.jinja", "content + '<", "content + ' <", "chat template mismatch: "),
+        ("tokenizer.json", '"<0x2E>": 46', '"<0x2E>": 45', "vocabulary mismatch: .*'Answer from"),
+    ],
+)
+def test_another_template_or_tokenizer_is_refused(servers, tmp_path, file, old, new, message):
+    """The trainer's files differ from the server's by a character."""
+    own = tmp_path / "own"
+    shutil.copytree(SHIPPED["shipped:sft"], own)
+    text = (own / file).read_text()
+    assert old in text
+    (own / file).write_text(text.replace(old, new))
+    url = servers.start(FaultServer(ToyEngine(544), chat=ChatFormat.load(SHIPPED["shipped:sft"])))
+    pool = SGLangPool(replace(QUICK, urls=(url,)), "run")
+    with pytest.raises(UserError, match=message) as error:
+        pool.start(
+            replace(toy_trainer("w0", 544), chat=ChatFormat.load(own)),
+            0,
+            toy_weights(tmp_path, "w0"),
+        )
+    pool.close()
+    assert "\n" not in str(error.value)
 
 
 class Tempered(ToyEngine):

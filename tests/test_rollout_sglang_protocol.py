@@ -112,6 +112,15 @@ def test_the_newest_version_alone_is_uncertain_when_it_changed_meanwhile():
     assert leg.versions.tolist() == [0, 0] and leg.uncertain
 
 
+@pytest.mark.parametrize(
+    ("last", "uncertain"), [("r-0", False), ("r-1", True)], ids=["one version", "two versions"]
+)
+def test_a_first_and_a_last_version_are_exact_only_when_equal(last, uncertain):
+    ends = {"weight_version_start": "r-0", "weight_version_end": last}
+    leg = read_generate(200, body(weight_versions=None, **ends), EXPECTED)
+    assert leg.versions.tolist() == [0, 0] and leg.uncertain is uncertain
+
+
 def test_the_toys_oracle_notices_a_wrong_token():
     ids = np.asarray([1, 2, 3], np.int32)
     assert toy_logprobs(ids, "w0")[1:].tolist().count(-9.0) > 0

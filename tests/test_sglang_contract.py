@@ -7,18 +7,22 @@ do not start are a failure.
 from __future__ import annotations
 
 import asyncio
-import json
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
 from contract_suite import *  # noqa: F403
 from contract_suite import Subject, check_gaps, pool_run
+from pool_training import check_training, train_on
 from real_sglang import kill, official_router, sglang_servers
-from served_models import CONTEXT, FIRST, VOCABULARY, trainer_logprobs, two_weights
+from served_models import (
+    CONTEXT,
+    FIRST,
+    VOCABULARY,
+    other_model,
+    trainer_logprobs,
+    two_weights,
+)
 from toy_pool import check_toy, open_pool, request, sample_all, toy_weights
 
 from agentcpm_jax.engine.fault_server import FaultServer
@@ -27,9 +31,9 @@ from agentcpm_jax.rollout.chat import ChatFormat
 from agentcpm_jax.rollout.policy import Finish, SampleRequest, SamplingParams
 from agentcpm_jax.rollout.pool_probe import Trainer
 from agentcpm_jax.rollout.sglang_pool import PoolConfig, SGLangPool
+from agentcpm_jax.types import UserError
 
 pytestmark = pytest.mark.sglang
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +54,7 @@ def subject(urls, tmp_path_factory) -> Subject:
         chat=ChatFormat.load(FIRST),
         max_gap=1e-5,
         exact_in_place=False,
+        other_model=other_model(tmp_path_factory.mktemp("other")),
     )
 
 
@@ -88,23 +93,15 @@ def test_log_probs_after_the_temperature_are_noticed(subject) -> None:
     pool.close()
 
 
-def test_the_reinforcement_stage_trains_on_a_real_server(urls, tmp_path) -> None:
+def test_the_reinforcement_stage_trains_on_real_servers(subject, urls, tmp_path) -> None:
     """The quickstart's RL stage, its engine set to a pool of the two servers, from end to end."""
-    command = [sys.executable, "launch/train.py", "--config=configs/tiny.py:async"]
-    command += [f"--workdir={tmp_path / 'run'}", f"--config.stage.rl.pool.urls={tuple(urls)!r}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1500)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    lines = (tmp_path / "run" / "rl" / "metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    assert [row["step"] for row in rows] == list(range(1, 7))
-    assert max(row["pool/tokens"] for row in rows) > 0
-    assert abs(rows[0]["loss/ratio_max"] - 1) < 1e-4  # what was sampled is what is trained on
-    assert rows[0]["loss/kl_behavior_k3"] < 1e-8
-    assert (tmp_path / "run" / "rl" / "hf" / "model.safetensors").is_file()
+    rows = train_on(urls, tmp_path / "run")
+    check_gaps(subject, check_training(tmp_path / "run", rows))
+    assert rows[-1]["pool/ready"] == 2
 
 
 def test_killing_one_of_two_servers_loses_no_trajectory(subject, urls) -> None:
-    """The last test of this file: one server stays dead."""
+    """The last test but one: one server stays dead."""
     pool = SGLangPool(PoolConfig(urls=tuple(urls), health_every=2.0, max_gap=1e-4), "mortal")
     pool.start(Trainer(VOCABULARY, subject.chat, subject.logprobs[0]), 0, subject.weights[0])
     rng = np.random.default_rng(0)
@@ -136,3 +133,11 @@ def test_killing_one_of_two_servers_loses_no_trajectory(subject, urls) -> None:
         text, start = np.concatenate([r.prompt_ids, c.ids]), len(r.prompt_ids)
         gaps.append(np.abs(c.logprobs - subject.logprobs[0](text)[start:]))
     check_gaps(subject, np.concatenate(gaps))
+
+
+def test_a_server_that_dies_of_foreign_weights_is_named(subject, urls) -> None:
+    """The last test: SGLang ends itself when it is given weights of another shape."""
+    pool = SGLangPool(PoolConfig(urls=(urls[0],)), "deadly")
+    with pytest.raises(UserError, match=f"wrong model on {urls[0]}.*ended while it loaded"):
+        pool.start(Trainer(VOCABULARY, subject.chat), 0, subject.other_model)
+    pool.close()

@@ -9,10 +9,13 @@ import numpy as np
 import optax
 import pytest
 
+from agentcpm_jax.config import TrainShape
 from agentcpm_jax.data.pack import fill
 from agentcpm_jax.data.rows import text_row
 from agentcpm_jax.model.config import TINY
 from agentcpm_jax.model.params import init
+from agentcpm_jax.run.learner import make_cut
+from agentcpm_jax.sharding import MeshConfig, make_mesh
 from agentcpm_jax.train.buckets import check_lengths, trim
 from agentcpm_jax.train.state import TrainState
 from agentcpm_jax.train.step import make_sft_step
@@ -39,6 +42,16 @@ def test_the_loss_is_that_of_the_whole_rows_and_buckets_compile_once() -> None:
         assert losses[1] == pytest.approx(losses[0], rel=1e-6)
     assert shapes == [4, 8, 8, 8, 16, 4, 16]
     assert step._cache_size() == 3
+
+
+def test_a_stage_cuts_its_batches_as_its_config_says() -> None:
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    cut = make_cut(TrainShape(16, 2, buckets=(4, 8)), mesh)
+    for longest, length in ((3, 4), (5, 8), (9, 16)):
+        rows = [text_row(np.arange(n)) for n in (longest, 2)]
+        assert cut(fill([[row] for row in rows], 16, 2)).shape == (2, length)
+    with pytest.raises(UserError, match=r"bucket of 16 tokens: .* below row_length=16"):
+        make_cut(TrainShape(16, 2, buckets=(16,)), mesh)
 
 
 def test_buckets_that_cannot_be_compiled_are_refused() -> None:

@@ -61,6 +61,15 @@ def test_adafactor_keeps_rows_and_columns() -> None:
     )
 
 
+def test_muon_splits_its_momentum_and_the_moments_of_what_it_leaves_to_adam() -> None:
+    rows = report(name="muon")
+    params = {p.removeprefix("state/params/"): r for p, r in rows.items() if "state/params" in p}
+    momentum = [r for p, r in rows.items() if "opt_state" in p and p.endswith("mlp/gate")]
+    assert momentum and all(r.spec == params["layers/mlp/gate"].spec for r in momentum)
+    adam = [r for p, r in rows.items() if "opt_state" in p and p.endswith("/embed")]
+    assert len(adam) == 2 and all(r[1:] == params["embed"][1:] for r in adam)
+
+
 def test_adapters_are_all_that_is_trained() -> None:
     rows = report(lora_rank=4)
     params = {p for p in rows if p.startswith("state/params")}

@@ -88,8 +88,8 @@ def test_roots_of_earlier_starts_are_removed(root: str) -> None:
 def test_weights_of_an_older_schema_say_so(tmp_path: Path) -> None:
     write(str(tmp_path), 0)
     path = tmp_path / "weights" / "v000000" / "manifest.json"
-    path.write_text(path.read_text().replace('"schema": 2', '"schema": 1'))
-    with pytest.raises(UserError, match="schema 1, this version reads 2; remove them"):
+    path.write_text(path.read_text().replace('"schema": 3', '"schema": 2'))
+    with pytest.raises(UserError, match="schema 2, this version reads 3; remove them"):
         manifest(tmp_path, 0)
 
 

@@ -36,6 +36,7 @@ class EpochBatches(grain.IterDataset):
         seed: int = 0,
         epochs: int | None = None,
         start: int = 0,
+        only: Sequence[int] | None = None,
     ) -> None:
         """Args:
           rows: those longer than `row_length` are left out: see `rejected`.
@@ -44,6 +45,7 @@ class EpochBatches(grain.IterDataset):
           seed: of the shuffles.
           epochs: how often the rows are seen; None: without end.
           start: the step of the first batch.
+          only: the rows of a batch that are made, of several processes those of this one.
         Raises:
           UserError: no row fits, or a batch has no rows.
         """
@@ -55,6 +57,7 @@ class EpochBatches(grain.IterDataset):
                 f"{row_length} tokens; raise one of them"
             )
         self._rows, self._row_length, self._seed, self._start = rows, row_length, seed, start
+        self._only = only
         bins, too_long = plan([len(row) for row in rows], row_length)
         self.rejected = tuple(Rejected(i, "too_long", len(rows[i])) for i in too_long)
         if not bins:
@@ -79,7 +82,7 @@ class EpochBatches(grain.IterDataset):
         first = within * self.batch_rows
         bins = self._epoch_bins(epoch)[first : first + self.batch_rows]
         members = [[self._rows[i] for i in indices] for indices in bins]
-        return fill(members, self._row_length, self.batch_rows)
+        return fill(members, self._row_length, self.batch_rows, self._only)
 
     def __iter__(self) -> StepIterator:
         return StepIterator(self.batch, self._start)

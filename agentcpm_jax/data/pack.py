@@ -117,10 +117,19 @@ def _by_micro_batch(bins: list[list[Row]], num_rows: int, micro_rows: int) -> li
     return [bins[(r % count) * micro_rows + r // count] for r in range(num_rows)]
 
 
-def fill(bins: Sequence[Sequence[Row]], row_length: int, num_rows: int) -> Batch:
-    """Lay the rows of each bin side by side; rows of the batch beyond the bins are padding."""
-    batch = Batch.empty(num_rows, row_length)
-    for b, members in enumerate(bins):
+def fill(
+    bins: Sequence[Sequence[Row]],
+    row_length: int,
+    num_rows: int,
+    only: Sequence[int] | None = None,
+) -> Batch:
+    """Lay the rows of each bin side by side; rows of the batch beyond the bins are padding.
+
+    `only`: the rows of the batch that are made, ascending; the counts are those of all.
+    """
+    made = range(num_rows) if only is None else only
+    batch = Batch.empty(len(made), row_length)
+    for b, members in enumerate(bins[r] if r < len(bins) else () for r in made):
         start = 0
         for k, row in enumerate(members, 1):
             at = np.s_[b, start : start + len(row)]

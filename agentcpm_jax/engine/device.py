@@ -63,16 +63,16 @@ def prefill(
     params: dict,
     cfg: ModelConfig,
     cache: KVCache,
-    index: jax.Array,
-    length: jax.Array,
-    tokens: jax.Array,
-    counts: jax.Array,
+    index: Any,
+    length: Any,
+    tokens: Any,
+    counts: Any,
     filled: int,
     whole: bool,
 ) -> KVCache:
     """Feed `tokens` i32[R, C] (the first `counts` i32[R] of each row) behind `length` i32[R].
 
-    `filled`: a static bound on length. `whole`: row r is slot r, for all slots. Two programs: one
+    All may be numpy arrays. `filled`: a static bound on length. `whole`: row r is slot r, for all slots. Two programs: one
     that read and wrote the donated cache would copy all of it, as XLA does not order the two.
     """
     past = read(cache, index, length, filled, whole)

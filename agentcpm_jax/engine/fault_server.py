@@ -130,9 +130,10 @@ class FaultServer(EngineServer):
         *,
         chat: ChatFormat | None = None,
         keys: ServerKeys | None = None,
+        model: dict[str, Any] | None = None,
     ) -> None:
-        self.toy = engine or ToyEngine()
-        super().__init__(self.toy, cfg or ServerConfig(port=0, chunk=8), chat=chat, keys=keys)
+        self.toy, cfg = engine or ToyEngine(), cfg or ServerConfig(port=0, chunk=8)
+        super().__init__(self.toy, cfg, chat=chat, keys=keys, model=model)
         self._armed: deque[Fault] = deque()
         self._last = b"{}"
         self.hits: list[str] = []

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -16,6 +17,9 @@ from agentcpm_jax.types import UserError
 
 #: Where each kernel runs; the others run everywhere.
 PLATFORMS = {"splash": "tpu", "cudnn": "gpu"}
+
+#: CUDA's compute capability of Ampere, the first with units for bfloat16.
+BFLOAT16_FROM = 8.0
 
 
 class Choice(NamedTuple):
@@ -60,9 +64,42 @@ def choose(cfg: ModelConfig, platform: str) -> Choice:
     return Choice("blockwise", "")
 
 
+def fit_to(
+    cfg: ModelConfig, platform: str, capability: float = 0.0
+) -> tuple[ModelConfig, list[str]]:
+    """`cfg` as a device can compute it, and a line for each thing that had to be changed.
+
+    Args:
+      platform: cpu, gpu or tpu.
+      capability: CUDA's compute capability of a gpu.
+    Raises:
+      UserError: the kernel does not run on this platform.
+    """
+    lines = []
+    if platform == "gpu" and cfg.dtype == "bfloat16" and capability < BFLOAT16_FROM:
+        cfg = dataclasses.replace(cfg, dtype="float32")
+        lines.append(
+            f"model.dtype: float32 instead of bfloat16, which a GPU of compute capability "
+            f"{capability} has no units for (parameters are stored as before)"
+        )
+    choice = choose(cfg, platform)
+    if choice.why:
+        lines.append(f"model.attention: {choice.name}, since {choice.why}")
+    return cfg, lines
+
+
+def fit_to_device(cfg: ModelConfig, device: Any) -> tuple[ModelConfig, list[str]]:
+    """`fit_to` for a `jax.Device` that is here."""
+    platform = _family(device.platform)
+    return fit_to(cfg, platform, float(getattr(device, "compute_capability", 0) or 0))
+
+
 def platform_of(mesh: Mesh | None) -> str:
     """cpu, gpu or tpu; that of a mesh may be only described, not there."""
-    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    return _family(jax.default_backend() if mesh is None else mesh.devices.flat[0].platform)
+
+
+def _family(platform: str) -> str:
     return "gpu" if platform in ("cuda", "rocm") else platform
 
 

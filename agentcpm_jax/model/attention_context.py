@@ -81,6 +81,15 @@ def time_order(length: int, shards: int) -> np.ndarray:
     return np.concatenate([chunks[[r, 2 * shards - 1 - r]].ravel() for r in range(shards)])
 
 
+def time_multiple(mesh: Mesh | None) -> int:
+    """What the length of a row is a multiple of on `mesh`; 128 places of a device on TPUs."""
+    if mesh is None:
+        return 1
+    shards = mesh.shape["context"]
+    chunks = 2 * shards if shards > 1 else 1
+    return chunks * (128 if mesh.devices.flat[0].platform == "tpu" else 1)
+
+
 def reorder(x: jax.Array, mesh: Mesh | None, *, back: bool = False) -> jax.Array:
     """x [B,T,...] in `time_order` of the mesh, or `back` from it."""
     if mesh is None or mesh.shape["context"] == 1:

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
+from jax.sharding import NamedSharding, PartitionSpec
 
 from agentcpm_jax import tree
 from agentcpm_jax.model.config import DTYPES, ModelConfig, from_hf_config, to_hf_config
@@ -29,10 +31,12 @@ from agentcpm_jax.model.hf_files import (
     aligned_empty,
     read_json,
     transpose_into,
+    write_file,
 )
 from agentcpm_jax.model.params import Params, ParamSpec, param_specs
 from agentcpm_jax.types import UserError
 
+PIECE_BYTES = 256 << 20  # of a parameter, on its way to a device
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -50,11 +54,12 @@ def load_hf(
     cfg: ModelConfig | None = None,
     param_dtype: str | None = None,
     shardings: Mapping[str, Any] | None = None,
+    layers_at_once: int | None = None,
 ) -> tuple[Params, ModelConfig]:
     """Parameters and configuration of a Qwen3 checkpoint directory.
 
-    Files are mapped, not read: beside the parameters themselves no more than one device's part of
-    one parameter is in memory.
+    Files are mapped, not read. On the CPU what is read becomes the parameters; for other devices
+    some layers of one parameter, and of them this host's part, are in memory at a time.
 
     Args:
       directory: holds config.json and safetensors, in one file or sharded with an index.
@@ -64,6 +69,8 @@ def load_hf(
         dtype that is stored, so that nothing is rounded.
       shardings: one for every parameter (`sharding.param_shardings`); each process then reads its
         devices' parts. Default: whole, on the default device.
+      layers_at_once: how many layers of a parameter are on their way at a time. Default: all on the
+        CPU, elsewhere as many as `PIECE_BYTES` hold.
 
     Returns:
       The tree of `params.init` as jax arrays, and the configuration with its `param_dtype` set.
@@ -86,14 +93,51 @@ def load_hf(
         cfg = dataclasses.replace(cfg, param_dtype=param_dtype)
 
         def leaf(_: str, spec: ParamSpec, sharding: Any = None) -> Any:
-            if sharding is None:
-                return jnp.asarray(_slice(tensors, spec, (slice(None),) * len(spec.shape), cfg))
-            return jax.make_array_from_callback(
-                spec.shape, sharding, lambda index: _slice(tensors, spec, index or (), cfg)
-            )
+            some = layers_at_once or _layers_at_once(spec, cfg)
+            if spec.axes[0] == "layers" and some < spec.shape[0]:
+                return _in_pieces(tensors, spec, cfg, sharding, some)
+            return _layers(tensors, spec, cfg, sharding, range(spec.shape[0]))
 
         specs = param_specs(cfg)
         return tree.map_with_path(leaf, specs, *([shardings] if shardings else [])), cfg
+
+
+def _layers_at_once(spec: ParamSpec, cfg: ModelConfig) -> int:
+    if jax.default_backend() == "cpu":
+        return spec.shape[0]
+    layer = math.prod(spec.shape[1:]) * jnp.dtype(cfg.param_dtype).itemsize
+    return max(1, PIECE_BYTES // layer)
+
+
+def _in_pieces(
+    tensors: Tensors, spec: ParamSpec, cfg: ModelConfig, sharding: Any, some: int
+) -> jax.Array:
+    """A stacked parameter, made on its devices from `some` layers at a time."""
+    zeros = jax.jit(partial(jnp.zeros, spec.shape, cfg.param_dtype), out_shardings=sharding)
+    put = jax.jit(jax.lax.dynamic_update_slice_in_dim, static_argnums=3, donate_argnums=0)
+    out = zeros()
+    for first in range(0, spec.shape[0], some):
+        first = min(first, spec.shape[0] - some)  # the last piece overlaps: one shape, one program
+        piece = _layers(tensors, spec, cfg, sharding, range(first, first + some))
+        out = put(out, piece, first, 0).block_until_ready()  # and the host's part is free
+    return out
+
+
+def _layers(
+    tensors: Tensors, spec: ParamSpec, cfg: ModelConfig, sharding: Any, rows: range
+) -> jax.Array:
+    """The part `rows` of a parameter along its first axis."""
+    shape = (len(rows), *spec.shape[1:])
+
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None, "arrays, no other elements"
+        own = rows[index[0]]
+        return _slice(tensors, spec, (slice(own.start, own.stop), *index[1:]), cfg)
+
+    if sharding is None:
+        # Not jnp.asarray, which copies what device_put takes over.
+        return jax.device_put(part((slice(None),) * len(shape)))
+    return jax.make_array_from_callback(shape, sharding, part)
 
 
 def save_hf(
@@ -104,11 +148,13 @@ def save_hf(
     dtype: str | None = None,
     tokenizer_from: str | os.PathLike[str] | None = None,
     max_shard_bytes: int = 4 << 30,
+    describe: Callable[[Mapping[str, str]], Mapping[str, str]] = lambda hashes: {},
 ) -> None:
     """Writes a directory that `load_hf` and `transformers.AutoModelForCausalLM` read.
 
     It appears whole or not at all: written beside its place, then renamed. A checkpoint that is
-    there already is replaced.
+    there already is replaced. Of parameters on a mesh one tensor of one layer is gathered at a
+    time; of several processes all call this, and the first one writes.
 
     Args:
       directory: the place; its parents are made.
@@ -117,6 +163,8 @@ def save_hf(
       dtype: 'float32' or 'bfloat16'; default: as the parameters are.
       tokenizer_from: a directory whose tokenizer, chat template and generation config are copied.
       max_shard_bytes: larger checkpoints are split into several files with an index.
+      describe: {weight file: sha256} -> {file: text} of what else goes into the directory, such as
+        a model card.
 
     Raises:
       UserError: the place holds something else than a checkpoint, there is no tokenizer in
@@ -131,6 +179,10 @@ def save_hf(
     if tokenizer_from is not None and not (Path(tokenizer_from) / "tokenizer.json").is_file():
         raise UserError(f"{Path(tokenizer_from) / 'tokenizer.json'} is missing; name its directory")
     _check_params(params, cfg)
+    if jax.process_index() > 0:
+        for _ in hf_tensors(params, cfg, dtype):  # this process's part of every gathering
+            pass
+        return
     directory.parent.mkdir(parents=True, exist_ok=True)
     fresh, old = (
         directory.with_name(f".{directory.name}.{w}-{os.getpid()}") for w in ("tmp", "old")
@@ -138,7 +190,7 @@ def save_hf(
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir()
     try:
-        _write_shards(fresh, params, cfg, dtype, max_shard_bytes)
+        hashes = _write_shards(fresh, params, cfg, dtype, max_shard_bytes)
         saved = dtype or str(np.dtype(params["embed"].dtype))
         hf_config = to_hf_config(dataclasses.replace(cfg, param_dtype=saved))
         (fresh / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n")
@@ -146,6 +198,8 @@ def save_hf(
             for name in TOKENIZER_FILES:
                 if (Path(tokenizer_from) / name).is_file():
                     shutil.copyfile(Path(tokenizer_from) / name, fresh / name)
+        for name, text in describe(hashes).items():
+            (fresh / name).write_text(text)
         if directory.exists():
             directory.rename(old)
         fresh.rename(directory)
@@ -163,15 +217,45 @@ def hf_tensors(
     """
     flat = tree.flatten(params)
     for path, spec in tree.flatten(param_specs(cfg)).items():
-        host = np.asarray(flat[path])
         for key, index in _keys(spec):
-            yield key, _to_hf(host[index], spec, dtype)
+            yield key, _to_hf(_on_host(flat[path], index), spec, dtype)
 
 
 def hf_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
     """{key: shape} of every tensor of the file format."""
     specs = tree.flatten(param_specs(cfg)).values()
     return {key: _hf_shape(spec) for spec in specs for key, _ in _keys(spec)}
+
+
+def _on_host(leaf: Any, index: Any) -> np.ndarray:
+    """One layer of a parameter, or all of it (...), put together from the devices that hold it."""
+    if not isinstance(leaf, jax.Array):
+        return np.asarray(leaf)[index]
+    if not leaf.is_fully_addressable:  # spread over processes
+        layer = None if index is ... else jnp.int32(index)
+        whole = NamedSharding(leaf.sharding.mesh, PartitionSpec())  # type: ignore[attr-defined]
+        return np.asarray(_gather(whole)(leaf, layer).addressable_data(0))
+    parts = [shard for shard in leaf.addressable_shards if shard.replica_id == 0]
+    if len(parts) == 1:
+        return _part(parts[0].data, index)
+    out = np.empty(leaf.shape if index is ... else leaf.shape[1:], leaf.dtype)
+    for shard in parts:  # no rule splits the axis of layers
+        out[shard.index if index is ... else shard.index[1:]] = _part(shard.data, index)
+    return out
+
+
+def _part(data: jax.Array, index: Any) -> np.ndarray:
+    if next(iter(data.devices())).platform == "cpu":
+        return np.asarray(data)[index]  # a view
+    return np.asarray(data[index])
+
+
+@functools.cache
+def _gather(whole: NamedSharding) -> Any:
+    def one(x: jax.Array, layer: jax.Array | None) -> jax.Array:
+        return x if layer is None else jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
+
+    return jax.jit(one, out_shardings=whole)
 
 
 def _keys(spec: ParamSpec) -> list[tuple[str, Any]]:
@@ -253,20 +337,24 @@ def _write_shards(
     cfg: ModelConfig,
     dtype: str | None,
     max_shard_bytes: int,
-) -> None:
+) -> dict[str, str]:
     shards = _plan(params, cfg, dtype, max_shard_bytes)
     tensors = hf_tensors(params, cfg, dtype)
     weight_map: dict[str, str] = {}
+    hashes: dict[str, str] = {}
     total = 0
     for number, keys in enumerate(shards, 1):
         name = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        shard = dict(next(tensors) for _ in keys)
-        safetensors.numpy.save_file(shard, directory / name, metadata={"format": "pt"})
+        shapes = {key: hf_shapes(cfg)[key] for key in keys}
+        stored = dtype or str(np.dtype(params["embed"].dtype))
+        pieces = (next(tensors)[1] for _ in keys)
+        written, hashes[name] = write_file(directory / name, shapes, stored, pieces)
+        total += written
         weight_map.update(dict.fromkeys(keys, name))
-        total += sum(tensor.nbytes for tensor in shard.values())
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    return hashes
 
 
 def _plan(

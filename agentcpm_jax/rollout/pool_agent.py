@@ -6,7 +6,8 @@
     GET  /health  200                                 GET /versions  what is here, bytes used
 
 The pool asks each host's agent before it pauses that host's workers, so that an update reads local
-files. It shares SGLang's environment: standard library and fsspec, no arrays.
+files. It shares SGLang's environment: standard library, fsspec and xxhash (which SGLang brings), no
+arrays.
 """
 
 from __future__ import annotations

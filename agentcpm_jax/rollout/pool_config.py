@@ -28,6 +28,7 @@ class PoolConfig:
     pause: Literal["abort", "retract", "in_place"] = "abort"
     weights_dir: str = ""  # a directory or URL (gs://...); empty: below the stage's directory
     weights_dtype: Literal["", "float32", "bfloat16"] = ""  # empty: as the trainer's parameters
+    keep_versions: int = 2  # published ones that stay, the newest included
     agent_port: int = 0  # launch/pool_agent.py on every worker's host; 0: workers see weights_dir
     api_key_env: str = "SGLANG_API_KEY"  # names of environment variables, not keys
     admin_key_env: str = "SGLANG_ADMIN_API_KEY"

@@ -26,6 +26,7 @@ from agentcpm_jax.rollout.pool_probe import (
     Mismatch,
     Trainer,
     check_gap,
+    check_model,
     check_temperature,
     check_text,
     gap_between,
@@ -222,6 +223,10 @@ class Members:
             if error.kind is Trouble.UPDATE_REFUSED:
                 said = f"wrong model on {worker.url}: it does not take the run's weights: "
                 self._set(worker, State.REFUSED, said + error.detail)
+            elif error.kind is Trouble.DIED_LOADING and worker.version < 0:
+                said = f"wrong model on {worker.url}? It ended while it loaded the run's first "
+                said += "weights; serve the run's model, and read the server's log"
+                self._set(worker, State.REFUSED, said)
             elif error.kind is Trouble.FORBIDDEN:
                 names = f"{self.cfg.api_key_env} and {self.cfg.admin_key_env}"
                 self._set(worker, State.REFUSED, f"{error}; set {names}")
@@ -233,6 +238,7 @@ class Members:
         info = worker.info = await worker.server.model_info()
         if info.get("is_generation") is False:
             raise Mismatch(f"wrong model on {worker.url}: it does not generate")
+        check_model(worker.server, info, self.trainer.config)
         arguments = await worker.server.server_info()
         limits = (arguments.get("context_length"), arguments.get("max_req_input_len"))
         worker.context = int(next((n for n in limits if n), 0))
@@ -245,8 +251,11 @@ class Members:
         try:
             await server.pause(mode)
             await server.update_from_disk(path, target.name, flush=mode != "in_place")
-        finally:
-            await server.resume()
+        except BaseException:
+            with contextlib.suppress(PoolError):  # the first trouble says more
+                await server.resume()
+            raise
+        await server.resume()
 
     async def _path(self, worker: Worker, target: Weights) -> str:
         """Where the worker's host has the weights; waits while its agent copies them."""

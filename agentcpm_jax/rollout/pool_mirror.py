@@ -6,7 +6,6 @@ them, and few stay, within a quota: the versions that were asked for last are re
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -19,7 +18,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from agentcpm_jax.types import UserError
-from agentcpm_jax.weight_store import MANIFEST, STABLE, Place, manifest, open_place
+from agentcpm_jax.weight_store import (
+    CHECKSUM,
+    MANIFEST,
+    STABLE,
+    Place,
+    checksum,
+    manifest,
+    open_place,
+)
 
 T = TypeVar("T")
 CHUNK = 16 << 20
@@ -134,7 +141,7 @@ class Mirror:
         count: Callable[[int], None],
     ) -> None:
         for _ in range(2):  # a resumed copy that turns out wrong is made anew once
-            digest, size = hashlib.sha256(), 0
+            digest, size = checksum(), 0
             if path.exists() and path.stat().st_size <= expected["bytes"]:
                 with path.open("rb") as file:
                     while piece := file.read(CHUNK):
@@ -151,12 +158,12 @@ class Mirror:
                     count(len(piece))
                 file.flush()
                 os.fsync(file.fileno())
-            if digest.hexdigest() == expected["sha256"]:
+            if digest.hexdigest() == expected[CHECKSUM]:
                 return
             path.unlink()
             count(-size)
         raise UserError(
-            f"{remote} is damaged: its sha256 is not the one in {MANIFEST}; "
+            f"{remote} is damaged: its checksum is not the one in {MANIFEST}; "
             "the next version of the run replaces it"
         )
 

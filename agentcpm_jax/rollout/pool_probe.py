@@ -7,8 +7,11 @@ template, does it hold the run's weights, and do its log-probabilities mean what
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,6 +30,12 @@ _MESSAGES = (
     {"role": "user", "content": "Look again."},
 )
 
+#: What two models have to share, or the weights of one do not fit into the other.
+_SHAPE = (
+    *("architectures", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "tie_word_embeddings"),
+)
+
 #: i32[T] -> f32[T]: log p(token t | the tokens before t) at index t, temperature 1.
 Logprobs = Callable[[np.ndarray], np.ndarray]
 
@@ -39,6 +48,7 @@ class Trainer:
     chat: ChatFormat | None = None
     logprobs: Logprobs | None = None  # of the weights that the pool starts with
     temperature: float = 1.0  # at which the run samples
+    config: Mapping[str, Any] = field(default_factory=dict)  # config.json of the run's model
 
 
 class Mismatch(Exception):
@@ -85,6 +95,24 @@ def gap_between(first: Sequence[Answer], second: Sequence[Answer]) -> float:
         total += len(a.leg.ids)
     flat = np.concatenate(gaps)
     return float(flat.mean()) if len(flat) and 4 * len(flat) >= total else float("inf")
+
+
+def check_model(server: Server, info: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Before any weights are sent: SGLang 0.5 does not survive those of another shape.
+
+    Compares what `/model_info` says, and the served directory's config.json where this machine
+    sees it, with the run's own. Raises `Mismatch`.
+    """
+    served = {key: info[key] for key in _SHAPE if info.get(key)}
+    file = Path(str(info.get("model_path"))) / "config.json"
+    if file.is_file():
+        served |= json.loads(file.read_text())
+    for key in _SHAPE:
+        if key in served and key in config and served[key] != config[key]:
+            raise Mismatch(
+                f"wrong model on {server.url}: {info.get('model_path')} has {key} {served[key]}, "
+                f"the run's model {config[key]}; serve the run's model"
+            )
 
 
 async def check_text(server: Server, chat: ChatFormat) -> str:

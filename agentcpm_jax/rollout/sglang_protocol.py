@@ -38,6 +38,7 @@ class Trouble(enum.StrEnum):
     VOCABULARY = "vocabulary"  # a sampled id that the trainer does not have
     NON_FINITE = "non_finite_logprob"
     UPDATE_REFUSED = "update_refused"  # `success: false`
+    DIED_LOADING = "died_loading"  # the connection broke while it loaded weights
     NO_WEIGHTS = "no_weights"  # the host's agent could not copy them
 
 
@@ -89,9 +90,18 @@ def generate_body(
     extra_key: str = "",
 ) -> dict[str, Any]:
     """The JSON body of one leg. `seed`: sent only to servers that honour it."""
+    # Defaults are said, too: servers have defaults of their own (--preferred-sampling-params), and
+    # a sample from a distribution that was cut off is not what the trainer computes.
     sampling: dict[str, Any] = {
         "max_new_tokens": int(budget),
         "temperature": float(params.temperature),
+        "top_p": float(params.top_p),
+        "top_k": int(params.top_k) or -1,
+        "min_p": float(params.min_p),
+        "frequency_penalty": 0.0,
+        "presence_penalty": 0.0,
+        "repetition_penalty": 1.0,
+        "stop": list(params.stop_strings),
         "stop_token_ids": [int(i) for i in params.stop_ids],
         # `ignore_eos` would switch `stop_token_ids` off as well, so it goes with their absence.
         "ignore_eos": not params.stop_ids,
@@ -99,9 +109,6 @@ def generate_body(
         "spaces_between_special_tokens": False,
         "no_stop_trim": True,
     }
-    restricted = {"top_p": (params.top_p, 1.0), "min_p": (params.min_p, 0.0)}
-    restricted |= {"top_k": (params.top_k, 0), "stop": (list(params.stop_strings), [])}
-    sampling |= {name: value for name, (value, default) in restricted.items() if value != default}
     if seed is not None:
         sampling["sampling_seed"] = seed
     body = {

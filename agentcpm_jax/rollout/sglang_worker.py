@@ -83,9 +83,17 @@ class Server:
         await self._control("/continue_generation", {}, self._cfg.control_timeout)
 
     async def update_from_disk(self, path: str, version: str, *, flush: bool) -> None:
-        """Load the weights in `path` and announce them as `version`."""
+        """Load the weights in `path` and announce them as `version`.
+
+        SGLang 0.5 ends itself when their shapes are not those that it serves: `DIED_LOADING`.
+        """
         body = {"model_path": path, "weight_version": version, "flush_cache": flush}
-        await self._control("/update_weights_from_disk", body, self._cfg.update_timeout)
+        try:
+            await self._control("/update_weights_from_disk", body, self._cfg.update_timeout)
+        except PoolError as error:
+            if error.kind is Trouble.UNREACHABLE:
+                raise PoolError(Trouble.DIED_LOADING, self.url, error.detail) from None
+            raise
 
     async def pull(self, run: str, version: int) -> dict[str, Any]:
         """An agent's word on its copy of the weights; it begins one when it has none."""

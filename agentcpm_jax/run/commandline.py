@@ -19,6 +19,8 @@ from agentcpm_jax.config import ExperimentConfig, from_config_dict
 from agentcpm_jax.types import UserError
 
 CHECKOUT = Path(__file__).resolve().parents[2]
+#: What `--explain=` may say; without a value it is the first.
+EXPLAINED = ("estimate", "aot", "arrays")
 
 
 class Command(NamedTuple):
@@ -27,8 +29,8 @@ class Command(NamedTuple):
     config: ExperimentConfig
     workdir: Path
     doctor: bool | None = None  # True: examine only, False: do not examine, None: examine first
-    explain: str = ""  # 'estimate' or 'aot': say what the run takes, and stop
-    slice: str = "v5p-64"  # the TPU slice that is explained
+    explain: str = ""  # 'estimate', 'aot' or 'arrays': say what the run takes, and stop
+    slice: str = ""  # the TPU slice (or GPUs) that is explained; empty: the smallest that will do
     prices: str = ""  # JSON file of its prices
 
 
@@ -41,7 +43,7 @@ def parse(argv: Sequence[str]) -> Command:
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=ordered)
     flags.DEFINE_string("workdir", "", "where the run lives", flag_values=values)
     flags.DEFINE_boolean("doctor", None, "examine what the config names", flag_values=values)
-    flags.DEFINE_enum("explain", "", ["", "estimate", "aot"], "", flag_values=values)
+    flags.DEFINE_enum("explain", "", ["", *EXPLAINED], "", flag_values=values)
     flags.DEFINE_string("slice", Command._field_defaults["slice"], "", flag_values=values)
     flags.DEFINE_string("prices", "", "JSON file of prices for --explain", flag_values=values)
     try:
@@ -50,7 +52,7 @@ def parse(argv: Sequence[str]) -> Command:
     except flags.UnrecognizedFlagError as error:
         raise UserError(
             f"{error}; known: --config, --config.<key>=..., --workdir, --[no]doctor, "
-            "--explain[=aot] with --slice and --prices"
+            "--explain[=aot|arrays] with --slice and --prices"
         ) from None
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         # ml_collections puts the repr of a KeyError, escapes included, into the next one.
@@ -73,8 +75,8 @@ def explained(command: Command, announce: Callable[[str], None]) -> bool:
         return False
     from agentcpm_jax.run.explain import explain  # only then: it imports the train step
 
-    compiled = command.explain == "aot"
-    announce(explain(command.config, command.slice, compiled=compiled, prices=command.prices))
+    how = {"compiled": command.explain == "aot", "arrays": command.explain == "arrays"}
+    announce(explain(command.config, command.slice, prices=command.prices, **how))
     return True
 
 

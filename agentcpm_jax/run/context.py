@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +18,27 @@ from jax.sharding import Mesh
 
 from agentcpm_jax.config import ExperimentConfig, Stage, to_json
 from agentcpm_jax.model import params as model_params
+from agentcpm_jax.model.attention_choice import fit_to_device
+from agentcpm_jax.model.config import from_hf_config
 from agentcpm_jax.model.hf import load_hf, save_hf
+from agentcpm_jax.model.hf_files import read_json
+from agentcpm_jax.model.lora import PEFT_WEIGHTS, save_peft
 from agentcpm_jax.rollout.chat import ChatFormat, template_text
 from agentcpm_jax.rollout.experience import ExperienceLog
+from agentcpm_jax.run.card import describe
 from agentcpm_jax.run.interrupt import StopSignal
 from agentcpm_jax.run.log import open_log
-from agentcpm_jax.run.metrics import Progress
+from agentcpm_jax.run.metrics import Progress, silent
+from agentcpm_jax.run.multihost import gathered, is_main, main_first
 from agentcpm_jax.run.tiny import SHIPPED
+from agentcpm_jax.run.watchdog import Watchdog
 from agentcpm_jax.sharding import make_mesh
 from agentcpm_jax.types import UserError
+from agentcpm_jax.weight_store import sha256_of
 from agentcpm_jax.world.vocabulary import write_tokenizer
+
+#: Keys that a resume may give anew: they change no result, or (mesh) its last bits alone.
+FREE = ("workdir", "hang_seconds", "profile", "mesh")
 
 
 @dataclass(frozen=True)
@@ -41,32 +54,72 @@ class RunContext:
     stop: StopSignal
     mesh: Mesh
     announce: Callable[[str], None] = lambda line: None  # a line for whoever watches the run
+    watchdog: Watchdog = field(default_factory=Watchdog)
 
     def directory(self, stage: Stage | str) -> Path:
         """workdir/<stage>."""
         return self.workdir / (stage if isinstance(stage, str) else stage.name)
 
-    def load_params(self, source: str) -> Any:
-        """Parameters of 'random', 'shipped:base', 'stage:<name>' or a Hugging Face directory."""
-        if source == "random":
+    def load_params(self, source: str, shardings: Any = None) -> Any:
+        """Parameters of 'random', 'shipped:base', 'stage:<name>' or a Hugging Face directory.
+
+        `shardings`: one for every parameter; default: whole, on this process's first device.
+        """
+        if source == "random" and shardings is None:
             return model_params.init(jax.random.key(self.cfg.seed), self.cfg.model)
-        path = SHIPPED.get(source) or Path(source)
-        if source.startswith("stage:"):
-            path = self.directory(source[6:]) / "hf"
+        if source == "random":
+            spread = jax.jit(model_params.init, static_argnums=1, out_shardings=shardings)
+            return spread(jax.random.key(self.cfg.seed), self.cfg.model)
+        path = self._source(source)
+        assert path is not None
         if not (path / "config.json").is_file():
             raise UserError(f"init_from={source!r}: {path} holds no config.json; name a directory")
-        loaded, found = load_hf(path, param_dtype=self.cfg.model.param_dtype)
+        found = from_hf_config(read_json(path, "config.json"))
         if found.vocab_size != self.cfg.model.vocab_size or found.width != self.cfg.model.width:
             raise UserError(
                 f"{path} is a model of vocabulary {found.vocab_size} and width {found.width}; "
                 f"config.model has {self.cfg.model.vocab_size} and {self.cfg.model.width}"
             )
-        return loaded
+        return load_hf(path, param_dtype=self.cfg.model.param_dtype, shardings=shardings)[0]
+
+    def save_adapters(self, directory: Path, adapters: Any, base: str) -> None:
+        """What a stage trained beside `base`, in PEFT's format."""
+        host = gathered(adapters)
+        if is_main():
+            save_peft(directory, host, self.cfg.model, base)
+            file = directory / PEFT_WEIGHTS
+            described = self._describe(directory, {file.name: sha256_of(file)})
+            for name, text in described.items():
+                (directory / name).write_text(text)
 
     def save_model(self, directory: Path, params: Any) -> None:
         """A Hugging Face directory with the run's tokenizer; replaces an unfinished one."""
-        shutil.rmtree(directory, ignore_errors=True)
-        save_hf(directory, params, self.cfg.model, tokenizer_from=self.tokenizer)
+        if is_main():
+            shutil.rmtree(directory, ignore_errors=True)
+        described = partial(self._describe, directory)
+        tokenizer = self.tokenizer
+        save_hf(directory, params, self.cfg.model, tokenizer_from=tokenizer, describe=described)
+
+    def _source(self, source: str) -> Path | None:
+        """The directory of an `init_from`; None for random parameters."""
+        if source == "random":
+            return None
+        if source.startswith("stage:"):
+            return self.directory(source[6:]) / "hf"
+        return SHIPPED.get(source) or Path(source)
+
+    def _describe(self, directory: Path, weights: Mapping[str, str]) -> dict[str, str]:
+        """The model card of an export of the stage in whose directory it is."""
+        name = directory.relative_to(self.workdir).parts[0]
+        stage = next(stage for stage in self.cfg.stages if stage.name == name)
+        made_from = [stage.init_from]
+        if stage.merge is not None:
+            made_from += [stage.merge.general, *stage.merge.soup]
+        if stage.kind == "pretrain" and self.cfg.base != "scratch":
+            made_from = [self.cfg.base]
+        sources = {source: self._source(source) for source in made_from}
+        metrics = self.directory(stage) / "metrics.jsonl"
+        return describe(self.cfg, stage, sources, metrics, weights)
 
 
 def open_context(
@@ -76,14 +129,16 @@ def open_context(
     stop: StopSignal,
     announce: Callable[[str], None] = lambda line: None,
 ) -> RunContext:
-    """Create or reopen a workdir.
+    """Create or reopen a workdir; of several processes the first writes it, the others read it.
 
     Raises:
       UserError: the workdir belongs to another configuration, the mesh does not fit the devices, or
         the tokenizer not the model.
     """
     mesh = make_mesh(cfg.mesh)
-    with tempfile.TemporaryDirectory() as scratch:  # nothing is written before all checks passed
+    model, fallbacks = fit_to_device(cfg.model, mesh.devices.flat[0])
+    # Nothing is written before all checks passed.
+    with main_first("context"), tempfile.TemporaryDirectory() as scratch:
         if not cfg.tokenizer:
             write_tokenizer(scratch, template_text(cfg.template))
         chat = ChatFormat.load(cfg.tokenizer or scratch)
@@ -96,8 +151,14 @@ def open_context(
         tokenizer = Path(cfg.tokenizer or workdir / "tokenizer")
         if not tokenizer.exists():
             shutil.copytree(scratch, tokenizer)
-    log = open_log(cfg, workdir, announce)
-    return RunContext(cfg, workdir, tokenizer, chat, log, progress, stop, mesh, announce)
+    watchdog = Watchdog(cfg.hang_seconds, announce, workdir)
+    if not is_main():  # it speaks up when it hangs, and has a log that nobody reads
+        progress, announce = silent, lambda line: None
+    log = open_log(cfg, workdir, announce) if is_main() else _no_log()
+    for line in fallbacks:
+        announce(line)
+    cfg = replace(cfg, model=model)
+    return RunContext(cfg, workdir, tokenizer, chat, log, progress, stop, mesh, announce, watchdog)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -107,13 +168,19 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def _no_log() -> ExperienceLog:
+    scratch = tempfile.TemporaryDirectory()
+    atexit.register(scratch.cleanup)
+    return ExperienceLog.open(Path(scratch.name) / "experience.db")
+
+
 def _check_config(cfg: ExperimentConfig, path: Path) -> None:
     """One workdir, one configuration: a resume under another one would not be a resume."""
     new = json.loads(json.dumps(to_json(cfg)))
     if path.exists():
         old = json.loads(path.read_text())
         changed = sorted(set(_differences(old, new)))
-        changed = [key for key in changed if not key.startswith("workdir")]
+        changed = [key for key in changed if key.split(".")[0] not in FREE]
         if changed:
             raise UserError(
                 f"{path.parent} was started with another configuration ({', '.join(changed[:5])} "

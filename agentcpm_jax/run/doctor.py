@@ -29,6 +29,7 @@ from sqlalchemy.exc import DBAPIError
 from agentcpm_jax import tree, weight_sync
 from agentcpm_jax.config import ExperimentConfig, RLStage, Stage
 from agentcpm_jax.model import params as model_params
+from agentcpm_jax.model.config import to_hf_config
 from agentcpm_jax.model.params import param_specs
 from agentcpm_jax.rewards.judge import JudgeConfig, judge_prompt, parse_verdict
 from agentcpm_jax.rollout.chat import ChatFormat, template_text
@@ -41,6 +42,7 @@ from agentcpm_jax.rollout.pool_probe import Trainer
 from agentcpm_jax.rollout.sglang_pool import SGLangPool
 from agentcpm_jax.rollout.sglang_worker import open_client
 from agentcpm_jax.run.commandline import Command
+from agentcpm_jax.run.multihost import is_main
 from agentcpm_jax.run.pool import probe_logprobs, version_path, weights_name, weights_place
 from agentcpm_jax.sharding import make_mesh, param_shardings
 from agentcpm_jax.types import Task, UserError
@@ -70,7 +72,7 @@ def consult(command: Command, announce: Callable[[str], None]) -> bool:
 
     A launch announces only what is wrong. Raises `UserError` when something is that matters.
     """
-    if command.doctor is False:
+    if command.doctor is False or (command.doctor is None and not is_main()):
         return False
     alone = command.doctor is True
     failed = 0
@@ -244,6 +246,7 @@ def _start(cfg: ExperimentConfig, where: PoolConfig, pool: SGLangPool, root: str
             chat=ChatFormat.load(tokenizer),
             logprobs=probe_logprobs(params, cfg.model),
             temperature=cfg.episode.temperature,
+            config=to_hf_config(cfg.model),
         )
         pool.start(trainer, 0, version_path(root, 0))
 

@@ -4,26 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
 
-from agentcpm_jax.config import RLStage, Stage
+from agentcpm_jax.config import ExperimentConfig, RLStage, Stage, TrainShape
+from agentcpm_jax.data.batch import Batch
 from agentcpm_jax.data.loader import StepBatches
 from agentcpm_jax.data.rows import Row
+from agentcpm_jax.model.attention_context import time_multiple
+from agentcpm_jax.model.config import ModelConfig
+from agentcpm_jax.model.lora import init_adapters, merge
 from agentcpm_jax.run.context import RunContext
+from agentcpm_jax.run.multihost import on_devices
+from agentcpm_jax.train.buckets import check_lengths, trim
 from agentcpm_jax.train.optimizer import make_optimizer
-from agentcpm_jax.train.placement import place, step_shardings
+from agentcpm_jax.train.placement import step_shardings
 from agentcpm_jax.train.state import TrainState
-from agentcpm_jax.train.step import make_rl_step, needs_reference
+from agentcpm_jax.train.step import StepShardings, make_rl_step, needs_reference
 from agentcpm_jax.types import UserError
 
 
+class Start(NamedTuple):
+    """The state before the first step; with adapters, the frozen parameters beside it."""
+
+    state: TrainState
+    base: Any = None
+
+
 class Learner(NamedTuple):
-    """The state before the first step, and (state, batch, version i32[]) -> (state, metrics)."""
+    """The state before the first step, (state, batch, version i32[]) -> (state, metrics), and the
+    plain parameters of a state (adapters are merged into them)."""
 
     state: TrainState
     step: Callable[..., tuple[TrainState, dict[str, Any]]]
+    plain: Callable[[TrainState], Any]
 
 
 def make_learner(ctx: RunContext, stage: Stage, rl: RLStage) -> Learner:
@@ -43,7 +62,8 @@ def make_learner(ctx: RunContext, stage: Stage, rl: RLStage) -> Learner:
         optimizer = replace(optimizer, total_steps=rl.shape.steps * updates)
     tx, schedule = make_optimizer(optimizer)
     shardings = step_shardings(ctx.mesh, ctx.cfg.model, tx, rl.shape.micro_rows or rows // updates)
-    state = place(TrainState.create(ctx.load_params(stage.init_from), tx), shardings)
+    load = partial(ctx.load_params, stage.init_from)
+    state, base = first_state(load, tx, shardings, ctx.cfg)
     step = make_rl_step(
         ctx.cfg.model,
         rl.loss,
@@ -52,13 +72,65 @@ def make_learner(ctx: RunContext, stage: Stage, rl: RLStage) -> Learner:
         micro_rows=rl.shape.micro_rows,
         shardings=shardings,
     )
-    if not needs_reference(rl.loss):
-        return Learner(state, step)
-    # The policy that kl_coef pulls to: the stage's first parameters, kept apart from the state.
-    reference = ctx.load_params(stage.init_from)
-    if shardings is not None:
-        reference = jax.device_put(reference, shardings.state.params)
-    return Learner(state, lambda *args: step(*args, reference))
+    others = () if base is None else (base,)
+    if needs_reference(rl.loss):
+        # What kl_coef pulls to: the stage's first parameters, kept apart from the state. Adapters
+        # begin as nothing: there it is their base.
+        first = shardings and shardings.state.params
+        reference = load(first) if base is None else base
+        others = (reference, *others)
+
+    cut = make_cut(rl.shape, ctx.mesh)
+
+    def placed(state: TrainState, batch: Batch, version: Any) -> tuple[TrainState, dict[str, Any]]:
+        batch = on_devices(cut(batch), shardings and shardings.batch, batch.shape[0])
+        return step(state, batch, version, *others)
+
+    return Learner(state, placed, lambda state: plain(state.params, base, ctx.cfg.model))
+
+
+def make_cut(shape: TrainShape, mesh: Mesh) -> Callable[[Batch], Batch]:
+    """Cuts a batch to the shortest of `shape.buckets` that holds its rows.
+
+    Raises `UserError` for a bucket that the mesh does not split, or with several processes, each
+    of which sees only its own rows.
+    """
+    if shape.buckets and jax.process_count() > 1:
+        raise UserError("shape.buckets need a job of one process; leave them empty")
+    check_lengths(shape.buckets, shape.row_length, time_multiple(mesh))
+    return lambda batch: trim(batch, shape.buckets)
+
+
+def first_state(
+    load: Callable[[Any], Any],
+    tx: optax.GradientTransformation,
+    shardings: StepShardings | None,
+    cfg: ExperimentConfig,
+) -> Start:
+    """Every part is made where it lives; `load`: shardings of the parameters or None -> them."""
+    if cfg.model.lora_rank:
+        base = load(shardings and shardings.base)
+        make = jax.jit(init_adapters, static_argnums=1, **_out(shardings, "params"))
+        params = make(jax.random.key(cfg.seed), cfg.model)
+    else:
+        base = None
+        params = load(shardings and shardings.state.params)
+    if shardings is None:
+        return Start(TrainState.create(params, tx), base)
+    opt_state = jax.jit(tx.init, **_out(shardings, "opt_state"))(params)
+    zeros = jax.jit(lambda: (jnp.int32(0), jnp.int32(0)), **_out(shardings, "step"))()
+    return Start(TrainState(zeros[0], zeros[1], params, opt_state), base)
+
+
+def plain(trained: Any, base: Any, model: ModelConfig) -> Any:
+    """The parameters of a model without adapters."""
+    if base is None:
+        return trained
+    return jax.jit(merge, static_argnums=2)(base, trained, model)
+
+
+def _out(shardings: StepShardings | None, part: str) -> dict[str, Any]:
+    return {} if shardings is None else {"out_shardings": getattr(shardings.state, part)}
 
 
 def make_batches(rl: RLStage, rows: Callable[[int], Sequence[Row]]) -> StepBatches:

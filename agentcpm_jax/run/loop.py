@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,13 +29,16 @@ from agentcpm_jax.run import machine
 from agentcpm_jax.run.advice import Adviser
 from agentcpm_jax.run.context import RunContext
 from agentcpm_jax.run.custom import make_reward, make_tools
+from agentcpm_jax.run.follower import follow
 from agentcpm_jax.run.health import is_lockstep
 from agentcpm_jax.run.interrupt import Interrupted
-from agentcpm_jax.run.learner import make_batches, make_learner
+from agentcpm_jax.run.learner import Learner, make_batches, make_learner
 from agentcpm_jax.run.meter import Meter
 from agentcpm_jax.run.metrics import MetricsWriter
+from agentcpm_jax.run.multihost import any_process, gathered, is_main, share_batch
 from agentcpm_jax.run.nonfinite import stop_if_not_finite
 from agentcpm_jax.run.pool import PoolEngine, engine_metrics, open_engine
+from agentcpm_jax.run.profile import watched
 from agentcpm_jax.run.sampling import make_finish, make_run_sample, task_sequence
 from agentcpm_jax.run.staleness import age_metrics, drop_metrics, stale_drops
 from agentcpm_jax.run.versions import VersionStore
@@ -47,25 +50,36 @@ def train(ctx: RunContext, stage: Stage) -> None:
     """Asynchronous RL: the engine samples in its own thread while this one steps.
 
     Batch n is recorded in the experience log before step n runs, so a killed run recomputes its
-    steps bit for bit. Version v = number of completed batches.
+    steps bit for bit. Version v = number of completed batches. Of several processes the first one
+    turns the circle; the others follow it through the same steps on the batches that it sends.
     """
     rl = _section(stage)
-    with _open(ctx, stage, rl) as circle:
+    opened = _open(ctx, stage, rl) if is_main() else follow(ctx, stage, rl)
+    with opened as circle, _watched(ctx, stage, rl, circle.version) as begins:
         for version in range(circle.version, rl.shape.steps):
-            started = time.monotonic()
-            batch = next(circle.batches)
+            step, started = version + 1, time.monotonic()
+            begins(step, "waiting for the batch")
+            name = f"{stage.name}/batch/{step}"
+            batch = share_batch(name, lambda: next(circle.batches))
             waited = time.monotonic() - started
-            circle.state, values = circle.step(circle.state, batch, jnp.int32(version))
-            circle.publish(version + 1)
-            circle.record(version + 1, values, batch, waited, time.monotonic() - started)
-            last = version + 1 == rl.shape.steps
-            if (version + 1) % rl.shape.checkpoint_every == 0 or last or ctx.stop.requested:
-                circle.save(version + 1)
-            if ctx.stop.requested and not last:
+            begins(step, "train step")
+            circle.state, values = circle.learner.step(circle.state, batch, jnp.int32(version))
+            jax.block_until_ready(values)  # so that its time is its own; publishing needs it
+            begins(step, "publishing the weights")
+            circle.publish(step)
+            circle.record(step, values, batch, waited, time.monotonic() - started)
+            last, stopping = step == rl.shape.steps, any_process(ctx.stop.requested)
+            if step % rl.shape.checkpoint_every == 0 or last or stopping:
+                begins(step, "saving the checkpoint")
+                circle.save(step)
+            if stopping and not last:
                 raise Interrupted(
-                    f"stopped after step {version + 1} of {stage.name}; same command resumes"
+                    f"stopped after step {step} of {stage.name}; same command resumes"
                 )
-        ctx.save_model(ctx.directory(stage) / "hf", circle.state.params)
+        ctx.save_model(ctx.directory(stage) / "hf", circle.learner.plain(circle.state))
+        if ctx.cfg.model.lora_rank:
+            adapters = ctx.directory(stage) / "adapter"
+            ctx.save_adapters(adapters, circle.state.params, stage.init_from)
 
 
 def shipped_rows(shipped: Sequence[ShippedSegment]) -> list[Row]:
@@ -92,6 +106,10 @@ def _by_trajectory(shipped: Sequence[ShippedSegment]) -> Iterator[tuple[list[Row
         yield merge_prefixes(rows), len(segments)
 
 
+def _watched(ctx: RunContext, stage: Stage, rl: RLStage, start: int) -> AbstractContextManager:
+    return watched(ctx, ctx.directory(stage), start, rl.shape.rows, rl.shape.row_length)
+
+
 @dataclass
 class _Circle:
     """The parts that `train` turns: made by `_open`, closed by it on every exit path."""
@@ -101,7 +119,7 @@ class _Circle:
     rl: RLStage
     state: TrainState
     version: int
-    step: Any
+    learner: Learner
     batches: StepIterator
     stream: Stream
     engine: LocalEngine | PoolEngine
@@ -115,11 +133,12 @@ class _Circle:
 
     def publish(self, version: int) -> None:
         """Hand the new weights to the engine and the new version to admission."""
-        self.store.publish(version, self.state.params)
+        params = gathered(self.learner.plain(self.state))
+        self.store.publish(version, params)
         if self.ctx.log.shared:
             self.ctx.log.announce("version")
         if not self.rl.stream.deterministic:  # there the stream asks for versions itself
-            self.engine.set_params(self.state.params, version)
+            self.engine.set_params(params, version)
         self.stream.set_version(version)
 
     def record(
@@ -148,9 +167,12 @@ class _Circle:
 
     def save(self, step: int) -> None:
         """Checkpoint `step` and forget versions that no resume can ask for."""
-        config = to_json(self.ctx.cfg)
         self.checkpoints.save(
-            step, state=self.state, loader=self.batches, config=config, log=self.ctx.log
+            step,
+            state=self.state,
+            loader_state=self.batches.get_state(),
+            config=to_json(self.ctx.cfg),
+            log=self.ctx.log,
         )
         self.checkpoints.wait()
         self.store.collect_garbage(step - self.rl.stream.max_staleness)
@@ -176,10 +198,11 @@ def _open(ctx: RunContext, stage: Stage, rl: RLStage) -> Iterator[_Circle]:
 
     open_tools, schemas = make_tools(ctx.cfg.tools)
     check_prompt(ctx.chat, ctx.cfg.episode, schemas)
-    engine = open_engine(ctx, stage, rl, state.params, version)
+    params = gathered(learner.plain(state))
+    engine = open_engine(ctx, stage, rl, params, version)
     deterministic = rl.stream.deterministic
     store = VersionStore(directory, ctx.cfg.model, enabled=deterministic or ctx.log.shared)
-    store.publish(version, state.params)
+    store.publish(version, params)
 
     async def use_version(wanted: int) -> None:
         engine.set_params(await store.wait(wanted), wanted)
@@ -219,7 +242,7 @@ def _open(ctx: RunContext, stage: Stage, rl: RLStage) -> Iterator[_Circle]:
         rl=rl,
         state=state,
         version=version,
-        step=learner.step,
+        learner=learner,
         batches=batches,
         stream=stream,
         engine=engine,

@@ -66,6 +66,16 @@ class MetricsWriter:
         return row
 
 
+class NoMetrics:
+    """The writer of processes that write none: of several, the first one writes."""
+
+    def __init__(self, path: Path, start_step: int = 0) -> None:
+        self.kept: list[dict[str, Any]] = []
+
+    def write(self, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
+        return {}
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics file; none when it does not exist; a torn last line is left out."""
     if not path.exists():

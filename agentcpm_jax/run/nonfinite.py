@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from agentcpm_jax.data.batch import Batch
@@ -21,7 +22,8 @@ def stop_if_not_finite(
     step: int,
     issue_ids: Iterable[int] = (),
 ) -> None:
-    """Dumps the batch of `step` as `directory`/nonfinite-step-<n>.npz.
+    """Dumps the batch of `step` as `directory`/nonfinite-step-<n>.npz; of several processes each
+    dumps the rows that it made.
 
     The update itself changed nothing and no checkpoint of this step is made, so the newest
     checkpoint is the last good one. A gradient alone that overflows is skipped and counted.
@@ -32,7 +34,8 @@ def stop_if_not_finite(
     loss = float(values["train/loss"])
     if math.isfinite(loss):
         return
-    path = directory / f"nonfinite-step-{step}.npz"
+    own = f".process-{jax.process_index()}" if jax.process_count() > 1 else ""
+    path = directory / f"nonfinite-step-{step}{own}.npz"
     arrays: dict[str, Any] = {k: np.asarray(v) for k, v in vars(batch).items() if v is not None}
     np.savez_compressed(path, **arrays)
     ids = sorted(set(issue_ids))

@@ -15,7 +15,7 @@ import numpy as np
 from agentcpm_jax import weight_sync
 from agentcpm_jax.config import RLStage, Stage
 from agentcpm_jax.engine.local import LocalEngine, check_capacity
-from agentcpm_jax.model.config import ModelConfig
+from agentcpm_jax.model.config import ModelConfig, to_hf_config
 from agentcpm_jax.model.logprobs import token_logprobs
 from agentcpm_jax.rollout.policy import Completion, SampleRequest
 from agentcpm_jax.rollout.pool_config import PoolConfig
@@ -59,7 +59,7 @@ class PoolEngine:
 
     Every start of the trainer publishes below a name of its own, which the versions that servers
     announce begin with: no name ever stands for two sets of weights, also when a resumed run
-    computes a step again. The last two versions stay, for workers that join late.
+    computes a step again. The last versions stay, for workers that join late.
     """
 
     def __init__(
@@ -79,6 +79,7 @@ class PoolEngine:
             chat=ctx.chat,
             logprobs=probe_logprobs(params, self._model),
             temperature=ctx.cfg.episode.temperature,
+            config=to_hf_config(self._model),
         )
         try:
             self.pool.start(trainer, version, self._publish(params, version))
@@ -99,7 +100,7 @@ class PoolEngine:
         path = self._publish(params, version)
         self.pool.update_weights(version, path, probe_logprobs(params, self._model))
         self.version = version
-        weight_sync.collect_garbage(self._root, version - 1)
+        weight_sync.collect_garbage(self._root, version + 1 - self._cfg.keep_versions)
 
     def close(self) -> None:
         self.pool.close()

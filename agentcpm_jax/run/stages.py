@@ -11,10 +11,12 @@ from agentcpm_jax.config import ExperimentConfig, Stage
 from agentcpm_jax.run.context import RunContext, open_context, write_atomically
 from agentcpm_jax.run.custom import check_custom
 from agentcpm_jax.run.evaluation import run_eval
+from agentcpm_jax.run.explain import naming_what_is_too_large
 from agentcpm_jax.run.interrupt import StopSignal
 from agentcpm_jax.run.loop import train
 from agentcpm_jax.run.merging import run_merge
 from agentcpm_jax.run.metrics import Progress, silent
+from agentcpm_jax.run.multihost import decide, is_main
 from agentcpm_jax.run.sampling import check_held_out
 from agentcpm_jax.run.summary import write_summary
 from agentcpm_jax.run.supervised import run_pretrain, run_sft
@@ -42,30 +44,33 @@ def run_experiment(
         ctx = open_context(cfg, Path(workdir or cfg.workdir), progress, stop, announce)
         with ctx.log:
             for stage in cfg.stages:
-                if (ctx.directory(stage) / "DONE").exists():
-                    announce(f"{stage.name}: done before, skipped")
+                done = ctx.directory(stage) / "DONE"
+                if decide(f"{stage.name}/done", done.exists):
+                    ctx.announce(f"{stage.name}: done before, skipped")
                     continue
                 started = time.monotonic()
                 run_stage(ctx, stage)
                 seconds = time.monotonic() - started
                 mark_done(ctx, stage, seconds)
-                announce(f"{stage.name}: done in {seconds:.0f} s")
-            return write_summary(ctx, announce)
+                ctx.announce(f"{stage.name}: done in {seconds:.0f} s")
+            return Path(decide("report", lambda: str(write_summary(ctx, ctx.announce))))
 
 
 def run_stage(ctx: RunContext, stage: Stage) -> None:
-    """Run one stage to its end."""
+    """Run one stage to its end: training in every process, merging and evaluation in the first."""
     ctx.directory(stage).mkdir(parents=True, exist_ok=True)
-    {
-        "pretrain": run_pretrain,
-        "sft": run_sft,
-        "merge": run_merge,
-        "rl": train,
-        "eval": run_eval,
-    }[stage.kind](ctx, stage)
+    trains = {"pretrain": run_pretrain, "sft": run_sft, "rl": train}
+    if stage.kind in trains:
+        with naming_what_is_too_large(ctx.cfg, stage, ctx.mesh):
+            trains[stage.kind](ctx, stage)
+        return
+    alone = {"merge": run_merge, "eval": run_eval}[stage.kind]
+    decide(f"{stage.name}/end", lambda: alone(ctx, stage))
 
 
 def mark_done(ctx: RunContext, stage: Stage, seconds: float) -> None:
     """The last thing a stage writes."""
+    if not is_main():
+        return
     content = {"stage": stage.name, "kind": stage.kind, "seconds": round(seconds, 1)}
     write_atomically(ctx.directory(stage) / "DONE", json.dumps(content) + "\n")

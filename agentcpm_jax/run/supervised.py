@@ -5,9 +5,11 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import jax
@@ -22,17 +24,27 @@ from agentcpm_jax.data.sft import Conversation, conversation_rows, read_conversa
 from agentcpm_jax.rollout.chat import ChatFormat
 from agentcpm_jax.run.context import RunContext
 from agentcpm_jax.run.interrupt import Interrupted
-from agentcpm_jax.run.metrics import MetricsWriter
+from agentcpm_jax.run.learner import first_state, make_cut, plain
+from agentcpm_jax.run.metrics import MetricsWriter, NoMetrics
+from agentcpm_jax.run.multihost import any_process, is_main, local_rows, on_devices
 from agentcpm_jax.run.nonfinite import stop_if_not_finite
+from agentcpm_jax.run.profile import watched
+from agentcpm_jax.sharding import batch_sharding
 from agentcpm_jax.train.optimizer import OptimizerConfig, make_optimizer
-from agentcpm_jax.train.placement import place, step_shardings
-from agentcpm_jax.train.state import TrainState
+from agentcpm_jax.train.placement import step_shardings
 from agentcpm_jax.train.step import make_sft_step
 from agentcpm_jax.types import UserError
 from agentcpm_jax.world.questions import demonstration
 from agentcpm_jax.world.search import search_index
 from agentcpm_jax.world.skills import document
 from agentcpm_jax.world.tools import SCHEMAS, config_of
+
+
+class Trained(NamedTuple):
+    """The plain parameters of a finished stage, and what was trained: themselves, or adapters."""
+
+    params: Any
+    state: Any
 
 
 def run_pretrain(ctx: RunContext, stage: Stage) -> None:
@@ -42,7 +54,7 @@ def run_pretrain(ctx: RunContext, stage: Stage) -> None:
         ctx.save_model(directory / "hf", ctx.load_params(ctx.cfg.base))
         return
     assert stage.pretrain is not None
-    params = ctx.load_params(stage.init_from)
+    load: Callable[[Any], Any] = partial(ctx.load_params, stage.init_from)
     for number, phase in enumerate(stage.pretrain.phases):
         name = f"{stage.name} {number + 1}/{len(stage.pretrain.phases)}"
         shape = TrainShape(phase.row_length, phase.rows, steps=phase.steps, checkpoint_every=200)
@@ -52,10 +64,10 @@ def run_pretrain(ctx: RunContext, stage: Stage) -> None:
             phase.rows,
             on_rejected=lambda step, rejected: None,  # the next document of a full batch
         )
-        params = _train(
-            ctx, directory / f"phase{number}", name, params, dataset, shape, phase.optimizer
-        )
-    ctx.save_model(directory / "hf", params)
+        place = directory / f"phase{number}"
+        trained = _train(ctx, place, name, load, dataset, shape, phase.optimizer)
+        load = partial(_again, trained.params)
+    ctx.save_model(directory / "hf", load(None))
 
 
 def run_sft(ctx: RunContext, stage: Stage) -> None:
@@ -63,22 +75,30 @@ def run_sft(ctx: RunContext, stage: Stage) -> None:
     assert stage.sft is not None
     directory, sft = ctx.directory(stage), stage.sft
     rows, counts = sft_rows(ctx, sft)
-    dataset = EpochBatches(rows, sft.shape.row_length, sft.shape.rows, seed=ctx.cfg.seed)
+    dataset = EpochBatches(
+        rows,
+        sft.shape.row_length,
+        sft.shape.rows,
+        seed=ctx.cfg.seed,
+        only=_own_rows(ctx, sft.shape),
+    )
     counts["too_long"] += len(dataset.rejected)
     shape = sft.shape
     if sft.epochs:
         shape = replace(shape, steps=sft.epochs * dataset.steps_per_epoch)
-    params = _train(
+    trained = _train(
         ctx,
         directory,
         stage.name,
-        ctx.load_params(stage.init_from),
+        partial(ctx.load_params, stage.init_from),
         dataset,
         shape,
         sft.optimizer,
         {f"sft/rows_{reason}": n for reason, n in counts.items()},
     )
-    ctx.save_model(directory / "hf", params)
+    ctx.save_model(directory / "hf", trained.params)
+    if ctx.cfg.model.lora_rank:
+        ctx.save_adapters(directory / "adapter", trained.state, stage.init_from)
 
 
 def pretrain_source(
@@ -139,52 +159,76 @@ def _train(
     ctx: RunContext,
     directory: Path,
     name: str,
-    params: Any,
+    load: Callable[[Any], Any],
     dataset: grain.IterDataset,
     shape: TrainShape,
     optimizer: OptimizerConfig,
     constants: dict[str, float] | None = None,
-) -> Any:
-    """The supervised loop: resume, step, log, checkpoint. Returns the final parameters."""
+) -> Trained:
+    """The supervised loop: resume, step, log, checkpoint."""
     if not optimizer.total_steps:
         optimizer = replace(optimizer, total_steps=shape.steps)
     tx, schedule = make_optimizer(optimizer)
-    shardings = step_shardings(ctx.mesh, ctx.cfg.model, tx, shape.micro_rows or shape.rows)
-    state = place(TrainState.create(params, tx), shardings)
+    model = ctx.cfg.model
+    shardings = step_shardings(ctx.mesh, model, tx, shape.micro_rows or shape.rows)
+    state, base = first_state(load, tx, shardings, ctx.cfg)
     checkpoints = Checkpointer(directory / "checkpoints", keep=2)
     iterator = iter(dataset)
     restored = checkpoints.restore(abstract_state=state, loader=iterator)
     start = 0
     if restored is not None:
         state, start = restored.state, restored.step
-    metrics = MetricsWriter(directory / "metrics.jsonl", start)
-    step_fn = make_sft_step(
-        ctx.cfg.model, tx, schedule, micro_rows=shape.micro_rows, shardings=shardings
-    )
+    writer = MetricsWriter if is_main() else NoMetrics
+    metrics = writer(directory / "metrics.jsonl", start)
+    step_fn = make_sft_step(model, tx, schedule, micro_rows=shape.micro_rows, shardings=shardings)
+    others, cut = () if base is None else (base,), make_cut(shape, ctx.mesh)
     bar = ctx.progress(name, shape.steps, start)
+    unread: list[tuple[int, Batch, Any]] = []  # steps whose loss nobody has looked at
 
-    def save(step: int) -> None:
-        checkpoints.save(step, state=state, loader=iterator, config=to_json(ctx.cfg))
+    watching = watched(ctx, directory, start, shape.rows, shape.row_length)
+    with closing(checkpoints), closing(bar), watching as begins:
+        for step in range(start + 1, shape.steps + 1):
+            begins(step, "reading the batch")
+            batch: Batch = next(iterator)
+            begins(step, "train step")
+            placed = on_devices(cut(batch), shardings and shardings.batch, shape.rows)
+            state, values = step_fn(state, placed, *others)
+            if ctx.cfg.profile:
+                jax.block_until_ready(values)  # so that its time is its own
+            unread.append((step, batch, values["train/loss"]))
+            stopping = any_process(ctx.stop.requested)
+            saves = step % shape.checkpoint_every == 0 or step == shape.steps or stopping
+            logs = step % shape.log_every == 0 or step == shape.steps
+            if saves or logs:
+                for at, read, loss in unread:
+                    stop_if_not_finite({"train/loss": loss}, read, directory, name, at)
+                unread.clear()
+            if logs:
+                values = jax.device_get(values)
+                metrics.write(step, {**values, **(constants or {})})
+                bar.set_postfix_str(f"loss {values['train/loss']:.3f}")
+                _check_finite(values, name, step)
+            bar.update(1)
+            if saves:
+                begins(step, "saving the checkpoint")
+                where = iterator.get_state()
+                config = to_json(ctx.cfg)
+                checkpoints.save(step, state=state, loader_state=where, config=config)
+            if stopping and step < shape.steps:
+                raise Interrupted(f"stopped after step {step} of {name}; same command resumes")
+    return Trained(plain(state.params, base, model), state.params)
 
-    for step in range(start + 1, shape.steps + 1):
-        batch: Batch = next(iterator)
-        state, values = step_fn(state, batch)
-        if step % shape.log_every == 0 or step == shape.steps:
-            values = jax.device_get(values)
-            stop_if_not_finite(values, batch, directory, name, step)
-            metrics.write(step, {**values, **(constants or {})})
-            bar.set_postfix_str(f"loss {values['train/loss']:.3f}")
-            _check_finite(values, name, step)
-        bar.update(1)
-        if step % shape.checkpoint_every == 0 or step == shape.steps or ctx.stop.requested:
-            save(step)
-        if ctx.stop.requested and step < shape.steps:
-            bar.close()
-            checkpoints.close()
-            raise Interrupted(f"stopped after step {step} of {name}; same command resumes")
-    checkpoints.close()
-    bar.close()
-    return state.params
+
+def _again(params: Any, shardings: Any) -> Any:
+    """Parameters that are in place already."""
+    return params
+
+
+def _own_rows(ctx: RunContext, shape: TrainShape) -> Sequence[int] | None:
+    """Of several processes, the rows of a batch that this one makes."""
+    if jax.process_count() == 1:
+        return None
+    return local_rows(batch_sharding(ctx.mesh), (shape.rows, shape.row_length)).tolist()
 
 
 def _check_finite(values: dict[str, Any], name: str, step: int) -> None:

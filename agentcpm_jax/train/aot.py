@@ -7,13 +7,23 @@ never how fast it runs or what it computes.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
 
+from agentcpm_jax.model.config import ModelConfig
+from agentcpm_jax.train.memory import Memory, estimate
+from agentcpm_jax.train.methods import LossConfig
+from agentcpm_jax.train.optimizer import Schedule
+from agentcpm_jax.train.placement import abstract_base, abstract_inputs, step_shardings
+from agentcpm_jax.train.step import make_rl_step, make_sft_step, needs_reference
 from agentcpm_jax.types import UserError
 
 #: Slices by the name they are rented under (v5p counts cores, two a chip) -> libtpu's grid.
@@ -26,6 +36,8 @@ TOPOLOGIES = {
     "v5p-64": "v5p:2x4x4",
     "v5p-128": "v5p:4x4x4",
 }
+#: Accelerators that are only estimated: their compiler wants the device itself. A count follows.
+GPUS = ("t4", "h200")
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 
@@ -45,6 +57,16 @@ class Compiled(NamedTuple):
         return self.argument_bytes + self.output_bytes - self.alias_bytes + self.temp_bytes
 
 
+def device_count(name: str) -> int:
+    """Chips of a slice, or GPUs of 't4-1', 'h200-8'; raises `UserError` for an unknown name."""
+    if name in TOPOLOGIES:
+        return math.prod(int(size) for size in TOPOLOGIES[name].split(":")[1].split("x"))
+    kind, _, count = name.partition("-")
+    if kind in GPUS and count.isdigit() and int(count):
+        return int(count)
+    raise UserError(f"unknown slice {name!r}; use one of {', '.join(TOPOLOGIES)}, t4-1, h200-1")
+
+
 def topology_devices(name: str, slices: int = 1) -> Sequence[Any]:
     """Devices of a slice that is not here, for `sharding.make_mesh`.
 
@@ -52,7 +74,9 @@ def topology_devices(name: str, slices: int = 1) -> Sequence[Any]:
       UserError: unknown name, or libtpu is not installed.
     """
     if name not in TOPOLOGIES:
-        raise UserError(f"unknown TPU slice {name!r}; use one of {', '.join(TOPOLOGIES)}")
+        raise UserError(
+            f"{name!r} cannot be compiled for from here; use one of {', '.join(TOPOLOGIES)}"
+        )
     # libtpu would look for the metadata server of a TPU host, and for other users of the chips.
     for key, value in (
         ("TPU_SKIP_MDS_QUERY", "1"),
@@ -72,7 +96,7 @@ def topology_devices(name: str, slices: int = 1) -> Sequence[Any]:
             platform="tpu", topology_name=TOPOLOGIES[name], **options
         )
     except Exception as error:
-        if "libtpu" in str(error).lower() or "not found" in str(error).lower():
+        if "not installed" in str(error) or "libtpu" in str(error):
             raise UserError(
                 f"compiling for {kind} needs libtpu, which is not installed; "
                 "pip install 'agentcpm_jax[tpu]'"
@@ -81,46 +105,83 @@ def topology_devices(name: str, slices: int = 1) -> Sequence[Any]:
     return description.devices
 
 
-def compile_ahead(step: Any, *arguments: Any) -> Compiled:
+def compile_step(
+    model: ModelConfig,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    rows: int,
+    row_length: int,
+    *,
+    micro_rows: int = 0,
+    loss: LossConfig | None = None,
+    schedule: Schedule | None = None,
+) -> Compiled:
+    """Compiles the step of SFT, or with a `loss` that of RL, over rows x row_length tokens.
+
+    Raises:
+      UserError: the mesh does not divide model or rows, or the step does not fit a device.
+    """
+    shardings = step_shardings(mesh, model, tx, micro_rows or rows)
+    state, batch = abstract_inputs(model, tx, rows, row_length, shardings)
+    base = [abstract_base(model, shardings)] if model.lora_rank else []
+    options: dict[str, Any] = {"micro_rows": micro_rows, "shardings": shardings}
+    expected = estimate(model, tx, mesh, rows, row_length, micro_rows)
+    if loss is None:
+        step = make_sft_step(model, tx, schedule, **options)
+        return compile_ahead(step, state, batch, *base, estimate=expected)
+    step = make_rl_step(model, loss, tx, schedule, **options)
+    version = jax.ShapeDtypeStruct((), jnp.int32)
+    reference = (base or [state.params]) if needs_reference(loss) else []
+    return compile_ahead(step, state, batch, version, *reference, *base, estimate=expected)
+
+
+def compile_ahead(step: Any, *arguments: Any, estimate: Memory | None = None) -> Compiled:
     """Compiles a jitted step for abstract arguments (`placement.abstract_inputs`).
 
     Raises:
-      UserError: it does not fit the device; names the need, the biggest buffers, what to change.
+      UserError: it does not fit the device, see `raise_if_too_large`.
     """
     try:
         compiled = step.lower(*arguments).compile()
     except jax.errors.JaxRuntimeError as error:
-        raise_if_too_large(error)
+        raise_if_too_large(error, estimate)
         raise
-    memory, text = compiled.memory_analysis(), compiled.as_text()
+    analysis, text = compiled.memory_analysis(), compiled.as_text()
     return Compiled(
-        memory.argument_size_in_bytes,
-        memory.output_size_in_bytes,
-        memory.alias_size_in_bytes,
-        memory.temp_size_in_bytes,
+        analysis.argument_size_in_bytes,
+        analysis.output_size_in_bytes,
+        analysis.alias_size_in_bytes,
+        analysis.temp_size_in_bytes,
         {name: _count(name, text) for name in COLLECTIVES},
         text.count('custom_call_target="tpu_custom_call"'),
     )
 
 
-def raise_if_too_large(error: Exception) -> None:
-    """Turns the compiler's RESOURCE_EXHAUSTED into a `UserError` of one line."""
+def raise_if_too_large(error: Exception, estimate: Memory | None = None) -> None:
+    """Turns RESOURCE_EXHAUSTED of a compiler or a device into a `UserError` of one line.
+
+    It says what is needed, what `estimate` expected and its biggest parts (the compiler names no
+    buffers), and three things to change.
+    """
     text = str(error)
     if "RESOURCE_EXHAUSTED" not in text:
         return
-    found = re.search(r"Used ([\d.]+\w?) of ([\d.]+\w?) hbm|([\d.]+\w) exceeds ([\d.]+\w)", text)
-    used, limit = [x for x in found.groups() if x] if found else ("more memory", "the device has")
-    sizes = re.findall(
-        r"Size: ([\d.]+\w).*?(?:Operator: op_name=\"([^\"]*)\"|Shape: (\S+))", text, re.S
-    )
-    biggest = "; ".join(f"{size} {op.rsplit('/', 1)[-1] or shape}" for size, op, shape in sizes[:3])
+    found = re.search(r"([\d.]+[KMG])\)? exceeds (?:available HBM )?\(?([\d.]+[KMG])", text)
+    said = f"it needs {found[1]} of {found[2]} per device" if found else text.splitlines()[0]
+    expected = ""
+    if estimate is not None:
+        parts = sorted(estimate.parts.items(), key=lambda part: -part[1])[:3]
+        listed = ", ".join(f"{name} {_gib(size)}" for name, size in parts)
+        expected = f" (estimate {_gib(estimate.total)}, the biggest: {listed})"
     raise UserError(
-        f"the step does not fit: it needs {used} of {limit} per device"
-        + (f" (biggest buffers: {biggest})" if biggest else "")
-        + "; split it over more devices (mesh.fsdp, mesh.context), keep less "
-        "(model.remat='full', a smaller model.logits_chunk), or feed fewer tokens at a time "
-        "(shape.micro_rows, shape.row_length)"
+        f"the step does not fit: {said}{expected}; split it over more devices (mesh.fsdp, "
+        "mesh.context), keep less (model.remat='full', a smaller model.logits_chunk), or feed "
+        "fewer tokens at a time (shape.micro_rows, shape.row_length)"
     ) from error
+
+
+def _gib(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB"
 
 
 def _count(name: str, text: str) -> int:

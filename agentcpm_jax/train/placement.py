@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import DictKey, tree_leaves_with_path
 
 from agentcpm_jax import tree
 from agentcpm_jax.data.batch import Batch
@@ -44,20 +45,27 @@ def step_shardings(
     everywhere: Any = NamedSharding(mesh, PartitionSpec())
     shapes = trained_shapes(model)
     abstract = jax.eval_shape(lambda p: TrainState.create(p, tx), shapes)
-    moments = optax.tree.map_params(
-        tx,
-        lambda leaf, sharding, param: sharding if leaf.shape == param.shape else everywhere,
-        abstract.opt_state,
-        params,
-        shapes,
-        transform_non_params=lambda _: everywhere,
-    )
+    known = {_keys(path): sharding for path, sharding in tree_leaves_with_path(params)}
+    sizes = {_keys(path): leaf.shape for path, leaf in tree_leaves_with_path(shapes)}
+
+    def beside(path: Any, leaf: Any) -> Any:
+        keys = _keys(path)
+        for start in range(len(keys)):  # below what the optimiser's own parts are called
+            if sizes.get(keys[start:]) == leaf.shape:
+                return known[keys[start:]]
+        return everywhere
+
+    moments = jax.tree_util.tree_map_with_path(beside, abstract.opt_state)
     state = TrainState(everywhere, everywhere, params, moments)
     tokens = batch_sharding(mesh)
     fields: dict[str, Any] = dict.fromkeys(Batch.__dataclass_fields__, tokens)
     fields |= {"num_tokens": everywhere, "num_sequences": everywhere}
     fields["proximal_logprobs"] = None  # made within the step
     return StepShardings(state, Batch(**fields), mesh, base if model.lora_rank else None)
+
+
+def _keys(path: Any) -> tuple[Any, ...]:
+    return tuple(part.key for part in path if isinstance(part, DictKey))
 
 
 def _platform(mesh: Mesh | AbstractMesh) -> str:
@@ -70,6 +78,18 @@ def trained_shapes(model: ModelConfig) -> Any:
         return abstract_params(model)
     return tree.map_with_path(
         lambda _, spec: jax.ShapeDtypeStruct(spec.shape, jnp.float32), adapter_specs(model)
+    )
+
+
+def abstract_base(model: ModelConfig, shardings: StepShardings | None = None) -> Any:
+    """The frozen parameters beside adapters, as jax.ShapeDtypeStruct."""
+    shapes = abstract_params(model)
+    if shardings is None:
+        return shapes
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        shardings.base,
     )
 
 
@@ -123,7 +143,7 @@ def sharding_report(arrays: Any) -> list[Placed]:
             math.prod(shard) * leaf.dtype.itemsize,
         )
 
-    return [one(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(arrays)]
+    return [one(path, leaf) for path, leaf in tree_leaves_with_path(arrays)]
 
 
 def report_text(rows: list[Placed]) -> str:

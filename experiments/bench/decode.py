@@ -198,9 +198,6 @@ def ragged(params: dict, cfg: ModelConfig) -> dict[str, Any]:
     engine = LocalEngine(params, cfg, shape)
     static = LocalEngine(params, cfg, replace(shape, row_buckets=()))
 
-    def continuous(requests: list[SampleRequest]) -> list[Completion]:
-        return run(engine, requests)
-
     def in_batches(requests: list[SampleRequest]) -> list[Completion]:
         return [c for i in range(0, 64, 8) for c in run(static, requests[i : i + 8])]
 
@@ -211,9 +208,9 @@ def ragged(params: dict, cfg: ModelConfig) -> dict[str, Any]:
         prompts = rng.integers(RESERVED, cfg.vocab_size, (64, PROMPT))
         draws.append([request(i, prompts[i], int(n)) for i, n in enumerate(lengths)])
     for requests in draws:  # each shape is compiled once
-        assert same_ids(continuous(requests), in_batches(requests))
+        assert same_ids(run(engine, requests), in_batches(requests))
     pairs = [
-        (cpu_seconds(lambda r=r: continuous(r)), cpu_seconds(lambda r=r: in_batches(r)))
+        (cpu_seconds(lambda r=r: run(engine, r)), cpu_seconds(lambda r=r: in_batches(r)))
         for _ in range(2)
         for r in draws
     ]
@@ -263,6 +260,7 @@ def large() -> dict[str, Any]:
     product of a matrix of 512 MB with a vector."""
     cfg = replace(QWEN3_0_6B, dtype="float32", param_dtype="float32")
     limit = bandwidth()
+    is_spec = lambda x: isinstance(x, model_params.ParamSpec)  # noqa: E731
     specs = jax.tree.map(lambda s: s.shape, model_params.param_specs(cfg), is_leaf=is_spec)
     rng = np.random.default_rng(0)
     draw = lambda shape: rng.standard_normal(shape, np.float32) * 0.02  # noqa: E731
@@ -290,10 +288,6 @@ def large() -> dict[str, Any]:
     token = statistics.median(seconds)
     share = 4 * count / token / limit
     return {"cpu_s_per_token": token, "limit_gb_s": limit / 1e9, "share_of_limit": share}
-
-
-def is_spec(x: Any) -> bool:
-    return isinstance(x, model_params.ParamSpec)
 
 
 def bandwidth() -> float:

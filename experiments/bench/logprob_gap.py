@@ -4,8 +4,8 @@
     SGLANG_PYTHON=.venv-sglang/bin/python python experiments/bench/logprob_gap.py   # and SGLang
 
 The trainer is the float32 forward pass. Gaps are |log-prob of the server - of the trainer| per
-token (nats). bfloat16: the server computes in float32 with weights that were rounded, which is what
-publishing in bfloat16 adds; this XLA multiplies no bfloat16 matrices on a CPU. Mismatch KL is the
+token (nats). `bfloat16 weights`: the JAX engine computes in float32 with weights that were rounded,
+which is what publishing in bfloat16 adds; SGLang's bfloat16 rounds everything. Mismatch KL is the
 estimate of KL(server || trainer) under the server's samples, mean of exp(d) - 1 - d with d =
 trainer - server (http://joschu.net/blog/kl-approx.html, k3).
 `in_place` and `retract` rows: tokens of a request after an update that happened under it.
@@ -52,9 +52,10 @@ def main() -> None:
         served.close()
     running.close()
     if os.environ.get("SGLANG_PYTHON"):
-        logs = Path(tempfile.mkdtemp())
-        with sglang_servers(str(FIRST), CONTEXT, 1, logs) as urls:
-            rows += measure(subject(urls[0], weights), "SGLang 0.5.23 float32 (CPU)")
+        for dtype in ("float32", "bfloat16"):
+            logs = Path(tempfile.mkdtemp())
+            with sglang_servers(str(FIRST), CONTEXT, 1, logs, dtype) as urls:
+                rows += measure(subject(urls[0], weights), f"SGLang 0.5.23, {dtype} (CPU)")
     write(rows)
 
 
@@ -71,7 +72,7 @@ def rounded(weights: tuple[str, str]) -> tuple[str, str]:
 def subject(url: str, weights: tuple[str, str]) -> Subject:
     logprobs = trainer_logprobs(weights[0]), trainer_logprobs(weights[1])
     chat = ChatFormat.load(FIRST)
-    return Subject(url, CONTEXT, VOCABULARY, weights, logprobs, chat, 1e-5, True)
+    return Subject(url, CONTEXT, VOCABULARY, weights, logprobs, chat, 1e-5, True, "")
 
 
 def measure(server: Subject, name: str) -> list[dict]:
@@ -85,12 +86,14 @@ def measure(server: Subject, name: str) -> list[dict]:
             gaps.append(differences(server, answer, prompt, {"g-0": 0}))
         rows.append(row(name, f"temperature {temperature:g}", np.concatenate(gaps)))
     for mode in ("retract", "in_place"):
-        server.load(0, "g-0")
-        with in_flight(server, 400) as answers:
-            server.post("/pause_generation", {"mode": mode})
-            server.load(1, "g-1", flush=mode != "in_place")
-            server.post("/continue_generation", {})
-        after = answers[-1]["meta_info"]["weight_versions"][-1]["start"]
+        after = 0
+        while not after:  # a quick server may be done before it is paused
+            server.load(0, "g-0")
+            with in_flight(server, 900) as answers:
+                server.post("/pause_generation", {"mode": mode})
+                server.load(1, "g-1", flush=mode != "in_place")
+                server.post("/continue_generation", {})
+            after = answers[-1]["meta_info"]["weight_versions"][-1]["start"]
         d = differences(server, answers[-1], PROMPT, {"g-0": 0, "g-1": 1})
         rows.append(row(name, f"after an update, {mode}", d[after:]))
     return rows

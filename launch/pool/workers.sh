@@ -18,6 +18,7 @@ DIRECTORY=${DIRECTORY:-/tmp/weights}                  # on a local disk
 AGENT_PORT=${AGENT_PORT:-30900}                       # the trainer's pool.agent_port
 QUOTA_GB=${QUOTA_GB:-0}
 PYTHON=${PYTHON:-python3}
+read -ra flags <<<"${SGLANG_FLAGS:-}"                 # further ones of sglang.launch_server
 
 here=$(cd "$(dirname "$0")/.." && pwd)
 # SGLang has no environment variables for keys, and everybody reads a command line: a file of ours.
@@ -44,7 +45,7 @@ for ((worker = 0; worker < WORKERS; worker++)); do
   CUDA_VISIBLE_DEVICES=$(seq -s, "$first" $((first + GPUS_EACH - 1))) \
     "$PYTHON" -m sglang.launch_server --model-path "$MODEL" --host "$HOST" \
     --port $((PORT + worker)) --tp-size "$GPUS_EACH" --context-length "$CONTEXT" \
-    --config "$scratch/keys.yaml" ${SGLANG_FLAGS:-} &
+    --config "$scratch/keys.yaml" "${flags[@]}" &
 done
 wait -n || true
 echo "a server or the agent ended; ending the others" >&2

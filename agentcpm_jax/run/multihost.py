@@ -1,0 +1,221 @@
+"""Several processes, one job: joining it, deciding together, sharing batches and weights.
+
+Process 0 owns the workdir, the experience log and the stream of rollouts; the others take part in
+every step. What must be the same everywhere (whether a stage is done, when to stop, the batch of a
+step) is decided by process 0 and told, never worked out twice from a disk or a clock.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from agentcpm_jax.data.batch import Batch
+from agentcpm_jax.run.interrupt import Interrupted
+from agentcpm_jax.types import UserError
+
+T = TypeVar("T")
+
+EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
+_FOREVER_MS = 1000 * 3600 * 24 * 30  # rollouts and evaluations of process 0 take their time
+
+
+def join(
+    announce: Callable[[str], None] = lambda line: None, environ: Mapping[str, str] = os.environ
+) -> None:
+    """Makes this process one of the job that the environment describes; before devices are used.
+
+    Nothing when the environment describes none: this process is a job of its own. Raises
+    `UserError`: the description is incomplete, or the coordinator is not reached.
+    """
+    found = settings(environ)
+    if found is None or jax.distributed.is_initialized():
+        return
+    if environ.get("JAX_PLATFORMS", "").startswith("cpu"):
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(**found)
+    except (ValueError, RuntimeError) as error:
+        where = found.get("coordinator_address", "the cluster's coordinator")
+        raise UserError(
+            f"cannot join the job at {where}: {str(error).splitlines()[0]}; start all processes "
+            f"with the same {EXPLICIT[0]}, or unset it for a job of one process"
+        ) from None
+    atexit.register(jax.distributed.shutdown)
+    place = f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()}"
+    announce(f"{place}: {jax.local_device_count()} of {jax.device_count()} devices")
+
+
+def settings(environ: Mapping[str, str]) -> dict[str, Any] | None:
+    """Arguments of `jax.distributed.initialize`; None for a job of one process.
+
+    Plain environment: `EXPLICIT`, all three. Otherwise JAX asks Slurm (`srun` of several tasks),
+    GKE and multi-slice TPU jobs (TPU_WORKER_HOSTNAMES, MEGASCALE_COORDINATOR_ADDRESS), or the
+    metadata of a TPU machine. Raises `UserError` when the three are not all there or no numbers.
+    """
+    several_tasks = all(name in environ for name in SLURM) and environ.get("SLURM_NTASKS") != "1"
+    hosts = environ.get("TPU_PROCESS_ADDRESSES", environ.get("TPU_WORKER_HOSTNAMES", ""))
+    given = [name for name in EXPLICIT if name in environ]
+    if len(given) == len(EXPLICIT):
+        address, count, index = (environ[name] for name in EXPLICIT)
+        if not (count.isdecimal() and index.isdecimal() and int(index) < int(count)):
+            raise UserError(
+                f"{EXPLICIT[1]}={count!r} and {EXPLICIT[2]}={index!r} must be numbers, the second "
+                "below the first; correct the environment"
+            )
+        return {
+            "coordinator_address": address,
+            "num_processes": int(count),
+            "process_id": int(index),
+        }
+    if several_tasks or "," in hosts or "MEGASCALE_COORDINATOR_ADDRESS" in environ:
+        return {}
+    if given:
+        missing = [name for name in EXPLICIT if name not in given]
+        raise UserError(
+            f"{' and '.join(given)} is set, {' and '.join(missing)} not; set all of "
+            f"{', '.join(EXPLICIT)}, or none for a job of one process"
+        )
+    on_tpu = environ.get("JAX_PLATFORMS", "tpu").startswith("tpu") and not (
+        {"TPU_SKIP_MDS_QUERY", "TPU_WORKER_HOSTNAMES"} & environ.keys()
+    )
+    return {} if on_tpu and any(map(_exists, ("/dev/accel0", "/dev/vfio/0"))) else None
+
+
+def is_main() -> bool:
+    """Whether this is process 0."""
+    return jax.process_index() == 0
+
+
+def decide(name: str, make: Callable[[], T]) -> T:
+    """`make()` of process 0, which alone calls it, on every process; JSON values.
+
+    `name` is used once in the life of a job. What `make` raises is raised on process 0; the others
+    raise `Interrupted`.
+    """
+    if jax.process_count() == 1:
+        return make()
+    if not is_main():
+        return _hear(name)
+    try:
+        value = make()
+    except BaseException as error:
+        _say(name, {"failed": f"{type(error).__name__}: {error}"})
+        raise
+    _say(name, {"value": value})
+    return value
+
+
+@contextmanager
+def main_first(name: str) -> Iterator[None]:
+    """The body runs on process 0, then on the others; not at all on them when it failed there."""
+    if not is_main():
+        _hear(name)
+    try:
+        yield
+    except BaseException as error:
+        if is_main() and jax.process_count() > 1:
+            _say(name, {"failed": f"{type(error).__name__}: {error}"})
+        raise
+    if is_main() and jax.process_count() > 1:
+        _say(name, {"value": None})
+
+
+def any_process(flag: bool) -> bool:
+    """Whether `flag` is set on any process; every process calls it at the same step.
+
+    It waits for the step under way: the price of a common answer, nothing beside seconds of work.
+    """
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.process_allgather(np.int32(flag)).any())
+
+
+def local_rows(sharding: Any, shape: tuple[int, int]) -> np.ndarray:
+    """i64[rows]: which rows of a batch of `shape` [B,T] the devices of this process hold."""
+    parts = sharding.addressable_devices_indices_map(shape).values()
+    return np.unique(np.concatenate([np.arange(shape[0])[index[0]] for index in parts]))
+
+
+def on_devices(batch: Batch, shardings: Any, rows: int) -> Batch:
+    """A batch of host arrays as global ones; they hold all `rows` rows, or those of `local_rows`.
+
+    Args:
+      shardings: a `Batch` of shardings; None (one device): `batch` as it is.
+    """
+    if shardings is None or jax.process_count() == 1:
+        return batch
+
+    def one(host: Any, sharding: Any) -> jax.Array:
+        host = np.asarray(host)
+        shape = (rows, *host.shape[1:]) if host.ndim else ()
+        return jax.make_array_from_process_local_data(sharding, host, shape)
+
+    return jax.tree.map(one, batch, shardings)
+
+
+def share_batch(name: str, make: Callable[[], Batch]) -> Batch:
+    """The batch that process 0 makes, on every process, bit for bit. Failures as in `decide`."""
+    made: list[Batch] = []
+
+    def shape() -> tuple[int, ...]:
+        made.append(make())
+        return made[0].shape
+
+    rows, length = decide(name, shape)
+    if jax.process_count() == 1:
+        return made[0]
+    batch = made[0] if made else Batch.empty(rows, length)
+    fields = {k: np.asarray(v) for k, v in vars(batch).items() if v is not None}
+    # As integers: the sum over processes that broadcasts would turn -0.0 into 0.0.
+    bits = {k: v.view(np.int32) for k, v in fields.items()}
+    heard = multihost_utils.broadcast_one_to_all(bits)
+    return Batch(**{k: np.asarray(heard[k]).view(v.dtype) for k, v in fields.items()})
+
+
+def gathered(arrays: Any) -> Any:
+    """A tree of global arrays as numpy on process 0, one array at a time; None leaves elsewhere.
+
+    Every process calls it. In a job of one process: `arrays` itself.
+    """
+    if jax.process_count() == 1:
+        return arrays
+
+    def one(x: Any) -> np.ndarray | None:
+        host = multihost_utils.process_allgather(x, tiled=True)
+        return np.asarray(host) if is_main() else None
+
+    return jax.tree.map(one, arrays)
+
+
+def client() -> Any:
+    """The job's key-value store; None in a job of one process."""
+    from jax._src import distributed  # public only by way of what orbax and grain do
+
+    return distributed.global_state.client
+
+
+def _say(name: str, value: Any) -> None:
+    client().key_value_set(f"agentcpm/{name}", json.dumps(value))
+
+
+def _hear(name: str) -> Any:
+    heard = json.loads(client().blocking_key_value_get(f"agentcpm/{name}", _FOREVER_MS))
+    if "failed" in heard:
+        raise Interrupted(f"process 0 stopped ({heard['failed']}); the same command resumes")
+    return heard["value"]
+
+
+def _exists(path: str) -> bool:
+    return Path(path).exists()

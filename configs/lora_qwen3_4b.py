@@ -1,0 +1,64 @@
+"""SFT of Qwen3-4B on one small accelerator: adapters of rank 16 are trained, the rest is frozen.
+
+    python launch/train.py --config=configs/lora_qwen3_4b.py \\
+        --config.stage.sft.init_from=checkpoints/Qwen3-4B-Thinking-2507 \\
+        --config.tokenizer=checkpoints/Qwen3-4B-Thinking-2507 \\
+        --config.stage.sft.data.path=data/agent_sft.jsonl
+
+The stage leaves hf/ (merged) and adapter/ (PEFT's format).
+
+Hardware: one v5e chip (the step is compiled for it ahead of time and fits, see
+experiments/results/aot.md), `:t4` one T4 (an estimate). Not timed; wall time and expected score
+are therefore not stated. `--explain` says what it takes, `:runlocal` shrinks it to the tiny model.
+
+A T4 has no bfloat16: there the step computes in float32 from the bfloat16 parameters, with
+attention in blocks, and says so.
+"""
+
+from dataclasses import replace
+
+from agentcpm_jax.config import (
+    Demonstrations,
+    TrainShape,
+    default_config,
+    stage_dict,
+    to_config_dict,
+)
+from agentcpm_jax.data.sft import SFTDataConfig
+from agentcpm_jax.model.config import QWEN3_4B
+from agentcpm_jax.rollout.episode import EpisodeConfig
+from agentcpm_jax.run.tiny import use_tiny_world
+from agentcpm_jax.train.optimizer import OptimizerConfig
+
+
+def get_config(variant: str = ""):
+    """`variant`: '' (v5e-1), 't4' or 'runlocal'."""
+    length = 1024 if variant == "t4" else 4096
+    c = default_config()
+    c.name = "lora_qwen3_4b"
+    c.workdir = "runs/lora_qwen3_4b"
+    c.model = to_config_dict(replace(QWEN3_4B, remat="full", lm_head_fp32=False, lora_rank=16))
+    c.tokenizer = "checkpoints/Qwen3-4B-Thinking-2507"
+    c.episode = to_config_dict(EpisodeConfig(max_context=length, max_new_tokens=length // 4))
+    c.stages = ("sft",)
+    c.stage.sft = stage_dict(
+        "sft",
+        "checkpoints/Qwen3-4B-Thinking-2507",
+        data=SFTDataConfig(path="data/agent_sft.jsonl", max_length=length, mask="all"),
+        shape=TrainShape(row_length=length, rows=1 if variant == "t4" else 2),
+        epochs=3,
+        # Ten times the rate of full fine-tuning, as is usual for adapters; they do not decay.
+        optimizer=OptimizerConfig(
+            lr=2e-4, weight_decay=0.0, schedule="cosine", warmup_fraction=0.03
+        ),
+    )
+    if variant == "runlocal":
+        use_tiny_world(c)
+        c.model.lora_rank = 8
+        c.stage.sft = stage_dict(
+            "sft",
+            demonstrations=Demonstrations(count=64),
+            shape=TrainShape(row_length=256, rows=4, steps=4),
+            optimizer=OptimizerConfig(lr=1e-2, schedule="cosine", warmup_fraction=0.03),
+        )
+    return c

@@ -1,0 +1,42 @@
+"""Converts orbax checkpoints to Hugging Face directories, and back.
+
+    python launch/convert.py runs/rl/rl/checkpoints agent/ --dtype=bfloat16
+    python launch/convert.py checkpoints/Qwen3-4B-Thinking-2507 checkpoints/qwen3_orbax
+
+Tokenizer and chat template go along; what is written for people is a model card (README.md).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from agentcpm_jax.types import UserError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 when a directory is not what it should be."""
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
+    parser.add_argument("source", type=Path, help="a model, a stage's checkpoints, or one step")
+    parser.add_argument("out", type=Path, help="directory to write")
+    parser.add_argument("--step", type=int, help="of the checkpoints (default: the newest)")
+    parser.add_argument("--tokenizer", default="", help="directory (default: of model or run)")
+    parser.add_argument("--dtype", default="", choices=("", "float32", "bfloat16"))
+    args = parser.parse_args(argv)
+    from agentcpm_jax.run.convert import convert
+
+    options = {"step": args.step, "tokenizer": args.tokenizer, "dtype": args.dtype}
+    try:
+        print(convert(args.source, args.out, **options))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
