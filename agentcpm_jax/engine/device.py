@@ -72,8 +72,9 @@ def prefill(
 ) -> KVCache:
     """Feed `tokens` i32[R, C] (the first `counts` i32[R] of each row) behind `length` i32[R].
 
-    All may be numpy arrays. `filled`: a static bound on length. `whole`: row r is slot r, for all slots. Two programs: one
-    that read and wrote the donated cache would copy all of it, as XLA does not order the two.
+    All may be numpy arrays. `filled`: a static bound on length. `whole`: row r is slot r, for all
+    slots. Two programs: one that read and wrote the donated cache would copy all of it, as XLA does
+    not order the two.
     """
     past = read(cache, index, length, filled, whole)
     return feed(params, cfg, cache, past, index, length, tokens, counts)
