@@ -4,8 +4,9 @@
     python experiments/bench/publish.py --shape=4b            # 8 GB on the disk and in memory
 
 Parameters of the model's shapes lie on the (CPU) device; both write to the same disk, in turns, and
-wait until the disk has it (fsync). Each turn is a process of its own. Memory: the largest growth of
-anonymous pages (RssAnon) while it writes. `page cache`: the same without the wait for the disk.
+wait until the disk has it (fsync); the first turn only warms up, as memory that a virtual machine
+touches for the first time costs more than the work. Memory: the largest growth of anonymous pages
+(RssAnon) while it writes. `page cache`: the same without the wait for the disk.
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ import json
 import os
 import platform
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -29,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 import jax
 import jax.numpy as jnp
 
-from agentcpm_jax import tree, weight_store, weight_sync
+from agentcpm_jax import tree, weight_sync
 from agentcpm_jax.model.config import ModelConfig
 from agentcpm_jax.model.params import param_specs
 
@@ -44,66 +48,69 @@ SHAPES = {
         ffw=9728, dtype="bfloat16", param_dtype="bfloat16",
     ),
 }  # fmt: skip
-SMALL = ModelConfig(dtype="bfloat16", param_dtype="bfloat16")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="0.6b")
     parser.add_argument("--workdir", default="", help="on the disk to measure")
-    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--part", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.part:
-        print(json.dumps(turn(args.part, SHAPES[args.shape], Path(args.workdir))))
+        workdir = Path(args.workdir)
+        print(json.dumps(turns(args.part, SHAPES[args.shape], workdir, args.turns + 1)))
         return
+    rows: dict[str, list[dict]] = {}
     with tempfile.TemporaryDirectory(dir=args.workdir or None) as workdir:
-        rows: dict[str, list[dict]] = {}
-        for _ in range(args.turns):
-            for part in ("publish", "copy", "publish, page cache", "copy, page cache"):
-                rows.setdefault(part, []).append(child(part, args.shape, workdir))
+        for kind in ("", ", page cache"):
+            for turn in child(kind or "disk", args.shape, workdir, args.turns)[1:]:
+                for what, measured in turn.items():
+                    rows.setdefault(what + kind, []).append(measured)
     write(args.shape, rows)
 
 
-def child(part: str, shape: str, workdir: str) -> dict:
-    command = [sys.executable, __file__, f"--part={part}", f"--shape={shape}"]
+def child(part: str, shape: str, workdir: str, count: int) -> list[dict]:
+    command = [sys.executable, __file__, f"--part={part}", f"--shape={shape}", f"--turns={count}"]
     done = subprocess.run([*command, f"--workdir={workdir}"], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def turn(part: str, cfg: ModelConfig, workdir: Path) -> dict:
-    """One measurement; the copy takes the files that the publication before it left."""
-    if part.endswith("page cache"):
+def turns(part: str, cfg: ModelConfig, workdir: Path, count: int) -> list[dict]:
+    """[{publish, copy}] of one process; a copy takes the files of the publication before it."""
+    if part != "disk":
         os.fsync = lambda number: None
     source, target = workdir / "published", workdir / "copied"
-    if part.startswith("publish"):
-        shutil.rmtree(source, ignore_errors=True)
-        params = zeros(cfg)
-        weight_sync.publish(workdir / "warm", 0, zeros(SMALL), SMALL)  # imports
-
-        def work() -> None:
-            weight_sync.publish(source, 0, params, cfg)
-    else:
-        shutil.rmtree(target, ignore_errors=True)
+    params = zeros(cfg)
+    found = []
+    for _ in range(count):
+        for old in (source, target):
+            shutil.rmtree(old, ignore_errors=True)
+        published = measured(lambda: weight_sync.publish(source, 0, params, cfg), source)
         files = [p for p in (source / "weights" / "v000000").iterdir() if p.stat().st_size]
-        for path in files:  # read once: both begin with the bytes in memory
-            weight_store.sha256_of(path)
+        copied = measured(lambda files=files: copy(files, target), target)
+        found.append({"publish": published, "copy": copied})
+    for old in (source, target):
+        shutil.rmtree(old, ignore_errors=True)
+    return found
 
-        def work() -> None:
-            target.mkdir()
-            for path in files:
-                shutil.copyfile(path, target / path.name)
-                with (target / path.name).open("rb") as file:
-                    os.fsync(file.fileno())
 
+def copy(files: list[Path], target: Path) -> None:
+    target.mkdir()
+    for path in files:
+        shutil.copyfile(path, target / path.name)
+        with (target / path.name).open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def measured(work: Callable[[], Any], where: Path) -> dict:
     os.sync()
     with Memory() as memory:
         start, cpu = time.perf_counter(), time.process_time()
         work()
         seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-    where = source if part.startswith("publish") else target
     size = sum(p.stat().st_size for p in where.rglob("*") if p.is_file())
     return {"seconds": seconds, "cpu": cpu, "bytes": size, "grown": memory.grown}
 
@@ -141,17 +148,21 @@ def anonymous() -> int:
     raise RuntimeError("no RssAnon in /proc/self/status")
 
 
+def ratio(rows: dict[str, list[dict]], kind: str) -> float:
+    """Median over the turns."""
+    pairs = zip(rows[f"publish{kind}"], rows[f"copy{kind}"], strict=True)
+    return statistics.median(ours["seconds"] / theirs["seconds"] for ours, theirs in pairs)
+
+
 def write(shape: str, rows: dict[str, list[dict]]) -> None:
     """The table; results of other shapes stay in it."""
-    best = {part: min(found, key=lambda r: r["seconds"]) for part, found in rows.items()}
     grown = max(r["grown"] for part, found in rows.items() for r in found if "publish" in part)
     result = {
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
         "jax": version("jax"),
         "turns": rows,
-        "ratio": best["publish"]["seconds"] / best["copy"]["seconds"],
-        "ratio_page_cache": best["publish, page cache"]["seconds"]
-        / best["copy, page cache"]["seconds"],
+        "ratio": ratio(rows, ""),
+        "ratio_page_cache": ratio(rows, ", page cache"),
         "grown_bytes": grown,
     }
     path = OUT.with_suffix(".json")
@@ -160,13 +171,13 @@ def write(shape: str, rows: dict[str, list[dict]]) -> None:
     OUT.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(found, indent=1) + "\n")
     lines = ["# Publishing weights against copying the same bytes", ""]
-    lines += ["`python experiments/bench/publish.py [--shape=4b]`; best of the turns.", ""]
+    lines += ["`python experiments/bench/publish.py [--shape=4b]`; medians of the turns.", ""]
     lines += ["| shape | bytes | what | s | CPU-s | GB/s | largest growth of memory |"]
     lines += ["| --- | ---: | --- | ---: | ---: | ---: | ---: |"]
     for name, one in found.items():
-        for part, measured in one["turns"].items():
-            r = min(measured, key=lambda r: r["seconds"])
-            rate, memory = r["bytes"] / r["seconds"] / 1e9, max(m["grown"] for m in measured)
+        for part, turns in one["turns"].items():
+            r = {key: statistics.median(turn[key] for turn in turns) for key in turns[0]}
+            rate, memory = r["bytes"] / r["seconds"] / 1e9, max(turn["grown"] for turn in turns)
             lines.append(
                 f"| {name} | {r['bytes'] / 1e9:.2f} GB | {part} | {r['seconds']:.2f} "
                 f"| {r['cpu']:.2f} | {rate:.2f} | {memory / 2**20:.0f} MiB |"
