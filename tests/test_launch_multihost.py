@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pool_training import check_training
+from served_processes import our_servers
 
 from agentcpm_jax.merge.shards import Checkpoint
 from agentcpm_jax.run.commandline import CHECKOUT
@@ -172,3 +174,17 @@ def test_rl_in_two_processes_equals_one(tmp_path: Path) -> None:
     assert list(ours) == list(theirs) == [1, 2]
     np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=1e-6)
     assert read_metrics(two / "rl" / "metrics.jsonl")[0]["train/grad_norm"] > 0
+
+
+def test_rl_in_two_processes_publishes_to_a_pool(tmp_path: Path) -> None:
+    """Sharded parameters reach the server, which computes with what was trained."""
+    workdir = tmp_path / "run"
+    flags = ["--config=configs/quickstart.py:smoke", "--config.stages=('rl',)"]
+    flags += ["--config.stage.rl.init_from=shipped:sft", "--config.stage.rl.pool.keep_versions=9"]
+    flags += ["--config.stage.rl.shape.rows=8", "--config.stage.rl.shape.micro_rows=8"]
+    with our_servers(1) as ((_, url),):
+        flags += ["--config.mesh.data=2", f"--config.stage.rl.pool.urls={(url,)!r}"]
+        with Job(workdir, 2, *flags) as job:
+            job.ends(0)
+    gaps = check_training(workdir, read_metrics(workdir / "rl" / "metrics.jsonl"))
+    assert gaps.max() <= 1e-4

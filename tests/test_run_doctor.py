@@ -67,7 +67,13 @@ def test_the_doctor_alone_says_a_line_per_part_and_starts_nothing(tmp_path: Path
     assert launch_train.main([*flags, "--doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
     parts = [line.split(":")[0].split() for line in lines]
-    assert parts == [["ok", "disk"], ["ok", "tokenizer"], ["ok", "database"]]
+    assert parts == [
+        ["ok", "disk"],
+        ["ok", "tokenizer"],
+        ["ok", "tools", "of", "rl"],
+        ["ok", "database"],
+    ]
+    assert "search answers ok" in lines[2]
     assert re.search(r"ids, sha256 [0-9a-f]{12}; template sha256 [0-9a-f]{12}$", lines[1])
     assert not (tmp_path / "run").exists() and list(tmp_path.iterdir()) == []
 
@@ -98,6 +104,28 @@ def test_it_can_be_switched_off(tmp_path: Path, monkeypatch) -> None:
     command = parse([*TINY, f"--workdir={tmp_path}", "--nodoctor"])
     assert command.doctor is False and consult(command, print) is False
     assert parse(TINY).doctor is None and parse([*TINY, "--doctor"]).doctor is True
+
+
+def test_a_tool_that_hangs_is_named(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(doctor, "PATIENCE", 0.05)
+    finding = findings(replace(configured(), tools=()), tmp_path)["tools of rl"]
+    assert finding.ok
+
+    class Hanging:
+        def schemas(self):
+            return [{"function": {"name": "browse", "parameters": {"properties": {}}}}]
+
+        async def call(self, name, arguments):
+            await asyncio.Event().wait()
+
+        async def close(self): ...
+
+    async def open_hanging(meta, key):
+        return Hanging()
+
+    monkeypatch.setattr(doctor, "make_tools", lambda names: (open_hanging, ()))
+    finding = findings(configured(), tmp_path)["tools of rl"]
+    assert not finding.ok and "browse has not answered within 0.05 s" in finding.text
 
 
 def test_a_run_can_begin_without_a_part_that_it_may_wait_for(tmp_path: Path, monkeypatch) -> None:

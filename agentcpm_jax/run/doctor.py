@@ -17,7 +17,7 @@ import sqlite3
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 
@@ -42,15 +42,18 @@ from agentcpm_jax.rollout.pool_probe import Trainer
 from agentcpm_jax.rollout.sglang_pool import SGLangPool
 from agentcpm_jax.rollout.sglang_worker import open_client
 from agentcpm_jax.run.commandline import Command
+from agentcpm_jax.run.custom import make_tools
 from agentcpm_jax.run.multihost import is_main
 from agentcpm_jax.run.pool import probe_logprobs, version_path, weights_name, weights_place
+from agentcpm_jax.run.sampling import task_sequence
 from agentcpm_jax.sharding import make_mesh, param_shardings
-from agentcpm_jax.types import Task, UserError
+from agentcpm_jax.types import Task, ToolStatus, UserError
 from agentcpm_jax.weight_store import remove_roots
 from agentcpm_jax.world.vocabulary import write_tokenizer
 
 LOCK_SECONDS = 5.0  # that another writer may take
 MAX_SKEW = 30.0  # s; leases and logs of several machines are compared by their clocks
+PATIENCE = 30.0  # s that --doctor waits for servers to start; a launch waits pool.start_timeout
 QUESTION = Task("How many legs does a spider have?", ("8",))
 
 
@@ -76,6 +79,12 @@ def consult(command: Command, announce: Callable[[str], None]) -> bool:
         return False
     alone = command.doctor is True
     failed = 0
+    pools = [
+        s.rl.pool for s in command.config.stages if s.rl and (s.rl.pool.urls or s.rl.pool.urls_file)
+    ]
+    if pools and not alone:
+        wait = max(pool.start_timeout for pool in pools)
+        announce(f"trying the pool before the launch; its servers have {wait:g} s to start")
     for finding in examine(command.config, command.workdir, thorough=alone):
         if alone or not finding.ok:
             announce(str(finding))
@@ -96,6 +105,9 @@ def examine(cfg: ExperimentConfig, workdir: Path, *, thorough: bool = True) -> I
     yield _find("disk", lambda: _disk(cfg, todo, workdir))
     if thorough:
         yield _find("tokenizer", lambda: _tokenizer(cfg))
+        for stage in todo:
+            if (rl := stage.rl) is not None:
+                yield _find(f"tools of {stage.name}", lambda rl=rl: asyncio.run(_tools(cfg, rl)))
     yield _find("database", lambda: _database(cfg, workdir))
     for judge in {
         s.judge for stage in todo if (s := stage.rl or stage.eval) and s.grader == "judge"
@@ -104,7 +116,7 @@ def examine(cfg: ExperimentConfig, workdir: Path, *, thorough: bool = True) -> I
             yield _find(f"judge {model}", lambda judge=judge, model=model: _judge(judge, model))
     for stage in todo:
         if stage.rl is not None and (stage.rl.pool.urls or stage.rl.pool.urls_file):
-            yield from _pool(cfg, stage, stage.rl, workdir)
+            yield from _pool(cfg, stage, stage.rl, workdir, PATIENCE if thorough else math.inf)
 
 
 def _find(part: str, check: Callable[[], str]) -> Finding:
@@ -112,6 +124,35 @@ def _find(part: str, check: Callable[[], str]) -> Finding:
         return Finding(part, True, check())
     except UserError as error:
         return Finding(part, False, str(error))
+
+
+async def _tools(cfg: ExperimentConfig, rl: RLStage) -> str:
+    """One call of the first tool that the first task is given; any observation will do."""
+    task = task_sequence(rl, cfg.train_tasks, cfg.seed)(0)
+    open_tools, _ = make_tools(cfg.tools)
+    said = ""
+    for attempt in range(3):  # injected faults are seeded by the attempt
+        tools = await open_tools(task.meta, (0, 0, attempt))
+        try:
+            function = tools.schemas()[0]["function"]
+            wanted = function["parameters"].get("properties", {})
+            values = {"string": task.question, "integer": 1, "number": 1.0, "boolean": False}
+            arguments = {
+                name: values.get(schema.get("type"), []) for name, schema in wanted.items()
+            }
+            async with asyncio.timeout(PATIENCE):
+                result = await tools.call(function["name"], arguments)
+        except TimeoutError:
+            raise UserError(
+                f"{function['name']} has not answered within {PATIENCE:g} s; look at its server"
+            ) from None
+        finally:
+            await tools.close()
+        shown = " ".join(result.content.split())[:60]
+        said = f"{function['name']} answers {result.status}: {shown}"
+        if result.status is not ToolStatus.INFRA_ERROR:
+            return said
+    raise UserError(f"{said}; mend the tool, or its server")
 
 
 def _disk(cfg: ExperimentConfig, todo: list[Stage], workdir: Path) -> str:
@@ -206,9 +247,13 @@ def _judge(cfg: JudgeConfig, model: str) -> str:
     return f"{cfg.url} says {verdict} in {time.monotonic() - started:.1f} s"
 
 
-def _pool(cfg: ExperimentConfig, stage: Stage, rl: RLStage, workdir: Path) -> Iterator[Finding]:
+def _pool(
+    cfg: ExperimentConfig, stage: Stage, rl: RLStage, workdir: Path, patience: float
+) -> Iterator[Finding]:
     part = f"pool of {stage.name}"
-    pool = SGLangPool(rl.pool, f"{weights_name('doctor', cfg.name)}.{secrets.token_hex(4)}")
+    timeout = min(rl.pool.start_timeout, patience)
+    name = f"{weights_name('doctor', cfg.name)}.{secrets.token_hex(4)}"
+    pool = SGLangPool(replace(rl.pool, start_timeout=timeout), name)
     try:
         where = weights_place(rl.pool, _existing(workdir) / f".{pool.run}")
         root = f"{where}/{pool.run}"

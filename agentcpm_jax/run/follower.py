@@ -12,7 +12,7 @@ from agentcpm_jax.config import RLStage, Stage, to_json
 from agentcpm_jax.data.batch import Batch
 from agentcpm_jax.run.context import RunContext
 from agentcpm_jax.run.learner import Learner, make_learner
-from agentcpm_jax.run.multihost import gathered
+from agentcpm_jax.run.multihost import on_main
 from agentcpm_jax.run.nonfinite import stop_if_not_finite
 from agentcpm_jax.train.state import TrainState
 
@@ -31,7 +31,7 @@ class Follower:
 
     def publish(self, version: int) -> None:
         """Hands this process's part of the weights over."""
-        gathered(self.learner.plain(self.state))
+        on_main(self.learner.plain(self.state))
 
     def record(
         self, step: int, values: dict[str, Any], batch: Batch, waited: float, seconds: float
@@ -59,6 +59,6 @@ def follow(ctx: RunContext, stage: Stage, rl: RLStage) -> Iterator[Follower]:
     restored = checkpoints.restore(abstract_state=learner.state)
     state = learner.state if restored is None else restored.state
     version = 0 if restored is None else restored.step
-    gathered(learner.plain(state))
+    on_main(learner.plain(state))
     with closing(checkpoints):
         yield Follower(ctx, stage.name, learner, checkpoints, state, version)

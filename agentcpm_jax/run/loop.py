@@ -35,7 +35,7 @@ from agentcpm_jax.run.interrupt import Interrupted
 from agentcpm_jax.run.learner import Learner, make_batches, make_learner
 from agentcpm_jax.run.meter import Meter
 from agentcpm_jax.run.metrics import MetricsWriter
-from agentcpm_jax.run.multihost import any_process, gathered, is_main, share_batch
+from agentcpm_jax.run.multihost import any_process, is_main, on_main, share_batch
 from agentcpm_jax.run.nonfinite import stop_if_not_finite
 from agentcpm_jax.run.pool import PoolEngine, engine_metrics, open_engine
 from agentcpm_jax.run.profile import watched
@@ -133,7 +133,7 @@ class _Circle:
 
     def publish(self, version: int) -> None:
         """Hand the new weights to the engine and the new version to admission."""
-        params = gathered(self.learner.plain(self.state))
+        params = on_main(self.learner.plain(self.state))
         self.store.publish(version, params)
         if self.ctx.log.shared:
             self.ctx.log.announce("version")
@@ -198,7 +198,7 @@ def _open(ctx: RunContext, stage: Stage, rl: RLStage) -> Iterator[_Circle]:
 
     open_tools, schemas = make_tools(ctx.cfg.tools)
     check_prompt(ctx.chat, ctx.cfg.episode, schemas)
-    params = gathered(learner.plain(state))
+    params = on_main(learner.plain(state))
     engine = open_engine(ctx, stage, rl, params, version)
     deterministic = rl.stream.deterministic
     store = VersionStore(directory, ctx.cfg.model, enabled=deterministic or ctx.log.shared)

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from agentcpm_jax.data.batch import Batch
 from agentcpm_jax.run.interrupt import Interrupted
@@ -195,6 +196,31 @@ def gathered(arrays: Any) -> Any:
     def one(x: Any) -> np.ndarray | None:
         host = multihost_utils.process_allgather(x, tiled=True)
         return np.asarray(host) if is_main() else None
+
+    return jax.tree.map(one, arrays)
+
+
+def on_main(arrays: Any) -> Any:
+    """Copies of a tree of global arrays, spread over the devices of process 0, one array at a time;
+    None leaves elsewhere. No host's memory holds any of them whole.
+
+    Every process calls it. In a job of one process: `arrays` itself.
+    """
+    if jax.process_count() == 1:
+        return arrays
+    ordered = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    grid = np.array(ordered).reshape(jax.process_count(), -1)
+    job, own = Mesh(grid, ("process", "device")), Mesh(grid[jax.process_index()], ("device",))
+
+    def one(x: jax.Array) -> jax.Array | None:
+        split = [axis for axis, size in enumerate(x.shape) if size % grid.shape[1] == 0]
+        widest = max(split, key=lambda axis: x.shape[axis], default=None)
+        spec = PartitionSpec(*("device" if axis == widest else None for axis in range(x.ndim)))
+        copied = jax.device_put(x, NamedSharding(job, spec), may_alias=False)
+        if not is_main():
+            return None
+        parts = [shard.data for shard in copied.addressable_shards]
+        return jax.make_array_from_single_device_arrays(x.shape, NamedSharding(own, spec), parts)
 
     return jax.tree.map(one, arrays)
 
