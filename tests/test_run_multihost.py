@@ -117,6 +117,11 @@ def test_the_verdict_names_those_behind() -> None:
     assert "not known" in verdict(mine, [], 160.0)
 
 
+def test_a_negative_deadline_is_a_mistake() -> None:
+    with pytest.raises(UserError, match="must be 0 .never. or more"):
+        Watchdog(-3.0)
+
+
 def test_a_step_beyond_its_deadline_ends_the_process(tmp_path, monkeypatch) -> None:
     """Resumable, with the verdict and every thread's stack on disk."""
     left, said, board = threading.Event(), [], {}

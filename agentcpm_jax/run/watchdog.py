@@ -21,6 +21,8 @@ from typing import Any
 
 import jax
 
+from agentcpm_jax.types import UserError
+
 RESUMABLE = 130
 #: The first step compiles: it may take so many deadlines.
 FIRST = 10
@@ -51,6 +53,8 @@ class Watchdog:
       seconds: what a step may take; 0: for ever.
       announce: hears the verdict.
       directory: gets `hang-process-<i>.txt`, the verdict and every thread's stack.
+
+    Raises `UserError` for negative seconds.
     """
 
     def __init__(
@@ -60,6 +64,8 @@ class Watchdog:
         directory: Path | None = None,
         leave: Callable[[int], Any] = os._exit,
     ) -> None:
+        if not seconds >= 0:
+            raise UserError(f"hang_seconds={seconds} must be 0 (never) or more; correct it")
         self._seconds, self._announce, self._directory = seconds, announce, directory
         self._leave = leave
         self._post: Post | None = None
