@@ -55,6 +55,7 @@ def publish(
     dtype: str = "",
     tokenizer_from: str | Path | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
+    describe: Callable[[], Mapping[str, str]] = dict,
 ) -> bool:
     """Writes one version of the weights; False when it exists or was collected already.
 
@@ -67,6 +68,7 @@ def publish(
       tokenizer_from: a directory whose tokenizer, chat template and generation config go along.
       max_file_bytes: a new file is begun before one grows beyond this; a larger tensor has a file
         of its own.
+      describe: {file: text} of what else goes along, such as a model card.
 
     Raises:
       UserError: the place cannot be used. ValueError: `params` are not the parameters of `cfg`.
@@ -94,6 +96,8 @@ def publish(
         for name in TOKENIZER_FILES if tokenizer_from is not None else ():
             if (file := Path(tokenizer_from or "") / name).is_file():
                 draft.write(name, [file.read_bytes()])
+        for name, text in describe().items():
+            draft.write(name, [text.encode()])
         draft.commit({"model": dataclasses.asdict(cfg), "dtype": saved})
     except BaseException as error:
         draft.discard()

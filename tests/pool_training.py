@@ -40,6 +40,8 @@ def check_training(workdir: Path, rows: Sequence[dict]) -> np.ndarray:
     (root,) = (workdir / "rl" / "pool_weights").iterdir()
     published = sorted((root / "weights").iterdir())
     assert [p.name for p in published] == [f"v{v:06d}" for v in range(STEPS + 1)]
+    card = (published[-1] / "README.md").read_text()
+    assert "made from shipped:sft | model.safetensors | `" in card  # with its hash
     gaps, ages, trained = [], [], set()
     with ExperienceLog.open(workdir / "experience.db") as log:
         batches = [log.shipped("rl", step) for step in range(STEPS)]

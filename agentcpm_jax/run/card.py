@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -29,7 +30,7 @@ def describe(
       stage: that made it; None: a copy of its one source, e.g. a conversion.
       sources: what it was made from, by name as in the configuration; None: no directory.
       metrics: `metrics.jsonl` of the stage; its last row is shown, when there is one.
-      weights: {weight file: sha256}.
+      weights: {weight file: sha256}; empty for a published version, whose manifest has checksums.
     """
     lineage = {
         "schema": SCHEMA,
@@ -54,8 +55,13 @@ def _parent(name: str, path: Path | None) -> dict[str, Any]:
     if (path / LINEAGE).is_file():
         found = json.loads((path / LINEAGE).read_text())
         return {"source": name, **{k: found[k] for k in ("run", "stage", "weights", "parents")}}
-    files = sorted(path.glob("*.safetensors"))
-    return {"source": name, "weights": {file.name: sha256_of(file) for file in files}}
+    return {"source": name, "weights": dict(_hashes(path))}
+
+
+@functools.cache
+def _hashes(path: Path) -> tuple[tuple[str, str], ...]:
+    """Of weights that do not change while a run reads them; every version published asks."""
+    return tuple((file.name, sha256_of(file)) for file in sorted(path.glob("*.safetensors")))
 
 
 def _card(

@@ -88,7 +88,7 @@ class RunContext:
         if is_main():
             save_peft(directory, host, self.cfg.model, base)
             file = directory / PEFT_WEIGHTS
-            described = self._describe(directory, {file.name: sha256_of(file)})
+            described = self.describe(directory, {file.name: sha256_of(file)})
             for name, text in described.items():
                 (directory / name).write_text(text)
 
@@ -96,7 +96,7 @@ class RunContext:
         """A Hugging Face directory with the run's tokenizer; replaces an unfinished one."""
         if is_main():
             shutil.rmtree(directory, ignore_errors=True)
-        described = partial(self._describe, directory)
+        described = partial(self.describe, directory)
         tokenizer = self.tokenizer
         save_hf(directory, params, self.cfg.model, tokenizer_from=tokenizer, describe=described)
 
@@ -108,7 +108,7 @@ class RunContext:
             return self.directory(source[6:]) / "hf"
         return SHIPPED.get(source) or Path(source)
 
-    def _describe(self, directory: Path, weights: Mapping[str, str]) -> dict[str, str]:
+    def describe(self, directory: Path, weights: Mapping[str, str]) -> dict[str, str]:
         """The model card of an export of the stage in whose directory it is."""
         name = directory.relative_to(self.workdir).parts[0]
         stage = next(stage for stage in self.cfg.stages if stage.name == name)

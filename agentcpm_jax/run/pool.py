@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ class PoolEngine:
     ) -> None:
         self._model, self._tokenizer, self._cfg = ctx.cfg.model, ctx.tokenizer, rl.pool
         directory = ctx.directory(stage)
+        self._card = partial(ctx.describe, directory, {})
         mine = weights_name(ctx.cfg.name, stage.name, _run_id(directory / "run_id"))
         name = f"{mine}.{secrets.token_hex(3)}"
         where = weights_place(rl.pool, directory / "pool_weights")
@@ -113,6 +115,7 @@ class PoolEngine:
             self._model,
             dtype=self._cfg.weights_dtype,
             tokenizer_from=self._tokenizer,
+            describe=self._card,
         )
         return version_path(self._root, version)
 
