@@ -51,16 +51,13 @@ base: $(VENV)/.runtime
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
-ifneq ($(wildcard tests/test_browser_*.py),)
-.PHONY: test-browser
-test-browser: $(VENV)/.test
-	$(BIN)/python -m pytest -m browser tests/test_browser_*.py $(PYTEST_ARGS)
-endif
-
 # Needs the PostgreSQL server's binaries (apt-get install postgresql); fails without them.
-.PHONY: test-postgres test-runs test-mesh test-aot aot-table test-faults test-kills test-sglang
+.PHONY: test-browser test-postgres test-runs test-mesh test-aot aot-table test-faults test-kills test-sglang
 test-postgres: $(VENV)/.test
 	$(BIN)/python -m pytest -m postgres $(PYTEST_ARGS)
+
+test-browser: $(VENV)/.test
+	$(BIN)/python -m pytest -m browser $(PYTEST_ARGS)
 
 test-runs: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m runs $(PYTEST_ARGS)
@@ -83,7 +80,7 @@ test-kills: $(VENV)/.test
 	$(BIN)/python experiments/kill_points.py --n $(N)
 
 test-sglang: $(VENV)/.test $(SGLANG_VENV)/.ready
-	SGLANG_PYTHON=$(abspath $(SGLANG_VENV))/bin/python $(BIN)/python -m pytest -m sglang tests/test_sglang_contract.py $(PYTEST_ARGS)
+	SGLANG_PYTHON=$(abspath $(SGLANG_VENV))/bin/python $(BIN)/python -m pytest -m sglang $(PYTEST_ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -118,11 +115,11 @@ $(VENV)/.aot: $(VENV)/.runtime
 	touch $@
 
 # SGLang's own metadata asks for CUDA builds; its CPU server runs without them (see the requirements).
-$(SGLANG_VENV)/.ready: tests/sglang_requirements.txt
+$(SGLANG_VENV)/.ready: tests/pool/sglang_requirements.txt
 	@echo "installing SGLang for the CPU into $(SGLANG_VENV); this takes a few minutes"
 	$(MAKER) -m venv $(SGLANG_VENV)
 	$(SGLANG_VENV)/bin/python -m pip install --disable-pip-version-check -qq torch==2.13.0
-	$(SGLANG_VENV)/bin/python -m pip install --disable-pip-version-check -qq -r tests/sglang_requirements.txt
+	$(SGLANG_VENV)/bin/python -m pip install --disable-pip-version-check -qq -r tests/pool/sglang_requirements.txt
 	$(SGLANG_VENV)/bin/python -m pip install --disable-pip-version-check -qq --no-deps \
 	  sglang==0.5.23 torchvision==0.28.0 sglang-router==0.3.2
 	touch $@

@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 from grain.checkpoint import CheckpointRestore, CheckpointSave
 
-from agentcpm_jax.rollout.experience import ExperienceLog
+from agentcpm_jax.log.experience import ExperienceLog
 from agentcpm_jax.types import UserError
 
 #: Version of what `meta` holds; raised when a reader of the old form would be wrong.

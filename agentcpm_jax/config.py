@@ -20,16 +20,16 @@ from ml_collections import ConfigDict
 from agentcpm_jax.data.sft import SFTDataConfig
 from agentcpm_jax.engine.local import EngineConfig
 from agentcpm_jax.model.config import TINY, ModelConfig
+from agentcpm_jax.pool.config import PoolConfig
 from agentcpm_jax.rewards.advantages import AdvantageConfig
 from agentcpm_jax.rewards.denoise import DenoiseConfig
 from agentcpm_jax.rewards.judge import JudgeConfig
-from agentcpm_jax.rollout.claim_worker import WorkerConfig
 from agentcpm_jax.rollout.episode import EpisodeConfig
-from agentcpm_jax.rollout.pool_config import PoolConfig
 from agentcpm_jax.rollout.stream import StreamConfig
+from agentcpm_jax.rollout.worker import WorkerConfig
 from agentcpm_jax.sharding import MeshConfig
 from agentcpm_jax.tasks.world import WorldTasks
-from agentcpm_jax.train.loss import LossConfig
+from agentcpm_jax.train.losses.policy import LossConfig
 from agentcpm_jax.train.optimizer import OptimizerConfig
 from agentcpm_jax.types import UserError
 from agentcpm_jax.world.skills import SkillMix
@@ -203,7 +203,7 @@ class ExperimentConfig:
     episode: EpisodeConfig = EpisodeConfig()
     tools: tuple[str, ...] = ()  # package.module:function of tools beside the world's
     log_url: str = ""  # PostgreSQL URL; empty = workdir/experience.db
-    profile: bool = False  # trace a few steps of every training stage, see run/profile.py
+    profile: bool = False  # trace a few steps of every training stage, see run/observe/profile.py
     hang_seconds: float = 7200.0  # of several processes: a longer step ends the job; 0: never
     schema_version: int = SCHEMA_VERSION
 

@@ -27,8 +27,8 @@ from agentcpm_jax.config import (
 from agentcpm_jax.data.sft import SFTDataConfig
 from agentcpm_jax.model.config import QWEN3_4B
 from agentcpm_jax.rollout.episode import EpisodeConfig
-from agentcpm_jax.run.tiny import use_tiny_world
 from agentcpm_jax.train.optimizer import OptimizerConfig
+from configs.tiny import use_tiny_world
 
 
 def get_config(variant: str = ""):

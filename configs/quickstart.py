@@ -18,10 +18,10 @@ from agentcpm_jax.engine.local import EngineConfig
 from agentcpm_jax.rewards.advantages import AdvantageConfig
 from agentcpm_jax.rewards.denoise import DenoiseConfig
 from agentcpm_jax.rollout.stream import StreamConfig
-from agentcpm_jax.run.tiny import CONTEXT, TEST_ENGINE, use_tiny_world
-from agentcpm_jax.train.loss import LossConfig
+from agentcpm_jax.train.losses.policy import LossConfig
 from agentcpm_jax.train.optimizer import OptimizerConfig
 from agentcpm_jax.world.skills import SkillMix
+from configs.tiny import CONTEXT, TEST_ENGINE, use_tiny_world
 
 
 def get_config(variant: str = ""):

@@ -37,7 +37,7 @@ from denoise_bias import measure_bias
 from denoise_learning import LEARNING, learn
 
 from agentcpm_jax.evaluate.passk import Estimate
-from agentcpm_jax.evaluate.plots import bar_chart, line_chart
+from agentcpm_jax.evaluate.report.charts import bar_chart, line_chart
 
 
 def main() -> None:

@@ -18,17 +18,18 @@ import noise
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
+from agentcpm_jax.chat.format import ChatFormat
 from agentcpm_jax.config import default_config, from_config_dict
 from agentcpm_jax.engine.local import EngineConfig, LocalEngine
+from agentcpm_jax.files import SHIPPED
 from agentcpm_jax.model.hf import load_hf
 from agentcpm_jax.model.logprobs import token_logprobs
 from agentcpm_jax.rewards.advantages import AdvantageConfig, credit_group
 from agentcpm_jax.rewards.denoise import DenoiseConfig, denoise
-from agentcpm_jax.rollout.chat import ChatFormat
 from agentcpm_jax.run.sampling import make_run_sample
-from agentcpm_jax.run.tiny import CONTEXT, SHIPPED, use_tiny_world
 from agentcpm_jax.types import Trajectory, TrajectoryGroup, TurnFlag, Verdict
 from agentcpm_jax.world.tools import open_toolbox
+from configs.tiny import CONTEXT, use_tiny_world
 
 SIZE, SPARES = 8, 4
 BARE = ("environment", "too_few", "zero_variance")  # the last two change no gradient

@@ -13,25 +13,26 @@ import jax.numpy as jnp
 import noise
 import numpy as np
 
+from agentcpm_jax.chat.format import ChatFormat
 from agentcpm_jax.config import default_config, from_config_dict
 from agentcpm_jax.data.loader import StepBatches
 from agentcpm_jax.engine.local import EngineConfig, LocalEngine
+from agentcpm_jax.files import SHIPPED
+from agentcpm_jax.log.experience import ExperienceLog
 from agentcpm_jax.model.hf import load_hf
 from agentcpm_jax.rewards.advantages import AdvantageConfig
 from agentcpm_jax.rewards.denoise import DenoiseConfig
 from agentcpm_jax.rewards.grade import settle
-from agentcpm_jax.rollout.chat import ChatFormat
-from agentcpm_jax.rollout.experience import ExperienceLog
 from agentcpm_jax.rollout.stream import Stream, StreamConfig
 from agentcpm_jax.run.loop import shipped_rows
 from agentcpm_jax.run.sampling import make_finish, make_run_sample
-from agentcpm_jax.run.tiny import CONTEXT, SHIPPED, use_tiny_world
-from agentcpm_jax.train.loss import LossConfig
+from agentcpm_jax.train.losses.policy import LossConfig
 from agentcpm_jax.train.optimizer import OptimizerConfig, make_optimizer
 from agentcpm_jax.train.state import TrainState
 from agentcpm_jax.train.step import make_rl_step
 from agentcpm_jax.types import StopReason, Task, Trajectory, Verdict
 from agentcpm_jax.world.tools import open_toolbox
+from configs.tiny import CONTEXT, use_tiny_world
 
 ROWS = 8
 BARE = ("environment", "too_few", "zero_variance")

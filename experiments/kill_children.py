@@ -19,15 +19,15 @@ import numpy as np
 import rollout_worker
 import sqlalchemy as sa
 import train as launch_train
-from postgres_server import PostgresServer, kill_server
 
 from agentcpm_jax.checkpoint import Checkpointer
-from agentcpm_jax.rollout.experience import ExperienceLog
-from agentcpm_jax.rollout.experience_claims import Claims
+from agentcpm_jax.log.claims import Claims
+from agentcpm_jax.log.experience import ExperienceLog
 from agentcpm_jax.run import loop, stages
 from agentcpm_jax.run import worker as run_worker
-from agentcpm_jax.run.metrics import MetricsWriter
-from agentcpm_jax.weight_store import Draft
+from agentcpm_jax.run.observe.metrics import MetricsWriter
+from agentcpm_jax.weights.store import Draft
+from tests.log.postgres_server import PostgresServer, kill_server
 
 POINTS: dict[str, tuple[Any, str]] = {
     "issue": (ExperienceLog, "issue_round"),

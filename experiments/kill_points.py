@@ -31,11 +31,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "launch"), str(ROOT / "tests"), str(ROOT / "experiments")]
+sys.path[:0] = [str(ROOT), str(ROOT / "launch"), str(ROOT / "experiments")]
 
 import kill_children as children
 
-from agentcpm_jax.rollout.experience import ExperienceLog
+from agentcpm_jax.log.experience import ExperienceLog
 
 STEPS, GROUPS = 6, 2
 RESULTS = ROOT / "experiments" / "results"

@@ -17,10 +17,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT)]
 
-from golden.rl import compare
-from golden.rl.table import TABLE, NotOffered, Offered
+from tests.golden.rl import compare
+from tests.golden.rl.table import TABLE, NotOffered, Offered
 
 RESULTS = ROOT / "experiments" / "results"
 

@@ -23,8 +23,8 @@ from agentcpm_jax.run.commandline import parse
 from agentcpm_jax.run.context import open_context
 from agentcpm_jax.run.evaluation import evaluate_model
 from agentcpm_jax.run.interrupt import StopSignal
+from agentcpm_jax.run.observe.summary import scores_of
 from agentcpm_jax.run.sampling import evaluation_tasks
-from agentcpm_jax.run.summary import scores_of
 
 MODELS = ("base", "sft", "merge", "rl")
 

@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokenizer", default="", help="directory (default: of model or run)")
     parser.add_argument("--dtype", default="", choices=("", "float32", "bfloat16"))
     args = parser.parse_args(argv)
-    from agentcpm_jax.run.convert import convert
+    from agentcpm_jax.run.inspect.convert import convert
 
     options = {"step": args.step, "tokenizer": args.tokenizer, "dtype": args.dtype}
     try:

@@ -18,9 +18,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from agentcpm_jax.rollout.pool_agent import open_agent
-from agentcpm_jax.rollout.pool_mirror import Mirror
 from agentcpm_jax.types import UserError
+from agentcpm_jax.weights.agent import open_agent
+from agentcpm_jax.weights.mirror import Mirror
 
 
 def main(argv: list[str] | None = None) -> int:

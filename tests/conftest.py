@@ -25,14 +25,15 @@ os.environ["XLA_FLAGS"] = (
 import numpy as np
 import pytest
 from jaxtyping import install_import_hook
-from postgres_server import log_url, postgres  # noqa: F401  (fixtures)
+
+from tests.log.postgres_server import log_url, postgres  # noqa: F401  (fixtures)
 
 TESTS = Path(__file__).parent
-DEVICE_WORLD = ["model", "merge", "train", "sharding", "tree"]
+DEVICE_WORLD = ["model", "merge", "train", "plan", "sharding", "tree"]
 
 _hook = install_import_hook([f"agentcpm_jax.{name}" for name in DEVICE_WORLD], "beartype.beartype")
 
-from toy_pool import servers  # noqa: E402, F401  (a fixture; imports what is checked)
+from tests.doubles.toy_pool import servers  # noqa: E402, F401  (a fixture; imports what is checked)
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +62,9 @@ if sys.version_info >= (3, 12):
     try:
         import torch as _torch  # noqa: F401
     except ImportError:
-        _without_torch = sorted(p.name for p in TESTS.glob("test_*.py") if _imports_torch(p))
+        _without_torch = sorted(
+            str(p.relative_to(TESTS)) for p in TESTS.rglob("test_*.py") if _imports_torch(p)
+        )
 collect_ignore = _without_torch
 
 

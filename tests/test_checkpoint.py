@@ -18,8 +18,8 @@ import pytest
 from flax import struct
 
 from agentcpm_jax.checkpoint import Checkpointer, newest_snapshot
-from agentcpm_jax.rollout.experience import ExperienceLog
-from agentcpm_jax.rollout.experience_place import restore_snapshot
+from agentcpm_jax.log.experience import ExperienceLog
+from agentcpm_jax.log.snapshots import restore_snapshot
 from agentcpm_jax.types import Task, UserError
 
 
@@ -210,7 +210,7 @@ KILLED_CHILD = """
 import os, signal, sys, threading
 from pathlib import Path
 sys.path[:0] = sys.argv[2:]
-from test_checkpoint import Checkpointer, make_state
+from tests.test_checkpoint import Checkpointer, make_state
 directory = Path(sys.argv[1])
 
 def kill_when_half_written():

@@ -7,10 +7,10 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from agentcpm_jax.chat.format import ChatFormat
+from agentcpm_jax.chat.parse import parse_completion
 from agentcpm_jax.engine.requests import Limits, make_job
 from agentcpm_jax.engine.sessions import Job, version_spans
-from agentcpm_jax.rollout.chat import ChatFormat
-from agentcpm_jax.rollout.parse import parse_completion
 from agentcpm_jax.types import UserError
 
 _FINISH = {"stop": "stop", "length": "length", "abort": "abort"}

@@ -22,10 +22,10 @@ from typing import Any
 
 from aiohttp import web
 
+from agentcpm_jax.chat.format import ChatFormat
 from agentcpm_jax.engine.chat_route import chat_completion, chat_job
 from agentcpm_jax.engine.requests import Limits, generate_answer, parse_generate
 from agentcpm_jax.engine.sessions import EngineFailure, Job, ServedEngine, Sessions
-from agentcpm_jax.rollout.chat import ChatFormat
 from agentcpm_jax.types import UserError
 
 CONTROL = frozenset(

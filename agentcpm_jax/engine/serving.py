@@ -7,10 +7,10 @@ import os
 import signal
 from collections.abc import Callable
 
+from agentcpm_jax.chat.format import ChatFormat
 from agentcpm_jax.engine.local import EngineConfig
 from agentcpm_jax.engine.served_local import ServedLocal
 from agentcpm_jax.engine.server import EngineServer, ServerConfig, ServerKeys
-from agentcpm_jax.rollout.chat import ChatFormat
 
 API_KEY, ADMIN_KEY = "SGLANG_API_KEY", "SGLANG_ADMIN_API_KEY"  # environment variables
 

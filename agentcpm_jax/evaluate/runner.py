@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 
 from agentcpm_jax.evaluate.passk import TaskScore
-from agentcpm_jax.rollout.experience import ExperienceLog
+from agentcpm_jax.log.experience import ExperienceLog
 from agentcpm_jax.types import Task, Trajectory, Verdict
 
 #: (task, issue_id, sample, attempt) -> a graded trajectory

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from agentcpm_jax.merge.chunked import FLOATS
+from agentcpm_jax.merge.kernels.chunked import FLOATS
 from agentcpm_jax.merge.shards import Checkpoint, open_safetensors, read_json
 from agentcpm_jax.types import UserError
 

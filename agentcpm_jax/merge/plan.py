@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from agentcpm_jax.merge.chunked import FLOATS
+from agentcpm_jax.merge.kernels.chunked import FLOATS
 from agentcpm_jax.merge.meter import duration
 from agentcpm_jax.merge.recipe import MergeRecipe
 from agentcpm_jax.merge.resolve import Job

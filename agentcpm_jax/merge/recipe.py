@@ -31,9 +31,9 @@ from typing import Any
 
 import yaml
 
-from agentcpm_jax.merge.methods import METHODS, MethodSpec
+from agentcpm_jax.merge.kernels.methods import METHODS, MethodSpec
+from agentcpm_jax.merge.kernels.task_vectors import ELECTIONS, RESCALES
 from agentcpm_jax.merge.settings import check_setting
-from agentcpm_jax.merge.task_vectors import ELECTIONS, RESCALES
 from agentcpm_jax.merge.vocabulary import TokenizerOptions, parse_tokenizer
 from agentcpm_jax.types import UserError
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from agentcpm_jax.merge.chunked import FLOATS
-from agentcpm_jax.merge.methods import REQUIRED
+from agentcpm_jax.merge.kernels.chunked import FLOATS
+from agentcpm_jax.merge.kernels.methods import REQUIRED
 from agentcpm_jax.merge.recipe import MergeRecipe, Slice, Source
 from agentcpm_jax.merge.settings import MISSING, filters, resolve
 from agentcpm_jax.merge.shards import Checkpoint, TensorInfo

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from agentcpm_jax.merge.methods import METHODS
+from agentcpm_jax.merge.kernels.methods import METHODS
+from agentcpm_jax.merge.kernels.trees import Tree, linear, map_leaves
 from agentcpm_jax.merge.soups import greedy_soup, merged_tree
-from agentcpm_jax.merge.trees import Tree, linear, map_leaves
 from agentcpm_jax.types import UserError
 
 Evaluator = Callable[[Tree], float]

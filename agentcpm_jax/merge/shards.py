@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from agentcpm_jax.merge.chunked import FLOATS
+from agentcpm_jax.merge.kernels.chunked import FLOATS
 from agentcpm_jax.types import UserError
 
 INDEX = "model.safetensors.index.json"

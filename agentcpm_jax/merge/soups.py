@@ -26,8 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from agentcpm_jax.merge.methods import merge_tensors
-from agentcpm_jax.merge.trees import Tree, linear, map_leaves, task_arithmetic
+from agentcpm_jax.merge.kernels.methods import merge_tensors
+from agentcpm_jax.merge.kernels.trees import Tree, linear, map_leaves, task_arithmetic
 from agentcpm_jax.types import UserError
 
 

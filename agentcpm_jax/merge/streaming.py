@@ -15,10 +15,10 @@ import numpy as np
 
 from agentcpm_jax.merge.adapters import AdaptedCheckpoint
 from agentcpm_jax.merge.card import model_card
-from agentcpm_jax.merge.chunked import FLOATS
 from agentcpm_jax.merge.companions import chat_template, donor_of, write_companions
+from agentcpm_jax.merge.kernels.chunked import FLOATS
+from agentcpm_jax.merge.kernels.methods import merge_tensors
 from agentcpm_jax.merge.locate import locate
-from agentcpm_jax.merge.methods import merge_tensors
 from agentcpm_jax.merge.recipe import MergeRecipe
 from agentcpm_jax.merge.resolve import Job, resolve_jobs, unmatched_filters
 from agentcpm_jax.merge.shards import Checkpoint, plan_files, write_files, write_index

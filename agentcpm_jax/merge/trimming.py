@@ -12,9 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from agentcpm_jax.merge.kernels.selection import keep_counts
 from agentcpm_jax.merge.recipe import MergeRecipe
 from agentcpm_jax.merge.resolve import Job
-from agentcpm_jax.merge.selection import keep_counts
 from agentcpm_jax.merge.shards import Checkpoint
 from agentcpm_jax.types import UserError
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from agentcpm_jax.model import layers, qwen3
-from agentcpm_jax.model.attention import MASKED, group_queries
+from agentcpm_jax.model.attention.reference import MASKED, group_queries
 from agentcpm_jax.model.config import ModelConfig
 
 

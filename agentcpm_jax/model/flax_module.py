@@ -10,7 +10,7 @@ import jax
 
 from agentcpm_jax.model import params as parameters
 from agentcpm_jax.model import qwen3
-from agentcpm_jax.model.attention import Attention
+from agentcpm_jax.model.attention.reference import Attention
 from agentcpm_jax.model.config import ModelConfig
 
 

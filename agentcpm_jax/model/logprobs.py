@@ -11,8 +11,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from agentcpm_jax.model import qwen3
-from agentcpm_jax.model.attention import Attention
-from agentcpm_jax.model.attention_context import reorder
+from agentcpm_jax.model.attention.context import reorder
+from agentcpm_jax.model.attention.reference import Attention
 from agentcpm_jax.model.chunked_head import label_logprobs
 from agentcpm_jax.model.config import ModelConfig
 

@@ -16,9 +16,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from agentcpm_jax.model import layers
-from agentcpm_jax.model.attention import Attention
-from agentcpm_jax.model.attention_choice import make_attention
-from agentcpm_jax.model.attention_context import reorder
+from agentcpm_jax.model.attention.choice import make_attention
+from agentcpm_jax.model.attention.context import reorder
+from agentcpm_jax.model.attention.reference import Attention
 from agentcpm_jax.model.config import ModelConfig
 from agentcpm_jax.model.gather import embedding_rows, gather, gather_layer
 from agentcpm_jax.model.lora import adapted

@@ -11,9 +11,9 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping
 
-from agentcpm_jax.rollout.experience import ExperienceLog
-from agentcpm_jax.rollout.experience_schema import Issue
-from agentcpm_jax.rollout.experience_signals import POLL
+from agentcpm_jax.log.experience import ExperienceLog
+from agentcpm_jax.log.schema import Issue
+from agentcpm_jax.log.signals import POLL
 from agentcpm_jax.rollout.repair import is_known
 from agentcpm_jax.types import Task, Trajectory, TrajectoryGroup
 

@@ -24,9 +24,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from agentcpm_jax.chat.format import ChatFormat, Message
+from agentcpm_jax.chat.parse import ParsedTurn, parse_completion
 from agentcpm_jax.dock.protocol import Toolbox
-from agentcpm_jax.rollout.chat import ChatFormat, Message
-from agentcpm_jax.rollout.parse import ParsedTurn, parse_completion
 from agentcpm_jax.rollout.policy import (
     Completion,
     Finish,

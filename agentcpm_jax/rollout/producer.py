@@ -14,9 +14,9 @@ from collections import Counter, deque
 from collections.abc import Awaitable, Callable
 from functools import partial
 
+from agentcpm_jax.log.experience import ExperienceLog
+from agentcpm_jax.log.schema import Issue
 from agentcpm_jax.rollout.claimed import ClaimedGroups
-from agentcpm_jax.rollout.experience import ExperienceLog
-from agentcpm_jax.rollout.experience_schema import Issue
 from agentcpm_jax.rollout.repair import Repair, RunSample, is_known
 from agentcpm_jax.rollout.staleness import Admission, choose
 from agentcpm_jax.rollout.stream_types import (

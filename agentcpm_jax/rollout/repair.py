@@ -11,8 +11,8 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 
-from agentcpm_jax.rollout.experience import ExperienceLog
-from agentcpm_jax.rollout.experience_schema import Issue
+from agentcpm_jax.log.experience import ExperienceLog
+from agentcpm_jax.log.schema import Issue
 from agentcpm_jax.rollout.stream_types import BreakerOpen, StreamConfig
 from agentcpm_jax.types import (
     UNKNOWN_STOPS,

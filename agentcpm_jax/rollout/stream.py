@@ -15,9 +15,9 @@ import time
 from collections.abc import Awaitable, Callable
 from functools import partial
 
+from agentcpm_jax.log.experience import ExperienceLog
+from agentcpm_jax.log.schema import ShippedSegment
 from agentcpm_jax.rollout.claimed import ClaimedGroups
-from agentcpm_jax.rollout.experience import ExperienceLog
-from agentcpm_jax.rollout.experience_schema import ShippedSegment
 from agentcpm_jax.rollout.producer import Producer
 from agentcpm_jax.rollout.repair import RunSample
 from agentcpm_jax.rollout.stream_types import (

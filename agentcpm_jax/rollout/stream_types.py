@@ -9,7 +9,7 @@ from functools import cached_property
 
 import numpy as np
 
-from agentcpm_jax.rollout.experience_schema import (
+from agentcpm_jax.log.schema import (
     CreditLike,
     Decision,
     DecisionLike,

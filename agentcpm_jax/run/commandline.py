@@ -73,7 +73,7 @@ def explained(command: Command, announce: Callable[[str], None]) -> bool:
     """Says what the run takes, when that was asked for; whether it was."""
     if not command.explain:
         return False
-    from agentcpm_jax.run.explain import explain  # only then: it imports the train step
+    from agentcpm_jax.plan.explain import explain  # only then: it imports the train step
 
     how = {"compiled": command.explain == "aot", "arrays": command.explain == "arrays"}
     announce(explain(command.config, command.slice, prices=command.prices, **how))

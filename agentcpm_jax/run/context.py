@@ -16,25 +16,25 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from agentcpm_jax.chat.format import ChatFormat, template_text
 from agentcpm_jax.config import ExperimentConfig, Stage, to_json
+from agentcpm_jax.files import SHIPPED
+from agentcpm_jax.log.experience import ExperienceLog
 from agentcpm_jax.model import params as model_params
-from agentcpm_jax.model.attention_choice import fit_to_device
+from agentcpm_jax.model.attention.choice import fit_to_device
 from agentcpm_jax.model.config import from_hf_config
 from agentcpm_jax.model.hf import load_hf, save_hf
 from agentcpm_jax.model.hf_files import read_json
 from agentcpm_jax.model.lora import PEFT_WEIGHTS, save_peft
-from agentcpm_jax.rollout.chat import ChatFormat, template_text
-from agentcpm_jax.rollout.experience import ExperienceLog
-from agentcpm_jax.run.card import describe
 from agentcpm_jax.run.interrupt import StopSignal
 from agentcpm_jax.run.log import open_log
-from agentcpm_jax.run.metrics import Progress, silent
 from agentcpm_jax.run.multihost import gathered, is_main, main_first
-from agentcpm_jax.run.tiny import SHIPPED
-from agentcpm_jax.run.watchdog import Watchdog
+from agentcpm_jax.run.observe.card import describe
+from agentcpm_jax.run.observe.metrics import Progress, silent
+from agentcpm_jax.run.observe.watchdog import Watchdog
 from agentcpm_jax.sharding import make_mesh
 from agentcpm_jax.types import UserError
-from agentcpm_jax.weight_store import sha256_of
+from agentcpm_jax.weights.store import sha256_of
 from agentcpm_jax.world.vocabulary import write_tokenizer
 
 #: Keys that a resume may give anew: they change no result, or (mesh) its last bits alone.

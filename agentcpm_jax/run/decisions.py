@@ -18,9 +18,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from agentcpm_jax.chat.format import ChatFormat
 from agentcpm_jax.model.config import ModelConfig
 from agentcpm_jax.model.qwen3 import forward
-from agentcpm_jax.rollout.chat import ChatFormat
 from agentcpm_jax.types import Provenance, Task
 from agentcpm_jax.world.names import FIRST, RELATIONS, SECOND
 from agentcpm_jax.world.questions import demonstration

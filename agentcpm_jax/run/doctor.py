@@ -26,29 +26,30 @@ import jax
 import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
 
-from agentcpm_jax import tree, weight_sync
+from agentcpm_jax import tree
+from agentcpm_jax.chat.format import ChatFormat, template_text
 from agentcpm_jax.config import ExperimentConfig, RLStage, Stage
+from agentcpm_jax.log.engine import clock, first_line, open_engine
+from agentcpm_jax.log.snapshots import place_log
 from agentcpm_jax.model import params as model_params
 from agentcpm_jax.model.config import to_hf_config
 from agentcpm_jax.model.params import param_specs
+from agentcpm_jax.pool.config import Keys, PoolConfig
+from agentcpm_jax.pool.probe import Trainer
+from agentcpm_jax.pool.servers import SGLangPool
+from agentcpm_jax.pool.worker import open_client
 from agentcpm_jax.rewards.judge import JudgeConfig, judge_prompt, parse_verdict
-from agentcpm_jax.rollout.chat import ChatFormat, template_text
-from agentcpm_jax.rollout.chat_endpoint import ChatEndpoint, EndpointConfig
-from agentcpm_jax.rollout.experience_engine import clock, first_line, open_engine
-from agentcpm_jax.rollout.experience_place import place_log
+from agentcpm_jax.rollout.endpoint import ChatEndpoint, EndpointConfig
 from agentcpm_jax.rollout.policy import Finish
-from agentcpm_jax.rollout.pool_config import Keys, PoolConfig
-from agentcpm_jax.rollout.pool_probe import Trainer
-from agentcpm_jax.rollout.sglang_pool import SGLangPool
-from agentcpm_jax.rollout.sglang_worker import open_client
 from agentcpm_jax.run.commandline import Command
 from agentcpm_jax.run.custom import make_tools
+from agentcpm_jax.run.engines import probe_logprobs, version_path, weights_name, weights_place
 from agentcpm_jax.run.multihost import is_main
-from agentcpm_jax.run.pool import probe_logprobs, version_path, weights_name, weights_place
 from agentcpm_jax.run.sampling import task_sequence
 from agentcpm_jax.sharding import make_mesh, param_shardings
 from agentcpm_jax.types import Task, ToolStatus, UserError
-from agentcpm_jax.weight_store import remove_roots
+from agentcpm_jax.weights import publish as weight_sync
+from agentcpm_jax.weights.store import remove_roots
 from agentcpm_jax.world.vocabulary import write_tokenizer
 
 LOCK_SECONDS = 5.0  # that another writer may take

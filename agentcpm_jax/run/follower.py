@@ -13,7 +13,7 @@ from agentcpm_jax.data.batch import Batch
 from agentcpm_jax.run.context import RunContext
 from agentcpm_jax.run.learner import Learner, make_learner
 from agentcpm_jax.run.multihost import on_main
-from agentcpm_jax.run.nonfinite import stop_if_not_finite
+from agentcpm_jax.run.observe.nonfinite import stop_if_not_finite
 from agentcpm_jax.train.state import TrainState
 
 

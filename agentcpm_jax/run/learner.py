@@ -16,7 +16,7 @@ from agentcpm_jax.config import ExperimentConfig, RLStage, Stage, TrainShape
 from agentcpm_jax.data.batch import Batch
 from agentcpm_jax.data.loader import StepBatches
 from agentcpm_jax.data.rows import Row
-from agentcpm_jax.model.attention_context import time_multiple
+from agentcpm_jax.model.attention.context import time_multiple
 from agentcpm_jax.model.config import ModelConfig
 from agentcpm_jax.model.lora import init_adapters, merge
 from agentcpm_jax.run.context import RunContext

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from agentcpm_jax.checkpoint import newest_snapshot
 from agentcpm_jax.config import ExperimentConfig
-from agentcpm_jax.rollout.experience import ExperienceLog
-from agentcpm_jax.rollout.experience_place import place_log, restore_snapshot
+from agentcpm_jax.log.experience import ExperienceLog
+from agentcpm_jax.log.snapshots import place_log, restore_snapshot
 
 
 def open_log(

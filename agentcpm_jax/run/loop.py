@@ -20,30 +20,30 @@ from agentcpm_jax.data.loader import StepIterator
 from agentcpm_jax.data.pack import forward_fill
 from agentcpm_jax.data.rows import Row, RowStats, count_rows, merge_prefixes, rows_from_segment
 from agentcpm_jax.engine.local import LocalEngine
+from agentcpm_jax.log.schema import ShippedSegment
 from agentcpm_jax.rewards.advantages import for_loss
 from agentcpm_jax.rollout.claimed import ClaimedGroups
 from agentcpm_jax.rollout.episode import check_prompt
-from agentcpm_jax.rollout.experience_schema import ShippedSegment
 from agentcpm_jax.rollout.stream import Stream
-from agentcpm_jax.run import machine
-from agentcpm_jax.run.advice import Adviser
 from agentcpm_jax.run.context import RunContext
 from agentcpm_jax.run.custom import make_reward, make_tools
+from agentcpm_jax.run.engines import PoolEngine, engine_metrics, open_engine
 from agentcpm_jax.run.follower import follow
-from agentcpm_jax.run.health import is_lockstep
 from agentcpm_jax.run.interrupt import Interrupted
 from agentcpm_jax.run.learner import Learner, make_batches, make_learner
-from agentcpm_jax.run.meter import Meter
-from agentcpm_jax.run.metrics import MetricsWriter
 from agentcpm_jax.run.multihost import any_process, is_main, on_main, share_batch
-from agentcpm_jax.run.nonfinite import stop_if_not_finite
-from agentcpm_jax.run.pool import PoolEngine, engine_metrics, open_engine
-from agentcpm_jax.run.profile import watched
+from agentcpm_jax.run.observe import machine
+from agentcpm_jax.run.observe.alerts import Adviser
+from agentcpm_jax.run.observe.health import is_lockstep
+from agentcpm_jax.run.observe.meter import Meter
+from agentcpm_jax.run.observe.metrics import MetricsWriter
+from agentcpm_jax.run.observe.nonfinite import stop_if_not_finite
+from agentcpm_jax.run.observe.profile import watched
+from agentcpm_jax.run.observe.staleness import age_metrics, drop_metrics, stale_drops
 from agentcpm_jax.run.sampling import make_finish, make_run_sample, task_sequence
-from agentcpm_jax.run.staleness import age_metrics, drop_metrics, stale_drops
-from agentcpm_jax.run.versions import VersionStore
 from agentcpm_jax.run.worker import WorkerThread, make_worker
 from agentcpm_jax.train.state import TrainState
+from agentcpm_jax.weights.versions import VersionStore
 
 
 def train(ctx: RunContext, stage: Stage) -> None:

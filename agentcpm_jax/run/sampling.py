@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
+from agentcpm_jax.chat.format import ChatFormat
 from agentcpm_jax.config import EvalStage, ExperimentConfig, RLStage
 from agentcpm_jax.dock.protocol import OpenToolbox
 from agentcpm_jax.evaluate.runner import RunSample
 from agentcpm_jax.rewards.advantages import AdvantageConfig, credit_group, punish_overlong
 from agentcpm_jax.rewards.denoise import DenoiseConfig, denoise
 from agentcpm_jax.rewards.grade import Reward, normalize, score
-from agentcpm_jax.rollout.chat import ChatFormat
 from agentcpm_jax.rollout.episode import EpisodeConfig, run_episode
 from agentcpm_jax.rollout.policy import TokenPolicy
 from agentcpm_jax.rollout.stream import GroupOutcome

@@ -15,20 +15,20 @@ import grain
 import jax
 import numpy as np
 
+from agentcpm_jax.chat.format import ChatFormat
 from agentcpm_jax.checkpoint import Checkpointer
 from agentcpm_jax.config import PretrainPhase, SFTStage, Stage, TrainShape, to_json
 from agentcpm_jax.data.batch import Batch
 from agentcpm_jax.data.loader import EpochBatches, StepBatches
 from agentcpm_jax.data.rows import Row, text_row
 from agentcpm_jax.data.sft import Conversation, conversation_rows, read_conversations
-from agentcpm_jax.rollout.chat import ChatFormat
 from agentcpm_jax.run.context import RunContext
 from agentcpm_jax.run.interrupt import Interrupted
 from agentcpm_jax.run.learner import first_state, make_cut, plain
-from agentcpm_jax.run.metrics import MetricsWriter, NoMetrics
 from agentcpm_jax.run.multihost import any_process, is_main, local_rows, on_devices
-from agentcpm_jax.run.nonfinite import stop_if_not_finite
-from agentcpm_jax.run.profile import watched
+from agentcpm_jax.run.observe.metrics import MetricsWriter, NoMetrics
+from agentcpm_jax.run.observe.nonfinite import stop_if_not_finite
+from agentcpm_jax.run.observe.profile import watched
 from agentcpm_jax.sharding import batch_sharding
 from agentcpm_jax.train.optimizer import OptimizerConfig, make_optimizer
 from agentcpm_jax.train.placement import step_shardings

@@ -10,20 +10,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from agentcpm_jax import weight_sync
 from agentcpm_jax.config import ExperimentConfig, RLStage, Stage
 from agentcpm_jax.engine.local import LocalEngine, check_capacity
-from agentcpm_jax.rollout.claim_worker import ClaimWorker
-from agentcpm_jax.rollout.experience import ExperienceLog
-from agentcpm_jax.rollout.experience_engine import LogUnavailable
-from agentcpm_jax.rollout.experience_signals import POLL
+from agentcpm_jax.log.engine import LogUnavailable
+from agentcpm_jax.log.experience import ExperienceLog
+from agentcpm_jax.log.signals import POLL
 from agentcpm_jax.rollout.repair import RunSample
+from agentcpm_jax.rollout.worker import ClaimWorker
 from agentcpm_jax.run.context import RunContext, open_context
 from agentcpm_jax.run.custom import make_reward, make_tools
 from agentcpm_jax.run.interrupt import StopSignal
-from agentcpm_jax.run.metrics import silent
+from agentcpm_jax.run.observe.metrics import silent
 from agentcpm_jax.run.sampling import make_run_sample
 from agentcpm_jax.types import UserError
+from agentcpm_jax.weights import publish as weight_sync
 
 PATIENCE = 120  # times POLL seconds that a worker waits for a database that went away
 

@@ -16,17 +16,17 @@ import optax
 from jax.sharding import AbstractMesh, Mesh
 
 from agentcpm_jax.data.batch import Batch
-from agentcpm_jax.model.attention import Attention
+from agentcpm_jax.model.attention.reference import Attention
 from agentcpm_jax.model.config import ModelConfig
 from agentcpm_jax.model.logprobs import token_logprobs, token_logprobs_and_entropy
-from agentcpm_jax.train.aggregate import count_sequences, trained_mask
-from agentcpm_jax.train.loss import (
+from agentcpm_jax.train.losses.aggregate import count_sequences, trained_mask
+from agentcpm_jax.train.losses.methods import LossConfig, resolve
+from agentcpm_jax.train.losses.policy import (
     cross_entropy,
     finish_metrics,
     normalize_advantages,
     policy_loss,
 )
-from agentcpm_jax.train.methods import LossConfig, resolve
 from agentcpm_jax.train.optimizer import Schedule
 from agentcpm_jax.train.state import TrainState
 

@@ -39,25 +39,25 @@ sys.path.insert(0, str(ROOT))
 import jax
 import jax.numpy as jnp
 
+from agentcpm_jax.chat.format import ChatFormat
 from agentcpm_jax.data.pack import pack
 from agentcpm_jax.engine import local
 from agentcpm_jax.engine.local import EngineConfig, LocalEngine
-from agentcpm_jax.evaluate.plots import line_chart
+from agentcpm_jax.evaluate.report.charts import line_chart
+from agentcpm_jax.files import SHIPPED
+from agentcpm_jax.log.experience import ExperienceLog
 from agentcpm_jax.model.config import TINY
 from agentcpm_jax.model.hf import load_hf
 from agentcpm_jax.rewards.advantages import AdvantageConfig
 from agentcpm_jax.rewards.denoise import DenoiseConfig
-from agentcpm_jax.rollout.chat import ChatFormat
 from agentcpm_jax.rollout.episode import EpisodeConfig
-from agentcpm_jax.rollout.experience import ExperienceLog
 from agentcpm_jax.rollout.staleness import oldest_trained
 from agentcpm_jax.rollout.stream import Stream, StreamConfig
 from agentcpm_jax.run.loop import shipped_rows
+from agentcpm_jax.run.observe.vitals import rss_mib
 from agentcpm_jax.run.sampling import make_finish, make_run_sample
-from agentcpm_jax.run.tiny import CONTEXT, SHIPPED, VOCABULARY
-from agentcpm_jax.run.vitals import rss_mib
 from agentcpm_jax.tasks.world import WorldTasks
-from agentcpm_jax.train.loss import LossConfig
+from agentcpm_jax.train.losses.policy import LossConfig
 from agentcpm_jax.train.optimizer import OptimizerConfig, make_optimizer
 from agentcpm_jax.train.state import TrainState
 from agentcpm_jax.train.step import make_rl_step
@@ -65,6 +65,7 @@ from agentcpm_jax.world.graph import WorldConfig
 from agentcpm_jax.world.search import search_index
 from agentcpm_jax.world.tools import LocalPages, WorldToolbox, config_of
 from agentcpm_jax.world.vocabulary import SYSTEM_PROMPT
+from configs.tiny import CONTEXT, VOCABULARY
 
 RESULTS = ROOT / "experiments" / "results"
 GROUPS, SAMPLES = 4, 4  # of a batch: 16 episodes

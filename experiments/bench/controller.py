@@ -32,15 +32,15 @@ sys.path.insert(0, str(ROOT))
 
 import tokenizers
 
+from agentcpm_jax.chat.format import ChatFormat
+from agentcpm_jax.files import SHIPPED
+from agentcpm_jax.log.experience import ExperienceLog
 from agentcpm_jax.rewards.advantages import AdvantageConfig
 from agentcpm_jax.rewards.denoise import DenoiseConfig
-from agentcpm_jax.rollout.chat import ChatFormat
 from agentcpm_jax.rollout.episode import EpisodeConfig
-from agentcpm_jax.rollout.experience import ExperienceLog
 from agentcpm_jax.rollout.policy import Completion, SampleRequest, Scripted
 from agentcpm_jax.rollout.stream import Stream, StreamConfig
 from agentcpm_jax.run.sampling import make_finish, make_run_sample
-from agentcpm_jax.run.tiny import SHIPPED
 from agentcpm_jax.types import Task, ToolResult, ToolStatus
 from agentcpm_jax.world.graph import WorldConfig
 from agentcpm_jax.world.pages import page_text

@@ -33,8 +33,8 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 
-from agentcpm_jax.rollout.experience import ExperienceLog
-from agentcpm_jax.rollout.experience_codec import decode_trajectory, encode_trajectory
+from agentcpm_jax.log.codec import decode_trajectory, encode_trajectory
+from agentcpm_jax.log.experience import ExperienceLog
 from agentcpm_jax.types import (
     Provenance,
     Segment,

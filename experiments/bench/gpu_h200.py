@@ -6,7 +6,7 @@
 
 First what the device can do: a large bfloat16 product, and a copy. Then seconds of whole optimizer
 steps (cuDNN attention, full remat, AdamW) on rows of one segment, as share of the product's rate
-(model FLOPs: see `train/flops.py`); and a decoded token of a batch, as share of the copy's rate
+(model FLOPs: see `plan/flops.py`); and a decoded token of a batch, as share of the copy's rate
 (parameters and cache, read once). Every figure is the median of `ROUNDS` after one that compiles.
 Writes experiments/results/gpu_h200.{json,md}; parts that were not measured keep their last result.
 """
@@ -34,11 +34,11 @@ import numpy as np
 
 from agentcpm_jax.data.batch import Batch
 from agentcpm_jax.model import params as model_params
-from agentcpm_jax.model.attention_choice import choose, platform_of
+from agentcpm_jax.model.attention.choice import choose, platform_of
 from agentcpm_jax.model.config import QWEN3_4B, ModelConfig
 from agentcpm_jax.model.decode import extend, init_cache
-from agentcpm_jax.train.flops import CHIPS, train_flops
-from agentcpm_jax.train.methods import LossConfig
+from agentcpm_jax.plan.flops import CHIPS, train_flops
+from agentcpm_jax.train.losses.methods import LossConfig
 from agentcpm_jax.train.optimizer import OptimizerConfig, make_optimizer
 from agentcpm_jax.train.state import TrainState
 from agentcpm_jax.train.step import make_rl_step, make_sft_step

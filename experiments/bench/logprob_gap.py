@@ -23,19 +23,19 @@ from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT)]
 
 import numpy as np
-from contract_suite import PROMPT, Subject, in_flight
-from real_sglang import sglang_servers
-from served_models import CONTEXT, FIRST, VOCABULARY, trainer_logprobs, two_weights
-from toy_pool import Servers
 
+from agentcpm_jax.chat.format import ChatFormat
 from agentcpm_jax.engine.local import EngineConfig
 from agentcpm_jax.engine.served_local import ServedLocal
 from agentcpm_jax.engine.server import EngineServer, ServerConfig
 from agentcpm_jax.model.hf import load_hf, save_hf
-from agentcpm_jax.rollout.chat import ChatFormat
+from tests.doubles.toy_pool import Servers
+from tests.pool.contract_suite import PROMPT, Subject, in_flight
+from tests.pool.real_sglang import sglang_servers
+from tests.pool.served_models import CONTEXT, FIRST, VOCABULARY, trainer_logprobs, two_weights
 
 OUT = ROOT / "experiments" / "results" / "logprob_gap"
 

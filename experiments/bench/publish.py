@@ -33,9 +33,10 @@ sys.path.insert(0, str(ROOT))
 import jax
 import jax.numpy as jnp
 
-from agentcpm_jax import tree, weight_sync
+from agentcpm_jax import tree
 from agentcpm_jax.model.config import ModelConfig
 from agentcpm_jax.model.params import param_specs
+from agentcpm_jax.weights import publish as weight_sync
 
 OUT = ROOT / "experiments" / "results" / "publish"
 SHAPES = {

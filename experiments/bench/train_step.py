@@ -233,7 +233,7 @@ def rl_steps(workload: str) -> Iterator[float]:
     from agentcpm_jax.data.rows import rows_from_segment
     from agentcpm_jax.engine.local import EngineConfig, LocalEngine
     from agentcpm_jax.rollout.policy import SampleRequest, SamplingParams
-    from agentcpm_jax.train.methods import LossConfig
+    from agentcpm_jax.train.losses.methods import LossConfig
     from agentcpm_jax.train.optimizer import OptimizerConfig, make_optimizer
     from agentcpm_jax.train.state import TrainState
     from agentcpm_jax.train.step import make_rl_step

@@ -15,14 +15,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import sqlalchemy as sa
 
-from agentcpm_jax.rollout import experience_schema as db
-from agentcpm_jax.rollout.experience_codec import decode_credit
-from agentcpm_jax.rollout.experience_schema import CreditLike, Issue
+from agentcpm_jax.log import schema as db
+from agentcpm_jax.log.codec import decode_credit
+from agentcpm_jax.log.schema import CreditLike, Issue
 from agentcpm_jax.rollout.staleness import oldest_trained
 from agentcpm_jax.run.inspect.columns import EXPORT_SCHEMA, TABLES, readme
 from agentcpm_jax.run.inspect.opened import Run, open_run
 from agentcpm_jax.run.inspect.parquet import TableWriter, require_pyarrow
-from agentcpm_jax.run.metrics import read_metrics
+from agentcpm_jax.run.observe.metrics import read_metrics
 from agentcpm_jax.types import Provenance, Trajectory, UserError
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from agentcpm_jax.chat.format import ChatFormat
 from agentcpm_jax.checkpoint import newest_snapshot
 from agentcpm_jax.config import (
     SCHEMA_VERSION,
@@ -20,15 +21,14 @@ from agentcpm_jax.config import (
     Stage,
     from_config_dict,
 )
-from agentcpm_jax.rollout import experience_schema as db
-from agentcpm_jax.rollout.chat import ChatFormat
-from agentcpm_jax.rollout.experience import ExperienceLog
-from agentcpm_jax.rollout.experience_engine import open_engine
-from agentcpm_jax.rollout.experience_place import place_log, restore_snapshot
-from agentcpm_jax.rollout.experience_schema import Issue
+from agentcpm_jax.log import schema as db
+from agentcpm_jax.log.engine import open_engine
+from agentcpm_jax.log.experience import ExperienceLog
+from agentcpm_jax.log.schema import Issue
+from agentcpm_jax.log.snapshots import place_log, restore_snapshot
 from agentcpm_jax.run.context import RunContext
 from agentcpm_jax.run.interrupt import StopSignal
-from agentcpm_jax.run.metrics import silent
+from agentcpm_jax.run.observe.metrics import silent
 from agentcpm_jax.sharding import make_mesh
 from agentcpm_jax.types import UserError
 

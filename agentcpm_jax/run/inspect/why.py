@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 import sqlalchemy as sa
 
+from agentcpm_jax.chat.format import ChatFormat
 from agentcpm_jax.config import RLStage
-from agentcpm_jax.evaluate.report import Cell, Table
-from agentcpm_jax.evaluate.why_page import SampleView, SegmentView, WhyPage, render_why
+from agentcpm_jax.evaluate.report.page import Cell, Table
+from agentcpm_jax.evaluate.report.why import SampleView, SegmentView, WhyPage, render_why
+from agentcpm_jax.log import schema as db
+from agentcpm_jax.log.codec import decode_credit
+from agentcpm_jax.log.schema import CreditLike, Issue
 from agentcpm_jax.rewards.advantages import estimate, for_loss
 from agentcpm_jax.rewards.denoise import DenoisedGroup, denoise
-from agentcpm_jax.rollout import experience_schema as db
-from agentcpm_jax.rollout.chat import ChatFormat
-from agentcpm_jax.rollout.experience_codec import decode_credit
-from agentcpm_jax.rollout.experience_schema import CreditLike, Issue
 from agentcpm_jax.run.inspect.current import current_logprobs
 from agentcpm_jax.run.inspect.opened import Run, open_run
 from agentcpm_jax.run.sampling import make_finish

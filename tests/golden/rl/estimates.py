@@ -11,10 +11,10 @@ import numpy as np
 
 from agentcpm_jax.model.logprobs import entropy_from_logits, logprobs_from_logits
 from agentcpm_jax.rewards.advantages import AdvantageConfig, estimate, grpo, soft_overlong
-from agentcpm_jax.train.aggregate import aggregate, count_sequences
-from agentcpm_jax.train.correction import Rule, correct, log_linear
-from agentcpm_jax.train.kl import kl_per_token
-from agentcpm_jax.train.loss import normalize_advantages
+from agentcpm_jax.train.losses.aggregate import aggregate, count_sequences
+from agentcpm_jax.train.losses.correction import Rule, correct, log_linear
+from agentcpm_jax.train.losses.kl import kl_per_token
+from agentcpm_jax.train.losses.policy import normalize_advantages
 
 Arrays = dict[str, Any]
 Params = dict[str, Any]

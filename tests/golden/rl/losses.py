@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from agentcpm_jax.train.correction import Correction, correct
-from agentcpm_jax.train.loss import _tokens, policy_loss
-from agentcpm_jax.train.methods import LossConfig, resolve
-from agentcpm_jax.train.objectives import OBJECTIVES
+from agentcpm_jax.train.losses.correction import Correction, correct
+from agentcpm_jax.train.losses.methods import LossConfig, resolve
+from agentcpm_jax.train.losses.objectives import OBJECTIVES
+from agentcpm_jax.train.losses.policy import _tokens, policy_loss
 
 Arrays = dict[str, Any]
 Params = dict[str, Any]

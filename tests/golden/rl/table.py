@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from golden.rl import estimates as e
-from golden.rl import losses as a
+from tests.golden.rl import estimates as e
+from tests.golden.rl import losses as a
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,234 @@
+"""Trajectories and credits as compressed blobs, exact to the bit.
+
+Format 2: the byte 0x02, then sections, each [u8 method][u32 length][bytes]: the header (JSON), then
+the byte planes of each array. Plane k of an array holds byte k of every entry: high planes of
+token ids and log-probabilities compress well, low planes of log-probabilities are noise and are
+kept as they are. What provenance says is not stored again: log-probabilities and versions are kept
+for sampled tokens alone, and a segment that forks from another keeps only what its shared prefix
+does not already say, so storage is linear in unique tokens. Format 1 is still read.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from agentcpm_jax.log import planes
+from agentcpm_jax.types import (
+    Provenance,
+    Segment,
+    StopReason,
+    ToolCall,
+    ToolResult,
+    ToolStatus,
+    Trajectory,
+    Turn,
+    TurnFlag,
+    Verdict,
+)
+
+
+@dataclass(frozen=True)
+class Credit:
+    """What the reward side says about a segment: advantage f32[T] and keep bool[T]."""
+
+    advantage: np.ndarray
+    keep: np.ndarray
+
+
+def encode_credit(advantage: np.ndarray, keep: np.ndarray) -> bytes:
+    """Advantage f32[T] and keep bool[T] as one blob; inverse: `decode_credit`."""
+    if len(advantage) != len(keep):
+        raise ValueError(f"credit: {len(advantage)} advantages, {len(keep)} keeps")
+    # Few different advantages in long runs: one stream finds the repeats of all planes.
+    arrays = [np.asarray(advantage, "<f4"), np.asarray(keep, bool).view("u1")]
+    return b"\x01" + zlib.compress(b"".join(map(planes.regroup, arrays)), 1)
+
+
+def decode_credit(blob: bytes) -> Credit:
+    """Inverse of `encode_credit`."""
+    if blob[:1] != b"\x01":
+        raise _unknown(blob)
+    raw = np.frombuffer(zlib.decompress(blob[1:]), "u1")
+    n = len(raw) // 5
+    return Credit(planes.ungroup(raw[: 4 * n], "<f4"), raw[4 * n :].astype(bool))
+
+
+#: (name, dtype, what fills a prefix that only shows older tokens again, and unsampled tokens)
+_ARRAYS = (
+    ("provenance", "u1", 0),
+    ("ids", "<i4", 0),
+    ("logprob", "<f4", np.nan),
+    ("version", "<i4", -1),
+)
+_FORMAT_1 = ("ids", "provenance", "logprob", "version")  # the order of its arrays
+
+
+def encode_trajectory(traj: Trajectory) -> bytes:
+    """Segments, turns and scalars as one blob, bit for bit (NaN included); see the module text."""
+    parts: dict[str, list[np.ndarray]] = {name: [] for name, _, _ in _ARRAYS}
+    rows = []
+    for index, seg in enumerate(traj.segments):
+        linked = 0 <= seg.parent_segment < index
+        parent = traj.segments[seg.parent_segment] if linked else None
+        if parent is None or not 0 < seg.shared_prefix_len <= min(len(seg), len(parent)):
+            parent = None
+        hows = ""
+        for name, dtype, fill in _ARRAYS:
+            prefix, rest, values = _shorten(seg, parent, name, dtype, fill)
+            parts[name].append(values)
+            hows += prefix[0] + rest[0]
+        rows.append([len(seg), seg.parent_segment, seg.shared_prefix_len, seg.edit_reason, hows])
+    # Spans and rewards may be numpy scalars: `item` makes them Python's.
+    header = json.dumps(_scalars(traj, rows), separators=(",", ":"), default=lambda v: v.item())
+    sections = [planes.pack(header.encode())]
+    for name, dtype, _ in _ARRAYS:
+        # One array per name over all segments: alike compresses best beside alike.
+        sections += planes.pack_array(np.concatenate([np.empty(0, dtype), *parts[name]]))
+    return b"\x02" + b"".join(sections)
+
+
+def decode_trajectory(blob: bytes) -> Trajectory:
+    """Inverse of `encode_trajectory`."""
+    if blob[:1] == b"\x01":
+        header, flat = _read_format_1(blob)
+    elif blob[:1] == b"\x02":
+        header, flat = _read_format_2(blob)
+    else:
+        raise _unknown(blob)
+    rows = header.pop("segments")
+    segments: list[Segment] = []
+    at = dict.fromkeys(flat, 0)
+    for length, parent, cut, reason, hows in rows:
+        whole: dict[str, np.ndarray] = {}
+        for column, (name, dtype, fill) in enumerate(_ARRAYS):
+            how, rest = hows[2 * column], hows[2 * column + 1]
+            prefix = np.empty(0, dtype)
+            if how != "w":
+                shown = getattr(segments[parent], name)
+                prefix = dict(_prefixes(shown, name, dtype, fill, cut))[_LONG[how]]
+            left = length - len(prefix)
+            if rest == "s":
+                mine = whole["provenance"][len(prefix) :] == Provenance.SAMPLED
+                count = int(mine.sum())
+                tail = np.full(left, fill, dtype)
+                tail[mine] = flat[name][at[name] : at[name] + count]
+            else:
+                count = left
+                tail = flat[name][at[name] : at[name] + count]
+            at[name] += count
+            whole[name] = np.concatenate([prefix, tail]) if len(prefix) else tail.copy()
+        segments.append(
+            Segment(**whole, parent_segment=parent, shared_prefix_len=cut, edit_reason=reason)
+        )
+    header["segments"] = tuple(segments)
+    header["turns"] = tuple(_turn(t) for t in header["turns"])
+    header["stop"] = StopReason(header["stop"])
+    header["verdict"] = Verdict(header["verdict"])
+    return Trajectory(**header)
+
+
+def _scalars(traj: Trajectory, rows: list[list[Any]]) -> dict[str, Any]:
+    return {
+        "stop": traj.stop,
+        "issue_id": traj.issue_id,
+        "sample": traj.sample,
+        "attempt": traj.attempt,
+        "answer": traj.answer,
+        "verdict": traj.verdict,
+        "reward": traj.reward,
+        "trainable": traj.trainable,
+        "error": traj.error,
+        "seconds": traj.seconds,
+        "turns": [_turn_row(turn) for turn in traj.turns],
+        "segments": rows,
+    }
+
+
+#: How a prefix or a rest is stored, by the letter in the header.
+_LONG = {"f": "fill", "h": "history", "p": "parent"}
+
+
+def _shorten(
+    seg: Segment, parent: Segment | None, name: str, dtype: str, fill: float
+) -> tuple[str, str, np.ndarray]:
+    """(how the prefix, how the rest is stored, the values that must be)."""
+    values, how, cut = np.asarray(getattr(seg, name)).astype(dtype, copy=False), "whole", 0
+    if parent is not None:
+        for kind, prefix in _prefixes(
+            getattr(parent, name), name, dtype, fill, seg.shared_prefix_len
+        ):
+            if prefix.tobytes() == values[: len(prefix)].tobytes():
+                how, cut = kind, len(prefix)
+                break
+    values = values[cut:]
+    if name in ("logprob", "version"):
+        mine = np.asarray(seg.provenance[cut:]) == Provenance.SAMPLED
+        others = values[~mine]
+        if others.tobytes() == np.full(len(others), fill, dtype).tobytes():
+            return how, "sampled", values[mine]
+    return how, "whole", values
+
+
+def _prefixes(
+    parent: np.ndarray, name: str, dtype: str, fill: float, cut: int
+) -> Iterator[tuple[str, np.ndarray]]:
+    """What the shared prefix of a fork usually is: its parent's, as history, or nothing."""
+    same = parent[:cut].astype(dtype, copy=False)
+    yield "parent", same
+    yield "fill", np.full(cut, fill, dtype)
+    if name == "provenance":
+        shown = np.where(same == Provenance.SAMPLED, Provenance.HISTORY, same)
+        yield "history", shown.astype(dtype)
+
+
+def _read_format_2(blob: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    sections = planes.Sections(blob, at=1)
+    header = json.loads(sections.unpack())
+    return header, {name: sections.unpack_array(dtype) for name, dtype, _ in _ARRAYS}
+
+
+def _read_format_1(blob: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """[u32 header length][header][arrays] in one stream; prefixes as in format 2, rests whole."""
+    data = zlib.decompress(blob[1:])
+    (size,) = struct.unpack_from("<I", data)
+    header, raw, at = json.loads(data[4 : 4 + size]), np.frombuffer(data, "u1"), 4 + size
+    letters = {"whole": "w", "same": "p", "fill": "f", "history": "h"}
+    dtypes = {name: dtype for name, dtype, _ in _ARRAYS}
+    flat = {}
+    for column, name in enumerate(_FORMAT_1, start=4):
+        rows = header["segments"]
+        count = sum(row[0] - (0 if row[column] == "whole" else row[2]) for row in rows)
+        nbytes = count * np.dtype(dtypes[name]).itemsize
+        flat[name] = planes.ungroup(raw[at : at + nbytes], dtypes[name])
+        at += nbytes
+    header["segments"] = [
+        [*row[:4], "".join(letters[row[4 + _FORMAT_1.index(name)]] + "w" for name, _, _ in _ARRAYS)]
+        for row in header["segments"]
+    ]
+    return header, flat
+
+
+def _turn_row(turn: Turn) -> dict[str, Any]:
+    """`dataclasses.asdict` without its copies, which take longer than the compression."""
+    return vars(turn) | {
+        "calls": [vars(call) for call in turn.calls],
+        "results": [vars(result) for result in turn.results],
+    }
+
+
+def _turn(row: dict[str, Any]) -> Turn:
+    calls = tuple(ToolCall(**(c | {"span": tuple(c["span"])})) for c in row["calls"])
+    results = tuple(ToolResult(**(r | {"status": ToolStatus(r["status"])})) for r in row["results"])
+    flags = tuple(TurnFlag(f) for f in row["flags"])
+    return Turn(**(row | {"calls": calls, "results": results, "flags": flags}))
+
+
+def _unknown(blob: bytes) -> ValueError:
+    return ValueError(f"experience log: unknown blob format {bytes(blob[:1])!r}")

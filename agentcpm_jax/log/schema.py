@@ -1,0 +1,214 @@
+"""The experience log's rows and tables."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import sqlalchemy as sa
+
+from agentcpm_jax.log.codec import Credit
+from agentcpm_jax.types import Segment, StopReason, Task, Verdict
+
+#: 2 added `claim`.
+SCHEMA_VERSION = 2
+
+metadata = sa.MetaData()
+_Id = sa.BigInteger().with_variant(sa.Integer, "sqlite")  # SQLite numbers only INTEGER keys itself
+
+meta = sa.Table(
+    "meta",
+    metadata,
+    sa.Column("key", sa.String, primary_key=True),
+    sa.Column("value", sa.String, nullable=False),
+)
+issue = sa.Table(
+    "issue",
+    metadata,
+    sa.Column("issue_id", _Id, primary_key=True, autoincrement=True),
+    sa.Column("stage", sa.String, nullable=False),
+    sa.Column("kind", sa.String, nullable=False),  # train | eval
+    sa.Column("task_uid", sa.String, nullable=False),
+    sa.Column("task", sa.Text, nullable=False),
+    sa.Column("epoch", sa.Integer, nullable=False),
+    sa.Column("ordinal", _Id, nullable=False),  # index in the stage's task sequence
+    sa.Column("batch", sa.Integer),  # the step it was issued for; deterministic mode only
+    sa.Column("state", sa.String, nullable=False),  # issued | ready | shipped | dropped | done
+    sa.Column("reason", sa.String, nullable=False, default=""),
+    sa.Column("issued_at", sa.Double, nullable=False),  # seconds since 1970
+    sa.Column("changed_at", sa.Double, nullable=False),
+    sa.Index("issue_by_state", "stage", "kind", "state", "issue_id"),
+    sa.Index("issue_by_ordinal", "stage", "kind", "ordinal"),
+    sqlite_autoincrement=True,  # an id is never given twice
+)
+trajectory = sa.Table(
+    "trajectory",
+    metadata,
+    sa.Column("issue_id", _Id, sa.ForeignKey("issue.issue_id"), primary_key=True),
+    sa.Column("sample", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("attempt", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("stop", sa.String, nullable=False),
+    sa.Column("verdict", sa.String, nullable=False),
+    sa.Column("reward", sa.Double),  # for queries; the exact value is in the payload
+    sa.Column("answer", sa.Text),
+    sa.Column("error", sa.Text, nullable=False),
+    sa.Column("num_turns", sa.Integer, nullable=False),
+    sa.Column("num_tokens", sa.Integer, nullable=False),
+    sa.Column("oldest_version", sa.Integer, nullable=False),
+    sa.Column("newest_version", sa.Integer, nullable=False),
+    sa.Column("seconds", sa.Double, nullable=False),
+    sa.Column("payload", sa.LargeBinary, nullable=False),
+)
+claim = sa.Table(  # issues that are given to workers; the row goes when the issue leaves `issued`
+    "claim",
+    metadata,
+    sa.Column("issue_id", _Id, sa.ForeignKey("issue.issue_id"), primary_key=True),
+    sa.Column("stage", sa.String, nullable=False),
+    sa.Column("version", sa.Integer, nullable=False),  # the oldest weights it may be sampled with
+    sa.Column("worker", sa.String, nullable=False),  # "": nobody holds it
+    sa.Column("until", sa.Double, nullable=False),  # end of the lease, the database's seconds
+    sa.Column("delivered", sa.Integer, nullable=False),  # 1: all its samples are recorded
+    sa.Index("claim_by_stage", "stage", "delivered", "until"),
+)
+decision = sa.Table(
+    "decision",
+    metadata,
+    sa.Column("decision_id", _Id, primary_key=True, autoincrement=True),
+    sa.Column("issue_id", _Id, sa.ForeignKey("issue.issue_id"), nullable=False, index=True),
+    sa.Column("sample", sa.Integer, nullable=False),  # -1: the whole group
+    sa.Column("filter", sa.String, nullable=False),
+    sa.Column("reason", sa.Text, nullable=False),
+)
+shipped = sa.Table(
+    "shipped",
+    metadata,
+    sa.Column("stage", sa.String, primary_key=True),
+    sa.Column("step", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("ordinal", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("issue_id", _Id, sa.ForeignKey("issue.issue_id"), nullable=False),
+    sa.Column("sample", sa.Integer, nullable=False),
+    sa.Column("segment", sa.Integer, nullable=False),
+    sa.Column("credit", sa.LargeBinary, nullable=False),
+    # No segment is ever trained twice: the database itself refuses.
+    sa.UniqueConstraint("issue_id", "sample", "segment"),
+)
+event = sa.Table(
+    "event",
+    metadata,
+    sa.Column("event_id", _Id, primary_key=True, autoincrement=True),
+    sa.Column("stage", sa.String, nullable=False),
+    sa.Column("name", sa.String, nullable=False),
+    sa.Column("count", sa.Integer, nullable=False),
+    sa.Column("detail", sa.Text, nullable=False),
+    sa.Column("at", sa.Double, nullable=False),
+)
+
+
+class CreditLike(Protocol):
+    """advantage f32[T] and keep bool[T] of one segment."""
+
+    @property
+    def advantage(self) -> np.ndarray: ...
+
+    @property
+    def keep(self) -> np.ndarray: ...
+
+
+class DecisionLike(Protocol):
+    """What a filter decided about a sample (-1: the whole group), and why."""
+
+    @property
+    def sample(self) -> int: ...
+
+    @property
+    def filter(self) -> str: ...
+
+    @property
+    def reason(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The plainest `DecisionLike`."""
+
+    sample: int
+    filter: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Issue:
+    """One task handed out once. `batch`: the step it was issued for (deterministic mode only)."""
+
+    issue_id: int
+    stage: str
+    kind: str  # train | eval
+    task: Task
+    epoch: int
+    ordinal: int
+    batch: int | None
+    state: str  # issued | ready | shipped | dropped | done
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class ShipEntry:
+    """One segment of a batch, with its credit; issue_id, sample and segment name it."""
+
+    issue_id: int
+    sample: int
+    segment_index: int
+    credit: CreditLike
+
+
+@dataclass(frozen=True)
+class ShippedSegment:
+    """One segment of a recorded batch, as stored."""
+
+    issue_id: int
+    sample: int
+    segment_index: int
+    segment: Segment
+    credit: Credit
+
+
+@dataclass(frozen=True)
+class Result:
+    """The last attempt at one sample, without its tokens; seconds of wall time."""
+
+    issue: Issue = field(repr=False)
+    sample: int
+    attempt: int
+    stop: StopReason
+    verdict: Verdict
+    reward: float | None
+    answer: str | None
+    error: str
+    num_turns: int
+    num_tokens: int
+    seconds: float
+
+
+def is_last() -> sa.ColumnElement[bool]:
+    """Holds for the trajectory row with the highest attempt of its sample."""
+    other = trajectory.alias()
+    same = [
+        other.c.issue_id == trajectory.c.issue_id,
+        other.c.sample == trajectory.c.sample,
+    ]
+    newest = sa.select(sa.func.max(other.c.attempt)).where(*same).correlate(trajectory)
+    return trajectory.c.attempt == newest.scalar_subquery()
+
+
+def issue_from_row(row: sa.Row[Any]) -> Issue:
+    """An `Issue` from a row that holds the issue table's columns."""
+    values: dict[str, Any] = {name: getattr(row, name) for name in Issue.__annotations__}
+    values["task"] = Task.from_json(json.loads(row.task))
+    return Issue(**values)
+
+
+def plain(text: str) -> str:
+    """Text any database stores: no NUL, no lone surrogates (the payload keeps the original)."""
+    return text.encode("utf-8", "replace").decode().replace("\0", "\ufffd")

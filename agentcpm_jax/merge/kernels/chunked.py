@@ -1,0 +1,237 @@
+"""The operations that merge methods are made of, in numpy, a few rows in cache at a time.
+
+A method sees each tensor as [rows, R] (a vector is one row) and says what to do with a chunk of
+rows in the compute dtype; nothing as large as a tensor is made but the result. Sums are taken row
+by row in float64 and the rows' sums are added exactly, so that the size of a chunk has no effect.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import ml_dtypes  # registers bfloat16 with numpy
+import numpy as np
+
+from agentcpm_jax.merge.kernels.random_bits import Key, bits_at, stream_key
+from agentcpm_jax.merge.kernels.selection import SAMPLE, find_cut
+from agentcpm_jax.types import UserError
+
+CHUNK = 1 << 16  # elements: fewer calls outweigh the second-level cache
+FLOATS = {
+    "float64": np.dtype(np.float64),
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+# All ones in NaN and infinities: a quarter of the time of np.isfinite, on half the bytes.
+EXPONENT = {FLOATS["float16"]: np.uint16(0x7C00), FLOATS["bfloat16"]: np.uint16(0x7F80)}
+Kernel = Callable[..., Any]
+
+
+class Chunked:
+    """Operations on numpy arrays of one tensor; see the module.
+
+    Args:
+      name: of the tensor, for messages and randomness.
+      shape: of every array given to it.
+      labels: what to call arrays in messages, by id.
+      dtype: of results; `compute`: of arithmetic.
+      seed: of the randomness.
+      compat: reproduce mergekit where a method differs.
+    """
+
+    xp: Any = np
+    traced = False
+
+    def __init__(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        labels: dict[int, str],
+        dtype: np.dtype,
+        compute: np.dtype,
+        seed: int,
+        compat: bool,
+    ):
+        self.name, self.shape, self.labels = name, shape, labels
+        self.dtype, self.compute = dtype, compute
+        self.seed, self.compat = seed, compat
+        self.native = compute.itemsize < 4
+        self.size = math.prod(shape)
+        self.row = shape[-1] if shape else 1
+        self.rows = self.size // self.row if self.row else 0
+
+    def number(self, x: Any) -> Any:
+        """A coefficient in the compute dtype, which does not widen what it multiplies."""
+        return self.compute.type(x)
+
+    def numbers(self, x: Any) -> Any:
+        """An array of coefficients in the compute dtype."""
+        return x.astype(self.compute)
+
+    def sum(self, parts: Sequence[Any]) -> Any:
+        """Sum of arrays of one shape; of 16-bit ones in float32, rounded once."""
+        total = parts[0].astype(np.float32) if self.native else parts[0]
+        for part in parts[1:]:
+            total = total + part
+        return total.astype(self.compute, copy=False)
+
+    def repeat(self, count: int, step: Kernel, state: Any) -> Any:
+        """`step` applied `count` times to a tuple."""
+        for _ in range(count):
+            state = step(*state)
+        return state
+
+    def turned(self) -> Chunked:
+        """The same operations for arrays with the first and the last axis exchanged."""
+        shape = (self.shape[-1], *self.shape[1:-1], self.shape[0])
+        labels, seed, compat = self.labels, self.seed, self.compat
+        return Chunked(self.name, shape, labels, self.dtype, self.compute, seed, compat)
+
+    def values(
+        self, kernel: Kernel, arrays: Sequence[Any], dtype: Any = None, propagates: bool = False
+    ) -> Any:
+        """As `map`, in the compute dtype or another."""
+        out = np.empty((self.rows, self.row), self.compute if dtype is None else dtype)
+        broken = self._what_is_not_finite
+        for at, chunks in self._chunks(arrays, None if propagates else broken):
+            first = at // max(self.row, 1)
+            with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+                value = kernel(at, *chunks)
+                if propagates and not _sums_to_a_number(value):
+                    raise UserError(broken(arrays))
+            out[first : first + chunks[0].shape[0]] = value
+        return out.reshape(self.shape)
+
+    def pick(self, kernel: Kernel, arrays: Sequence[Any], index: np.ndarray) -> np.ndarray:
+        """The elements of `kernel(at, *chunks)` at sorted flat indices."""
+        parts = []
+        for at, chunks in self._chunks(arrays):
+            start, end = np.searchsorted(index, (at, at + chunks[0].size))
+            with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+                parts.append(kernel(at, *chunks).reshape(-1)[index[start:end] - at])
+        return np.concatenate(parts)
+
+    def map(self, kernel: Kernel, arrays: Sequence[Any], propagates: bool = False) -> Any:
+        """`kernel(at, *chunks)` everywhere, rounded to the result's dtype.
+
+        `at` is the flat index of a chunk's first element. Raises UserError for inputs that are
+        not finite; with `propagates`, what is not finite in an input is not so in the kernel's
+        result either, and that alone is looked at.
+        """
+        return self.values(kernel, arrays, self.dtype, propagates)
+
+    def totals(self, kernel: Kernel, arrays: Sequence[Any]) -> list[float]:
+        """Sums over the tensor of every array of the tuple `kernel(at, *chunks)`."""
+        parts: list[list[float]] | None = None
+        for at, chunks in self._chunks(arrays):
+            with np.errstate(over="ignore", invalid="ignore"):
+                rows = [self.row_total(x).reshape(-1).tolist() for x in kernel(at, *chunks)]
+            parts = rows if parts is None else [a + b for a, b in zip(parts, rows, strict=True)]
+        sums = [math.fsum(p) if np.isfinite(p).all() else math.nan for p in parts or []]
+        if not np.isfinite(sums).all():
+            raise UserError(self._what_is_not_finite(arrays))
+        return sums
+
+    def row_total(self, x: Any) -> Any:
+        """Sums over the last axis, which stays with size 1."""
+        return x.sum(axis=-1, dtype=np.float64, keepdims=True)
+
+    def largest(self, kernel: Kernel, arrays: Sequence[Any], k: Any) -> Kernel:
+        """The mask function (at, chunk) of the `k` largest of `kernel(at, *chunks)` >= 0."""
+
+        def pieces() -> Iterator[tuple[int, np.ndarray]]:
+            for at, chunks in self._chunks(arrays):
+                yield at, kernel(at, *chunks).astype(wide, copy=False)
+
+        k = int(k)
+        if not 0 < k < self.size:
+            return lambda at, m: (m >= 0) if k > 0 else (m < 0)
+        wide = np.promote_types(self.compute, np.float32)
+        step = max(1, self.size // SAMPLE)
+        sample = [a.reshape(-1)[::step].astype(self.compute) for a in arrays]
+        return find_cut(pieces, kernel(0, *sample).astype(wide, copy=False), self.size, k)
+
+    def key(self, model: int) -> Key:
+        """Of the randomness of one input."""
+        return stream_key(self.seed, self.name, model)
+
+    def draws(self, at: int, like: Any, key: Key) -> Any:
+        """uint32 random bits for a chunk; a function of the key and the element's index."""
+        index = _counting(like.size, np.uint32).copy()
+        return self._bits(at, index, key).reshape(like.shape)
+
+    def kept_by_rank(self, at: int, magnitude: Any, key: Key, limits: Any, values: Any) -> Any:
+        """values[r] where the element's draw is below limits[r], else 0; r is the element's rank
+        in its row, ascending, ties by index."""
+        # A float's pattern orders as its magnitude does; below it in one 64-bit word, the index.
+        bits = magnitude.astype(np.float32, copy=False).view(np.uint32)
+        words = bits.astype(np.int64)
+        words <<= 32
+        words |= _counting(words.size, np.int64).reshape(words.shape)
+        words.sort(axis=-1)
+        words &= 0xFFFFFFFF
+        place = words.reshape(-1)
+        # In the order of rank the tables are contiguous: one scatter brings all of it back.
+        kept = self._bits(at, place.astype(np.uint32), key) < np.tile(limits, len(words))
+        out = np.empty(place.size, values.dtype)
+        out[place] = np.tile(values, len(words)) * kept
+        return out.reshape(words.shape)
+
+    def _bits(self, at: int, index: np.ndarray, key: Key) -> np.ndarray:
+        """Draws of the elements `at` + `index`, which is overwritten."""
+        block = (key[0], np.uint32((int(key[1]) + (at >> 32)) & 0xFFFFFFFF))
+        index += np.uint32(at & 0xFFFFFFFF)
+        return bits_at(index, block)
+
+    def _chunks(
+        self, arrays: Sequence[Any], broken: Callable[[Sequence[Any]], str] | None = None
+    ) -> Iterator[tuple[int, list[np.ndarray]]]:
+        """(index of the first element, chunks in the compute dtype); UserError(broken(arrays))
+        for what is not finite."""
+        flat = [np.ascontiguousarray(a).reshape(self.rows, self.row) for a in arrays]
+        step = max(1, CHUNK // max(self.row, 1))
+        for first in range(0, self.rows, step):
+            part = [a[first : first + step] for a in flat]
+            if broken and not all(map(_all_finite, part)):
+                raise UserError(broken(arrays))
+            yield first * self.row, [a.astype(self.compute, copy=False) for a in part]
+
+    def _what_is_not_finite(self, arrays: Sequence[Any]) -> str:
+        for array in arrays:
+            for _, (chunk,) in self._chunks([array]):
+                if not np.isfinite(chunk).all():
+                    label = self.labels.get(id(array), "an input")
+                    bad = array.size - np.count_nonzero(np.isfinite(array))
+                    return (
+                        f"tensor {self.name} of {label} holds {bad} NaN or infinite values; "
+                        "the checkpoint is damaged or its training diverged: use another"
+                    )
+        return (
+            f"tensor {self.name} overflows {self.compute.name} while it is merged; "
+            "its values are too large: use another checkpoint"
+        )
+
+
+def _all_finite(x: np.ndarray) -> bool:
+    exponent = EXPONENT.get(x.dtype)
+    if exponent is None:
+        return bool(np.isfinite(x).all())
+    return not x.size or bool((x.view(np.uint16) & exponent).max() < exponent)
+
+
+def _sums_to_a_number(x: np.ndarray) -> bool:
+    if x.dtype.itemsize < 4:
+        return _all_finite(x)
+    return math.isfinite(np.add.reduce(x, axis=None)) or _all_finite(x)
+
+
+@functools.lru_cache(maxsize=8)
+def _counting(size: int, dtype: Any) -> np.ndarray:
+    """0, 1, 2, ...: read-only, made once for each size of chunk."""
+    numbers = np.arange(size, dtype=dtype)
+    numbers.setflags(write=False)
+    return numbers

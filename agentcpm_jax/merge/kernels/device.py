@@ -1,0 +1,237 @@
+"""The operations that merge methods are made of, on JAX arrays: whole, sharded or traced.
+
+Results do not depend on how an array is laid out over devices. Elementwise arithmetic does not by
+nature. Sums do not because they are made of integers: values are scaled by a power of two so that
+the largest has 34 bits, or as many as int64 admits for so many addends, rounded to int64, and added
+exactly; what the rounding left is added in the same way. Together they are as good as float64. The
+k largest are found by bisection on the bits of the magnitude, four a round, and then on the index
+among equals: counts only, no sort.
+
+Deviations from `chunked`:
+1. NaN and infinite inputs are not reported: that would wait for the device.
+2. `compat` reproduces mergekit's formulas, not its rounding of bfloat16 after every operation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from agentcpm_jax.merge.kernels.random_bits import Key, bits_at, stream_key
+
+Kernel = Callable[..., Any]
+
+
+def on_device(
+    fn: Callable[..., Any],
+    name: str,
+    tensors: Sequence[Any],
+    base: Any,
+    shared: Mapping[str, Any],
+    own: Sequence[Mapping[str, Any]],
+    dtype: np.dtype,
+    compute: np.dtype,
+    seed: int,
+    compat: bool,
+    keys: Any,
+) -> Any:
+    """`fn` on JAX arrays or tracers of one shape; see `methods.merge_tensors`."""
+    tensors = [jnp.asarray(x) for x in tensors]
+    base = None if base is None else jnp.asarray(base)
+    # Scalars are float64 and counts int64; the tensors stay what they are.
+    with jax.enable_x64(True):
+        if keys is None:
+            keys = [stream_key(seed, name, model) for model in range(len(tensors))]
+        ops = Sharded(name, tensors[0].shape, dtype, compute, keys, compat)
+        return fn(ops, tensors, base, shared, own)
+
+
+class Sharded:
+    """Operations on JAX arrays of one tensor; the counterparts of `chunked.Chunked`."""
+
+    xp: Any = jnp
+    native = False
+    traced = True
+
+    def __init__(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: np.dtype,
+        compute: np.dtype,
+        keys: Any,
+        compat: bool,
+    ):
+        self.name, self.shape = name, shape
+        self.dtype, self.compute = dtype, compute
+        self.keys, self.compat = keys, compat
+        self.size = math.prod(shape)
+        self.row = shape[-1] if shape else 1
+
+    def number(self, x: Any) -> Any:
+        """A coefficient in the compute dtype, which does not widen what it multiplies."""
+        return jnp.asarray(x).astype(self.compute)
+
+    def numbers(self, x: Any) -> Any:
+        """An array of coefficients in the compute dtype."""
+        return x.astype(self.compute)
+
+    def sum(self, parts: Sequence[Any]) -> Any:
+        """Sum of arrays of one shape."""
+        total = parts[0]
+        for part in parts[1:]:
+            total = total + part
+        return total
+
+    def repeat(self, count: int, step: Kernel, state: Any) -> Any:
+        """`step` applied `count` times to a tuple."""
+        return lax.fori_loop(0, count, lambda _, s: step(*s), state)
+
+    def turned(self) -> Sharded:
+        """The same operations for arrays with the first and the last axis exchanged."""
+        shape = (self.shape[-1], *self.shape[1:-1], self.shape[0])
+        return Sharded(self.name, shape, self.dtype, self.compute, self.keys, self.compat)
+
+    def values(self, kernel: Kernel, arrays: Sequence[Any]) -> Any:
+        """`kernel(at, *arrays)` in the compute dtype."""
+        return kernel(0, *(x.astype(self.compute) for x in arrays))
+
+    def pick(self, kernel: Kernel, arrays: Sequence[Any], index: Any) -> Any:
+        """The elements of `kernel(at, *arrays)` at flat indices."""
+        return self.values(kernel, arrays).reshape(-1)[index]
+
+    def map(self, kernel: Kernel, arrays: Sequence[Any], propagates: bool = False) -> Any:
+        """`kernel(at, *arrays)`, rounded to the result's dtype."""
+        return self.values(kernel, arrays).astype(self.dtype)
+
+    def totals(self, kernel: Kernel, arrays: Sequence[Any]) -> list[Any]:
+        """Sums over the tensor of every array of the tuple `kernel(at, *arrays)`, in float64."""
+        return [exact_sum(x, None) for x in self.values(kernel, arrays)]
+
+    def row_total(self, x: Any) -> Any:
+        """Sums over the last axis, which stays with size 1."""
+        return exact_sum(x, -1)
+
+    def largest(self, kernel: Kernel, arrays: Sequence[Any], k: Any) -> Kernel:
+        """The mask function (at, array) of the `k` largest of `kernel(at, *arrays)` >= 0."""
+        if not isinstance(k, jax.Array) and k >= self.size:
+            return lambda at, m: m >= 0
+        bits, index = _pattern(self.values(kernel, arrays)), _index(self.shape)
+        value = _largest_that(lambda v: _count(bits >= v) >= k, 31, bits.dtype)
+        quota = k - _count(bits > value)
+        equal = bits == value
+        # The largest index below which fewer than `quota` lie is that of the last one kept.
+        width = max(1, (self.size - 1).bit_length())
+        last = _largest_that(lambda i: _count(equal & (index < i)) < quota, width, index.dtype)
+
+        def cut(at: Any, magnitude: Any) -> Any:
+            pattern = _pattern(magnitude)
+            return (pattern > value) | ((pattern == value) & (index <= last))
+
+        return cut
+
+    def key(self, model: int) -> Key:
+        """Of the randomness of one input."""
+        return self.keys[model][0], self.keys[model][1]
+
+    def draws(self, at: int, like: Any, key: Key) -> Any:
+        """uint32 random bits; a function of the key and the element's index."""
+        index = _index(like.shape)
+        block = (index >> np.uint64(32)).astype(np.uint32)
+        second = jnp.asarray(key[1], jnp.uint32) + block
+        return bits_at(index.astype(np.uint32), (key[0], second))
+
+    def kept_by_rank(self, at: int, magnitude: Any, key: Key, limits: Any, values: Any) -> Any:
+        """values[r] where the element's draw is below limits[r], else 0; r is the element's rank
+        in its row, ascending, ties by index."""
+        order = jnp.argsort(_pattern(magnitude), axis=-1, stable=True)
+        rank = jnp.argsort(order, axis=-1)
+        kept = self.draws(at, magnitude, key) < jnp.asarray(limits)[rank]
+        return jnp.asarray(values)[rank] * kept
+
+
+@jax.custom_jvp
+def _exact_total(x: Any) -> Any:
+    return _integer_sum(x, None)
+
+
+@jax.custom_jvp
+def _exact_rows(x: Any) -> Any:
+    return _integer_sum(x, -1)
+
+
+@_exact_total.defjvp
+def _exact_total_jvp(primals: Any, tangents: Any) -> Any:
+    return _exact_total(*primals), jnp.sum(tangents[0].astype(np.float64))
+
+
+@_exact_rows.defjvp
+def _exact_rows_jvp(primals: Any, tangents: Any) -> Any:
+    (t,) = tangents
+    return _exact_rows(*primals), jnp.sum(t.astype(np.float64), axis=-1, keepdims=True)
+
+
+def exact_sum(x: Any, axis: int | None) -> Any:
+    """float64 sum over everything (axis None) or over the last axis, which stays with size 1.
+
+    The result has the same bits for every sharding of `x`. Call it under `jax.enable_x64`.
+    """
+    return _exact_total(x) if axis is None else _exact_rows(x)
+
+
+def _integer_sum(x: Any, axis: int | None) -> Any:
+    keep = axis is not None
+    count = x.size if axis is None else x.shape[axis]
+    bits = min(50, 61 - max(count - 1, 1).bit_length())
+    largest = jnp.max(jnp.abs(x), axis=axis, keepdims=keep, initial=0.0).astype(np.float32)
+    exponent = jnp.clip(lax.bitcast_convert_type(largest, np.int32) >> 23, 1, 253)
+    power = lax.bitcast_convert_type(exponent << 23, np.float32).astype(np.float64)
+    scaled = x.astype(np.float64) * ((1.0 / power) * 2.0**bits)  # exact: powers of two
+    whole = jnp.round(scaled)
+    rest = jnp.round((scaled - whole) * 2.0**bits)
+    high = jnp.sum(whole.astype(np.int64), axis=axis, keepdims=keep)
+    low = jnp.sum(rest.astype(np.int64), axis=axis, keepdims=keep)
+    total = high.astype(np.float64) + low.astype(np.float64) * 2.0**-bits
+    return total * (power * 2.0**-bits)
+
+
+def _pattern(x: Any) -> Any:
+    """The bits of non-negative numbers, which order as the numbers do."""
+    return lax.bitcast_convert_type(x.astype(np.float32), np.uint32)
+
+
+def _index(shape: tuple[int, ...]) -> Any:
+    """Each element's flat index, made in place on every device."""
+    word = np.uint32 if math.prod(shape) <= 2**32 else np.uint64
+    index = jnp.zeros(shape, word)
+    stride = 1
+    for axis in range(len(shape) - 1, -1, -1):
+        index = index + lax.broadcasted_iota(word, shape, axis) * word(stride)
+        stride *= shape[axis]
+    return index
+
+
+def _largest_that(holds: Callable[[Any], Any], bits: int, dtype: Any) -> Any:
+    """The largest number of so many bits for which `holds`; it holds for 0 and is monotone.
+
+    Four bits a round: fewer passes over the array, and fewer times that devices wait for each
+    other, than one bit a round.
+    """
+    rounds = -(-bits // 4)
+
+    def step(i: Any, value: Any) -> Any:
+        shift = (4 * (rounds - 1 - i)).astype(dtype)
+        candidates = value | (jnp.arange(1, 16, dtype=dtype) << shift)
+        return value | (jnp.sum(jax.vmap(holds)(candidates), dtype=dtype) << shift)
+
+    return lax.fori_loop(0, rounds, step, jnp.asarray(0, dtype))
+
+
+def _count(mask: Any) -> Any:
+    return jnp.sum(mask, dtype=np.int64)

@@ -1,0 +1,116 @@
+"""Which attention a configuration means on a platform; one line says why where it had to choose."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from agentcpm_jax.model.attention import context as attention_context
+from agentcpm_jax.model.attention.blockwise import blockwise
+from agentcpm_jax.model.attention.reference import Attention, Kernel, by_index, reference_kernel
+from agentcpm_jax.model.config import ATTENTIONS, ModelConfig
+from agentcpm_jax.types import UserError
+
+#: Where each kernel runs; the others run everywhere.
+PLATFORMS = {"splash": "tpu", "cudnn": "gpu"}
+
+#: CUDA's compute capability of Ampere, the first with units for bfloat16.
+BFLOAT16_FROM = 8.0
+
+
+class Choice(NamedTuple):
+    """The kernel's name, and why it is another than was asked for ('' when it is not)."""
+
+    name: str
+    why: str
+
+
+def make_attention(cfg: ModelConfig, mesh: Mesh | None = None) -> Attention:
+    """The attention of `cfg` on `mesh` (None: one device of the default platform).
+
+    Raises:
+      UserError: the kernel does not exist or does not run on this platform.
+    """
+    return attention_context.on_mesh(_kernel(choose(cfg, platform_of(mesh)).name), mesh)
+
+
+def choose(cfg: ModelConfig, platform: str) -> Choice:
+    """Resolves 'auto', and what the platform or the dtype cannot do."""
+    name = cfg.attention
+    if name not in ATTENTIONS:
+        raise UserError(f"model.attention is {name!r}; use one of {', '.join(ATTENTIONS)}")
+    if name != "auto":
+        only = PLATFORMS.get(name, platform)
+        if only != platform:
+            raise UserError(
+                f"model.attention is {name!r}, which runs on {only} only, and this is {platform}; "
+                "use 'auto', 'blockwise' or 'reference'"
+            )
+        return Choice(name, "")
+    if platform == "tpu":
+        if cfg.head_dim % 128 == 0:
+            return Choice("splash", "")
+        return Choice("blockwise", f"splash needs head_dim of 128 n, this model has {cfg.head_dim}")
+    if platform == "gpu":
+        if cfg.dtype == "bfloat16":
+            return Choice("cudnn", "")
+        return Choice(
+            "blockwise", f"cuDNN's kernel computes in bfloat16, this model in {cfg.dtype}"
+        )
+    return Choice("blockwise", "")
+
+
+def fit_to(
+    cfg: ModelConfig, platform: str, capability: float = 0.0
+) -> tuple[ModelConfig, list[str]]:
+    """`cfg` as a device can compute it, and a line for each thing that had to be changed.
+
+    Args:
+      platform: cpu, gpu or tpu.
+      capability: CUDA's compute capability of a gpu.
+    Raises:
+      UserError: the kernel does not run on this platform.
+    """
+    lines = []
+    if platform == "gpu" and cfg.dtype == "bfloat16" and capability < BFLOAT16_FROM:
+        cfg = dataclasses.replace(cfg, dtype="float32")
+        lines.append(
+            f"model.dtype: float32 instead of bfloat16, which a GPU of compute capability "
+            f"{capability} has no units for (parameters are stored as before)"
+        )
+    choice = choose(cfg, platform)
+    if choice.why:
+        lines.append(f"model.attention: {choice.name}, since {choice.why}")
+    return cfg, lines
+
+
+def fit_to_device(cfg: ModelConfig, device: Any) -> tuple[ModelConfig, list[str]]:
+    """`fit_to` for a `jax.Device` that is here."""
+    platform = _family(device.platform)
+    return fit_to(cfg, platform, float(getattr(device, "compute_capability", 0) or 0))
+
+
+def platform_of(mesh: Mesh | None) -> str:
+    """cpu, gpu or tpu; that of a mesh may be only described, not there."""
+    return _family(jax.default_backend() if mesh is None else mesh.devices.flat[0].platform)
+
+
+def _family(platform: str) -> str:
+    return "gpu" if platform in ("cuda", "rocm") else platform
+
+
+@functools.cache
+def _kernel(name: str) -> Kernel:
+    if name == "splash":
+        from agentcpm_jax.model.attention.splash import splash_kernel  # Pallas: a second to import
+
+        return splash_kernel()
+    if name == "cudnn":
+        from agentcpm_jax.model.attention.cudnn import cudnn_kernel
+
+        return cudnn_kernel()
+    return by_index(blockwise if name == "blockwise" else reference_kernel)

@@ -1,0 +1,154 @@
+"""One completion out of as many legs as it takes; the agent above never sees the seams.
+
+    kept = []
+    while the completion is not finished:
+        leg = generate(prompt + kept, budget - len(kept))      under a rid of its own
+        kept += leg                                            ids, log-probabilities, versions
+
+A weight update that aborts generation, a worker that dies and a server that is busy are all the
+same here: what was answered is kept, the prefix is sent again. The prefix is computed anew under
+the weights of the new leg, so each token's log-probability is that of the version stamped on it.
+After AReaL (arXiv 2505.24298, section 4.1, interruptible rollout workers). Deviations:
+1. versions are those that the server reports for each token, not the client's belief on arrival;
+2. a stop string whose beginning is in one leg and whose end is in the next, which no server sees,
+   is found over the joined text: what was sampled after it is cut off;
+3. the budget shrinks by what is kept; a remainder of zero is a completion of finish `length`;
+4. legs that bring no token are bounded, so a server that only aborts is an error and not a loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from bisect import bisect_left
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from agentcpm_jax.pool.protocol import FINAL, Leg, PoolError, Trouble
+from agentcpm_jax.rollout.policy import Completion, Finish, SampleRequest
+
+#: ids -> text
+Decode = Callable[[Sequence[int]], str]
+#: (prefix i32[P], budget, leg number) -> the leg; raises `PoolError`.
+SendLeg = Callable[[np.ndarray, int, int], Awaitable[Leg]]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When to stop trying."""
+
+    timeout: float  # s for all legs together
+    failures: int  # attempts in a row that bring nothing
+    backoff: float  # s; doubles up to `backoff_max`
+    backoff_max: float
+
+
+@dataclass
+class Tally:
+    """What happened below the agents, for metrics."""
+
+    legs: int = 0
+    aborted: int = 0  # legs that ended by an interruption
+    uncertain_tokens: int = 0
+    tokens: int = 0
+    troubles: dict[str, int] = field(default_factory=dict)
+
+    def count(self, error: PoolError) -> None:
+        self.troubles[error.kind] = self.troubles.get(error.kind, 0) + 1
+
+
+async def complete(
+    request: SampleRequest,
+    send: SendLeg,
+    limits: Limits,
+    tally: Tally,
+    decode: Decode | None = None,
+) -> Completion:
+    """The whole completion. Failure is data: `finish` is `error` or `abort`, `error` says why.
+
+    What was kept before a failure is returned with it. Only cancellation raises. Without `decode`
+    stop strings are left to the server.
+    """
+    kept = _Kept()
+    trouble = "no worker took the request"
+    try:
+        async with asyncio.timeout(limits.timeout):
+            failures = leg_number = 0
+            while len(kept.ids) < request.max_new_tokens:
+                prefix = np.concatenate([np.asarray(request.prompt_ids, np.int32), kept.array()])
+                budget = request.max_new_tokens - len(kept.ids)
+                leg_number += 1
+                try:
+                    leg = await send(prefix, budget, leg_number)
+                except PoolError as error:
+                    tally.count(error)
+                    trouble, failures = str(error), failures + 1
+                    if error.kind in FINAL or failures >= limits.failures:
+                        return kept.completion(Finish.ERROR, trouble)
+                    await asyncio.sleep(_pause(limits, failures))
+                    continue
+                seam = len(kept.ids)
+                kept.add(leg, tally)
+                if seam and decode is not None and kept.cut(request.params.stop_strings, decode):
+                    return kept.completion(Finish.STOP)
+                if leg.finish is not Finish.ABORT:
+                    return kept.completion(leg.finish)
+                trouble = f"aborted: {leg.message or 'by the server'}"
+                failures = 0 if len(leg.ids) else failures + 1
+                if failures >= limits.failures:
+                    return kept.completion(Finish.ERROR, f"{trouble}, {failures} times in a row")
+                if failures > 1:
+                    await asyncio.sleep(_pause(limits, failures - 1))
+            return kept.completion(Finish.LENGTH)
+    except TimeoutError:
+        late = f"{Trouble.TIMEOUT}: not complete within {limits.timeout:g} s; last: {trouble}"
+        return kept.completion(Finish.ABORT, late)
+
+
+class _Kept:
+    """Everything sampled so far."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self._logprobs: list[float] = []
+        self._versions: list[int] = []
+
+    def array(self) -> np.ndarray:
+        return np.asarray(self.ids, np.int32)
+
+    def add(self, leg: Leg, tally: Tally) -> None:
+        self.ids += leg.ids.tolist()
+        self._logprobs += leg.logprobs.tolist()
+        self._versions += leg.versions.tolist()
+        tally.legs += 1
+        tally.tokens += len(leg.ids)
+        tally.aborted += leg.finish is Finish.ABORT
+        tally.uncertain_tokens += len(leg.ids) * leg.uncertain
+
+    def cut(self, strings: Sequence[str], decode: Decode) -> bool:
+        """Ends with the id that completes one of `strings`, if any does."""
+
+        def complete(count: int) -> bool:
+            text = decode(self.ids[:count])
+            return any(string in text for string in strings)
+
+        if not strings or not complete(len(self.ids)):
+            return False
+        count = bisect_left(range(len(self.ids)), True, key=complete)
+        for values in (self.ids, self._logprobs, self._versions):
+            del values[count:]
+        return True
+
+    def completion(self, finish: Finish, error: str = "") -> Completion:
+        return Completion(
+            ids=self.array(),
+            logprobs=np.asarray(self._logprobs, np.float32),
+            versions=np.asarray(self._versions, np.int32),
+            finish=finish,
+            error=error,
+        )
+
+
+def _pause(limits: Limits, failures: int) -> float:
+    return min(limits.backoff * 2 ** (failures - 1), limits.backoff_max)

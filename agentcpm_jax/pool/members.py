@@ -1,0 +1,348 @@
+"""The workers of a pool: how they join, take weights, get lost and come back.
+
+Everything here belongs to the pool's own event loop. A worker is `ready` only while it verifiably
+holds the weights that were published last; late joiners and lost ones catch up first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import numpy as np
+
+from agentcpm_jax.pool.config import Keys, PoolConfig, agent_url, check_url
+from agentcpm_jax.pool.probe import (
+    CONVENTION_TEMPERATURE,
+    TOKENS,
+    Answer,
+    Logprobs,
+    Mismatch,
+    Trainer,
+    check_gap,
+    check_model,
+    check_temperature,
+    check_text,
+    gap_between,
+    gap_to_trainer,
+    probe_prompts,
+)
+from agentcpm_jax.pool.protocol import (
+    Expected,
+    PoolError,
+    Trouble,
+    generate_body,
+    read_generate,
+)
+from agentcpm_jax.pool.routing import State, Worker
+from agentcpm_jax.pool.worker import Server
+from agentcpm_jax.rollout.policy import SamplingParams
+from agentcpm_jax.types import UserError
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One published version: the number, the name that servers announce, a directory they read."""
+
+    version: int
+    name: str
+    path: str
+
+    @property
+    def run(self) -> str:
+        """The name without its version: that of the directory which holds all of them."""
+        return self.name.rpartition("-")[0]
+
+
+class Members:
+    """Membership, health and weight updates; `changed` is set whenever a state changes."""
+
+    def __init__(
+        self, cfg: PoolConfig, trainer: Trainer, weights: Weights, nonce: str, keys: Keys
+    ) -> None:
+        self.cfg, self.trainer, self.target = cfg, trainer, weights
+        self.names: dict[str, int] = {weights.name: weights.version}
+        self.workers: dict[str, Worker] = {}
+        self.changed = asyncio.Event()
+        self.client: httpx.AsyncClient | None = None
+        self._keys, self._nonce = keys, nonce
+        self._logprobs: Logprobs | None = trainer.logprobs
+        self._fingerprint: list[Answer] | None = None
+        self._numbers = itertools.count()
+        self._looks: dict[str, asyncio.Task[None]] = {}
+        self._wake = asyncio.Event()
+
+    def add(self, url: str) -> None:
+        """A further worker; it is looked for from now on."""
+        url = check_url(url)
+        if url not in self.workers:
+            assert self.client is not None
+            server = Server(url, self.client, self._keys, self.cfg)
+            self.workers[url] = Worker(server)
+            self._wake.set()
+
+    def lost(self, worker: Worker, reason: str) -> None:
+        """Take a worker out until it has been looked at again."""
+        if worker.state is State.READY:
+            self._set(worker, State.JOINING, reason)
+            self._wake.set()
+
+    def refuse(self, worker: Worker, reason: str) -> None:
+        """Take a worker out until the next weight update."""
+        self._set(worker, State.REFUSED, reason)
+
+    def describe(self) -> str:
+        """One line: every worker that is not ready, and why."""
+        absent = (w for w in self.workers.values() if w.state is not State.READY)
+        return "; ".join(f"{w.url} is {w.state}: {w.reason}" for w in absent) or "none is named"
+
+    async def start(self) -> None:
+        """Until one worker is ready and none is still being looked at for the first time.
+
+        Raises `UserError`: a worker is not what the trainer needs, or none could be reached.
+        """
+        deadline = asyncio.get_running_loop().time() + self.cfg.start_timeout
+        for url in self.cfg.urls:
+            self.add(url)
+        while True:
+            self._read_urls_file()
+            await asyncio.gather(*(self._join(w) for w in list(self.workers.values())))
+            states = {w.state for w in self.workers.values()}
+            refused = [w.reason for w in self.workers.values() if w.state is State.REFUSED]
+            if refused:
+                raise UserError(refused[0])
+            if State.READY in states:
+                self._logprobs = None  # the trainer's parameters go on; the fingerprint stays
+                return
+            if asyncio.get_running_loop().time() > deadline:
+                raise UserError(
+                    f"no worker of the pool could be used within {self.cfg.start_timeout:g} s: "
+                    f"{self.describe()}; start the servers or correct pool.urls"
+                )
+            await asyncio.sleep(min(1.0, self.cfg.start_timeout / 10))
+
+    async def watch(self) -> None:
+        """Health checks and late joiners, until cancelled."""
+        try:
+            while True:
+                # Not `wait_for`: on Python 3.11 it swallows a cancellation that meets the event.
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self.cfg.health_every):
+                        await self._wake.wait()
+                self._wake.clear()
+                self._read_urls_file()
+                for worker in list(self.workers.values()):
+                    running = self._looks.get(worker.url)
+                    if running is None or running.done():
+                        self._looks[worker.url] = asyncio.create_task(self._look(worker))
+        finally:
+            for look in self._looks.values():
+                look.cancel()
+            await asyncio.gather(*self._looks.values(), return_exceptions=True)
+
+    async def update(self, weights: Weights, logprobs: Logprobs | None) -> Mapping[str, str]:
+        """Every ready worker to `weights`, each in its own time; url -> '' or what went wrong.
+
+        Workers that fail are out of the pool until they have caught up.
+        """
+        self.target = weights
+        self.names[weights.name] = weights.version
+        self._logprobs, self._fingerprint = logprobs, None
+        asked = [w for w in self.workers.values() if w.state is State.READY]
+        await asyncio.gather(*(self._prefetch(w) for w in asked))  # while they generate
+        ready = [w for w in asked if w.state is State.READY]
+        for worker in ready:  # all gates close first, or aborted requests would hop to the next
+            self._set(worker, State.UPDATING, f"loading {weights.name}")
+        await asyncio.gather(*(self._update_ready(w) for w in ready))
+        self._logprobs = None
+        for worker in self.workers.values():
+            if worker.state is State.REFUSED and worker not in asked:
+                self._set(worker, State.JOINING, worker.reason)
+        self._wake.set()
+        return {w.url: "" if w.state is State.READY else w.reason for w in asked}
+
+    # --- one worker -------------------------------------------------------------------------
+
+    async def _prefetch(self, worker: Worker) -> None:
+        """The weights onto the worker's host; without them it is out until it has caught up."""
+        try:
+            await self._path(worker, self.target)
+        except PoolError as error:
+            self.lost(worker, str(error))
+            worker.drop_legs()
+
+    async def _update_ready(self, worker: Worker) -> None:
+        target = self.target
+        try:
+            async with asyncio.timeout(self.cfg.update_timeout + 3 * self.cfg.control_timeout):
+                await self._load(worker, target)
+                await self._verify(worker, target)
+            self._set(worker, State.READY, "")
+        except (PoolError, Mismatch, TimeoutError) as error:
+            reason = str(error) or f"no weights within {self.cfg.update_timeout:g} s"
+            self._set(worker, State.JOINING, reason)
+
+    async def _look(self, worker: Worker) -> None:
+        if worker.state is State.JOINING:
+            await self._join(worker)
+        elif worker.state is State.READY:
+            healthy = await worker.server.healthy()
+            worker.missed = 0 if healthy else worker.missed + 1
+            if worker.missed >= 2:
+                self.lost(worker, f"{Trouble.UNREACHABLE}: {worker.url}: two health checks failed")
+                worker.drop_legs()
+
+    async def _join(self, worker: Worker) -> None:
+        """Bring a worker to the published weights and let it in; else `reason` says why not."""
+        if worker.state is not State.JOINING:
+            return
+        try:
+            while True:
+                target = self.target
+                await self._inform(worker)
+                # Text first: real servers do not survive an id beyond their vocabulary, and only
+                # one that took the run's weights surely has the trainer's ids.
+                if self.trainer.chat is not None and not worker.probed:
+                    worker.info["template"] = await check_text(worker.server, self.trainer.chat)
+                if str(worker.info.get("weight_version")) != target.name:
+                    await self._load(worker, target)
+                await self._verify(worker, target)
+                if not worker.probed:
+                    await self._probe(worker)
+                if self.target is target:  # else weights were published meanwhile
+                    break
+            self._set(worker, State.READY, "")
+        except Mismatch as error:
+            self._set(worker, State.REFUSED, str(error))
+        except PoolError as error:
+            if error.kind is Trouble.UPDATE_REFUSED:
+                said = f"wrong model on {worker.url}: it does not take the run's weights: "
+                self._set(worker, State.REFUSED, said + error.detail)
+            elif error.kind is Trouble.DIED_LOADING and worker.version < 0:
+                said = f"wrong model on {worker.url}? It ended while it loaded the run's first "
+                said += "weights; serve the run's model, and read the server's log"
+                self._set(worker, State.REFUSED, said)
+            elif error.kind is Trouble.FORBIDDEN:
+                names = f"{self.cfg.api_key_env} and {self.cfg.admin_key_env}"
+                self._set(worker, State.REFUSED, f"{error}; set {names}")
+            else:
+                worker.reason = str(error)
+                worker.drop_legs()
+
+    async def _inform(self, worker: Worker) -> None:
+        info = worker.info = await worker.server.model_info()
+        if info.get("is_generation") is False:
+            raise Mismatch(f"wrong model on {worker.url}: it does not generate")
+        check_model(worker.server, info, self.trainer.config)
+        arguments = await worker.server.server_info()
+        limits = (arguments.get("context_length"), arguments.get("max_req_input_len"))
+        worker.context = int(next((n for n in limits if n), 0))
+        worker.seeded = bool(arguments.get("enable_deterministic_inference"))
+
+    async def _load(self, worker: Worker, target: Weights) -> None:
+        """Pause, load, and continue whatever happened."""
+        server, mode = worker.server, self.cfg.pause
+        path = await self._path(worker, target)
+        try:
+            await server.pause(mode)
+            await server.update_from_disk(path, target.name, flush=mode != "in_place")
+        except BaseException:
+            with contextlib.suppress(PoolError):  # the first trouble says more
+                await server.resume()
+            raise
+        await server.resume()
+
+    async def _path(self, worker: Worker, target: Weights) -> str:
+        """Where the worker's host has the weights; waits while its agent copies them."""
+        if not self.cfg.agent_port:
+            return target.path
+        assert self.client is not None
+        url = agent_url(worker.url, self.cfg.agent_port)
+        agent = Server(url, self.client, self._keys, self.cfg)
+        pause = 0.05
+        try:
+            async with asyncio.timeout(self.cfg.prefetch_timeout):
+                found = await agent.pull(target.run, target.version)
+                while found["state"] == "pulling":
+                    await asyncio.sleep(pause)
+                    pause = min(2 * pause, 1.0)
+                    found = await agent.pull(target.run, target.version)
+        except TimeoutError:
+            found = {"reason": f"not copied within {self.cfg.prefetch_timeout:g} s"}
+        if found.get("state") != "ready":
+            raise PoolError(Trouble.NO_WEIGHTS, url, f"{target.name}: {found.get('reason')}")
+        return str(found["path"])
+
+    async def _verify(self, worker: Worker, target: Weights) -> None:
+        """It announces the version, and its answers are those of the weights."""
+        info = await worker.server.model_info()
+        announced = str(info.get("weight_version"))
+        if announced != target.name and not self.cfg.allow_unversioned:
+            raise PoolError(
+                Trouble.WRONG_VERSION,
+                worker.url,
+                f"announces weights {announced!r} after loading {target.name!r}",
+            )
+        answers = [
+            await self._ask(worker, prompt, 0.0)
+            for prompt in probe_prompts(self.trainer.vocab_size)
+        ]
+        if self._logprobs is not None:
+            gap = await asyncio.to_thread(gap_to_trainer, answers, self._logprobs)
+            check_gap(worker.server, gap, self.cfg.max_gap, "the trainer's")
+        elif self._fingerprint is not None:
+            gap = gap_between(self._fingerprint, answers)
+            check_gap(worker.server, gap, self.cfg.max_gap, "those of the other workers")
+        self._fingerprint = self._fingerprint or answers
+        worker.version = target.version
+
+    async def _probe(self, worker: Worker) -> None:
+        """What log-probabilities mean at the run's temperature."""
+        trainer = self.trainer
+        if self._logprobs is not None:
+            prompts = probe_prompts(trainer.vocab_size)
+            gaps = {}
+            for temperature in (CONVENTION_TEMPERATURE, trainer.temperature):
+                answers = [await self._ask(worker, p, temperature) for p in prompts]
+                gaps[temperature] = await asyncio.to_thread(gap_to_trainer, answers, self._logprobs)
+            original = gaps[CONVENTION_TEMPERATURE] <= self.cfg.max_gap
+            convention = "before" if original else "after"
+            worker.info["logprobs"] = f"log-probs from {convention} the temperature"
+            check_temperature(
+                worker.server,
+                trainer.temperature,
+                gaps[trainer.temperature],
+                self.cfg.max_gap,
+                worker.info["logprobs"],
+            )
+        worker.probed = True
+
+    async def _ask(self, worker: Worker, prompt: np.ndarray, temperature: float) -> Answer:
+        rid = f"{self._nonce}/probe/{next(self._numbers)}/"
+        body = generate_body(rid, prompt, TOKENS, SamplingParams(temperature=temperature))
+        status, payload = await worker.server.generate(body, self.cfg.control_timeout)
+        expected = Expected(
+            rid=rid,
+            url=worker.url,
+            vocab_size=self.trainer.vocab_size,
+            budget=TOKENS,
+            versions=self.names,
+            oldest=-1,
+            allow_unversioned=self.cfg.allow_unversioned,
+        )
+        return Answer(prompt, read_generate(status, payload, expected))
+
+    def _set(self, worker: Worker, state: State, reason: str) -> None:
+        worker.state, worker.reason, worker.missed = state, reason, 0
+        self.changed.set()
+
+    def _read_urls_file(self) -> None:
+        path = Path(self.cfg.urls_file)
+        if self.cfg.urls_file and path.is_file():
+            for line in path.read_text().split():
+                self.add(line)

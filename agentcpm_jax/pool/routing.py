@@ -1,0 +1,73 @@
+"""Which worker gets the next request: the one that holds the trajectory's prefix, unless busy."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from agentcpm_jax.pool.worker import Server
+
+
+class State(enum.StrEnum):
+    """Of a worker; only `READY` ones get requests."""
+
+    JOINING = "joining"  # not seen yet, or lost: it is looked for
+    UPDATING = "updating"
+    READY = "ready"
+    REFUSED = "refused"  # it answers, but must not be used: `reason` says why
+
+
+@dataclass(eq=False)
+class Worker:
+    """A server and what the pool knows of it."""
+
+    server: Server
+    state: State = State.JOINING
+    reason: str = "not reached yet"
+    version: int = -1  # verified; -1: unknown
+    context: int = 0  # tokens, prompt and completion; 0: the server does not say
+    seeded: bool = False  # honours sampling_seed
+    probed: bool = False
+    missed: int = 0  # health checks in a row
+    info: dict[str, Any] = field(default_factory=dict)
+    legs: set[asyncio.Task[Any]] = field(default_factory=set)  # requests it has not answered
+
+    @property
+    def url(self) -> str:
+        return self.server.url
+
+    def drop_legs(self) -> None:
+        """End the requests that wait for a worker which will not answer; they go elsewhere."""
+        for leg in list(self.legs):
+            leg.cancel()
+
+
+def trajectory_key(rid: str) -> str:
+    """Requests of one trajectory share what stands before the first slash of their rid."""
+    return rid.partition("/")[0]
+
+
+class Routes:
+    """Least loaded, with affinity: a trajectory stays while its worker is not much busier."""
+
+    def __init__(self, slack: int, remembered: int = 65536) -> None:
+        self._slack, self._remembered = slack, remembered
+        self._homes: OrderedDict[str, str] = OrderedDict()
+
+    def choose(self, workers: Iterable[Worker], key: str) -> Worker | None:
+        """A ready worker for the trajectory `key`; None when there is none."""
+        ready = {w.url: w for w in workers if w.state is State.READY}
+        if not ready:
+            return None
+        least = min(ready.values(), key=lambda w: len(w.legs))
+        home = ready.get(self._homes.get(key, ""))
+        chosen = home if home and len(home.legs) <= len(least.legs) + self._slack else least
+        self._homes[key] = chosen.url
+        self._homes.move_to_end(key)
+        while len(self._homes) > self._remembered:
+            self._homes.popitem(last=False)
+        return chosen

@@ -1,0 +1,321 @@
+"""A pool of SGLang servers as one `TokenPolicy`: ids in; ids, log-probabilities and versions out.
+
+The pool lives in a thread with an event loop of its own, so that the agents' loop, the trainer's
+thread and short-lived evaluation loops can all use it. Agents call `sample`; the trainer calls
+`update_weights`. Workers may join late, die and come back: requests wait, move and go on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import threading
+from collections.abc import Coroutine, Mapping
+from typing import Any, TypeVar
+
+import numpy as np
+
+from agentcpm_jax.pool.config import Keys, PoolConfig, check_url
+from agentcpm_jax.pool.interruption import Limits, Tally, complete
+from agentcpm_jax.pool.members import Members, Weights
+from agentcpm_jax.pool.probe import Logprobs, Trainer
+from agentcpm_jax.pool.protocol import (
+    Expected,
+    Leg,
+    PoolError,
+    Trouble,
+    generate_body,
+    read_generate,
+)
+from agentcpm_jax.pool.routing import Routes, State, Worker, trajectory_key
+from agentcpm_jax.pool.worker import Server, open_client
+from agentcpm_jax.rollout.policy import Completion, Finish, SampleRequest
+from agentcpm_jax.types import UserError
+
+__all__ = ["PoolConfig", "PoolError", "SGLangPool", "Trainer", "Trouble"]
+
+T = TypeVar("T")
+#: Answers that cannot be used; a worker that gives several in a row is taken out.
+_UNUSABLE = frozenset({Trouble.BAD_ANSWER, Trouble.NON_FINITE, Trouble.VOCABULARY})
+_STRIKES = 3
+#: Reasons to look at a worker again, from its version up, before it gets another request.
+_SUSPECT = frozenset(
+    {Trouble.UNREACHABLE, Trouble.TIMEOUT, Trouble.WRONG_VERSION, Trouble.FORBIDDEN}
+)
+
+
+class SGLangPool:
+    """Open with `start`, close with `close`; everything between is safe from any thread.
+
+    Args:
+      run: names this run's weights: servers announce version v as `{run}-{v:06d}`. Two runs must
+        not share it, or one would take the other's weights for its own.
+      keys: bearer keys; by default from the environment.
+    """
+
+    def __init__(self, cfg: PoolConfig, run: str, *, keys: Keys | None = None) -> None:
+        self.cfg, self.run = cfg, run
+        self._keys = keys or Keys.from_environment(cfg)
+        for url in (*cfg.urls, *((cfg.router_url,) if cfg.router_url else ())):
+            check_url(url)
+        self._nonce = secrets.token_hex(4)
+        self._routes = Routes(cfg.affinity_slack)
+        self._strikes: dict[str, int] = {}
+        self.tally = Tally()
+        self._closing = False
+        self._members: Members | None = None
+        self._router: Server | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()  # what `close` cancels
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="pool", daemon=True)
+        self._thread.start()
+
+    def name(self, version: int) -> str:
+        """What servers announce for `version`."""
+        return f"{self.run}-{version:06d}"
+
+    def start(self, trainer: Trainer, version: int, path: str) -> None:
+        """Bring every reachable worker to `version` in `path`, and check it against the trainer.
+
+        Raises:
+          UserError: no worker could be reached, or one is not what the trainer needs.
+        """
+        self._call(self._start(trainer, Weights(version, self.name(version), path)))
+
+    async def sample(self, request: SampleRequest) -> Completion:
+        """One completion, however often it is interrupted; failure is data, as everywhere."""
+        if self._closing or self._members is None:
+            return _closed()
+        work = self._until_closed(self._sample(request))
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        return await asyncio.wrap_future(future)
+
+    def update_weights(
+        self, version: int, path: str, logprobs: Logprobs | None = None
+    ) -> Mapping[str, str]:
+        """Publish `version`: pause, load, verify and continue on every ready worker.
+
+        Blocks until each has taken it or failed (`update_timeout`). Those that fail are out of the
+        pool until they caught up; requests go on as soon as one worker is ready.
+
+        Args:
+          path: a Hugging Face directory that every worker can read; with agents, the URL of one
+            below `pool.weights_dir/<run>`, which they copy from.
+          logprobs: of the trainer under the new weights; else workers are compared to each other.
+
+        Returns:
+          url -> '' where the worker has the weights, else what went wrong.
+        """
+        weights = Weights(version, self.name(version), path)
+        return self._call(self._until_closed(self._get().update(weights, logprobs)))
+
+    def add_worker(self, url: str) -> None:
+        """A worker that came later: it gets the published weights before its first request."""
+        self._loop.call_soon_threadsafe(self._get().add, check_url(url))
+
+    def snapshot(self) -> dict[str, float]:
+        """`pool/...` figures: workers by state, legs, interruptions, troubles by kind."""
+        workers = list(self._members.workers.values()) if self._members else []
+        figures = {f"pool/{s}": sum(w.state is s for w in workers) for s in State}
+        figures |= {
+            "pool/inflight": sum(len(w.legs) for w in workers),
+            "pool/tokens": self.tally.tokens,
+            "pool/legs": self.tally.legs,
+            "pool/aborted_legs": self.tally.aborted,
+            "pool/uncertain_tokens": self.tally.uncertain_tokens,
+        }
+        figures |= {f"pool/trouble_{k}": n for k, n in list(self.tally.troubles.items())}
+        return {name: float(value) for name, value in figures.items()}
+
+    def workers(self) -> dict[str, str]:
+        """url -> state, with the reason where it is not ready."""
+        found = self._members.workers.values() if self._members else ()
+        return {w.url: f"{w.state}: {w.reason}" if w.reason else str(w.state) for w in found}
+
+    def close(self) -> None:
+        """End all requests (`finish=abort`) and the thread. Servers are left running."""
+        if self._loop.is_closed():
+            return
+        self._closing = True
+        self._call(self._stop())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    # --- in the pool's loop -----------------------------------------------------------------
+
+    async def _start(self, trainer: Trainer, weights: Weights) -> None:
+        members = Members(self.cfg, trainer, weights, self._nonce, self._keys)
+        members.client = open_client(self.cfg)
+        if self.cfg.router_url:
+            url = check_url(self.cfg.router_url)
+            self._router = Server(url, members.client, self._keys, self.cfg)
+        try:
+            await members.start()
+        except BaseException:
+            await members.client.aclose()
+            raise
+        self._members = members
+        self._tasks.add(asyncio.create_task(members.watch()))
+
+    async def _stop(self) -> None:
+        # Only what this class began: a library's own tasks must not be cancelled over its head.
+        # Again and again: on Python 3.11 `wait_for` loses a cancellation that meets its result.
+        while tasks := {task for task in self._tasks if not task.done()}:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks, timeout=1.0)
+        if self._members is not None and self._members.client is not None:
+            await self._members.client.aclose()
+
+    async def _until_closed(self, work: Coroutine[Any, Any, T]) -> T:
+        """`work`, in a task that `close` cancels."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        try:
+            return await work
+        finally:
+            self._tasks.discard(task)
+
+    async def _sample(self, request: SampleRequest) -> Completion:
+        avoid = ""
+
+        async def send(prefix: np.ndarray, budget: int, leg: int) -> Leg:
+            nonlocal avoid
+            try:
+                found = await self._send(request, prefix, budget, leg, avoid)
+            except PoolError as error:
+                avoid = error.url
+                raise
+            avoid = ""
+            return found
+
+        limits = Limits(
+            timeout=request.deadline or self.cfg.request_timeout,
+            failures=self.cfg.max_failures,
+            backoff=self.cfg.backoff,
+            backoff_max=self.cfg.backoff_max,
+        )
+        try:
+            chat = self._get().trainer.chat
+            decode = None if chat is None else chat.decode
+            return await complete(request, send, limits, self.tally, decode)
+        except asyncio.CancelledError:
+            if self._closing:
+                return _closed()
+            raise
+
+    async def _send(
+        self, request: SampleRequest, prefix: np.ndarray, budget: int, leg: int, avoid: str
+    ) -> Leg:
+        """One leg on one worker, its answer checked; the worker bears what went wrong."""
+        members = self._get()
+        if len(prefix) and not 0 <= prefix.min() <= prefix.max() < members.trainer.vocab_size:
+            last = members.trainer.vocab_size - 1
+            said = f"the prompt holds ids up to {prefix.max()}; the model's end at {last}"
+            raise PoolError(Trouble.VOCABULARY, "pool", said)
+        worker = await self._ready(trajectory_key(request.rid), avoid)
+        if worker.context:
+            room = worker.context - len(prefix)
+            budget = min(budget, room)
+        if budget <= 0:
+            raise PoolError(
+                Trouble.BAD_REQUEST,
+                worker.url,
+                f"prompt of {len(prefix)} tokens leaves no room in a context of {worker.context}; "
+                "shorten the prompt or raise the server's context length",
+            )
+        rid = f"{self._nonce}/{request.rid}{leg}/"
+        seed = _seed(request, len(prefix)) if worker.seeded and not self._router else None
+        salt = f"v{worker.version}" if self.cfg.pause == "in_place" else ""
+        body = generate_body(rid, prefix, budget, request.params, seed=seed, extra_key=salt)
+        oldest = worker.version
+        if self._router is not None:
+            oldest = min(w.version for w in members.workers.values() if w.version >= 0)
+        try:
+            status, payload = await self._post(worker, body, trajectory_key(request.rid))
+            expected = Expected(
+                rid=rid,
+                url=worker.url,
+                vocab_size=members.trainer.vocab_size,
+                budget=budget,
+                versions=members.names,
+                oldest=oldest,
+                allow_unversioned=self.cfg.allow_unversioned,
+            )
+            answer = read_generate(status, payload, expected)
+        except PoolError as error:
+            self._blame(worker, error)
+            raise
+        self._strikes.pop(worker.url, None)
+        return answer
+
+    async def _post(self, worker: Worker, body: Mapping[str, Any], key: str) -> tuple[int, bytes]:
+        """The request as a task that ends with its worker."""
+        server = self._router or worker.server
+        headers = {"X-SMG-Routing-Key": key} if self._router else None
+        post = asyncio.create_task(server.generate(body, self.cfg.attempt_timeout, headers))
+        worker.legs.add(post)
+        try:
+            return await post
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            raise PoolError(Trouble.UNREACHABLE, worker.url, "lost while it answered") from None
+        finally:
+            post.cancel()
+            worker.legs.discard(post)
+
+    async def _ready(self, key: str, avoid: str) -> Worker:
+        """The worker for this leg; waits while weights are loaded, and a while for lost workers."""
+        members = self._get()
+        clock = asyncio.get_running_loop().time
+        patience = clock() + self.cfg.control_timeout
+        while True:
+            workers = list(members.workers.values())
+            others = [w for w in workers if w.url != avoid]
+            chosen = self._routes.choose(others, key) or self._routes.choose(workers, key)
+            if chosen is not None:
+                return chosen
+            if any(w.state is State.UPDATING for w in workers):
+                patience = clock() + self.cfg.control_timeout
+            elif clock() > patience or all(w.state is State.REFUSED for w in workers):
+                raise PoolError(Trouble.UNREACHABLE, "pool", f"no worker: {members.describe()}")
+            members.changed.clear()
+            try:
+                async with asyncio.timeout(self.cfg.control_timeout):
+                    await members.changed.wait()
+            except TimeoutError:
+                continue
+
+    def _blame(self, worker: Worker, error: PoolError) -> None:
+        members = self._get()
+        if self._router is not None and error.kind is not Trouble.WRONG_VERSION:
+            return  # it is not known which worker it was
+        if error.kind in _SUSPECT:
+            members.lost(worker, str(error))
+        elif error.kind in _UNUSABLE:
+            strikes = self._strikes[worker.url] = self._strikes.get(worker.url, 0) + 1
+            if strikes >= _STRIKES or error.kind is Trouble.VOCABULARY:
+                members.refuse(worker, str(error))
+
+    def _get(self) -> Members:
+        if self._members is None:
+            raise UserError("the pool is not started; call start first")
+        return self._members
+
+    def _call(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+
+def _seed(request: SampleRequest, position: int) -> int:
+    """63 bits of the request's seed and where in the text the leg begins."""
+    words = [s % 2**32 for s in (*request.params.seed, position)]
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _closed() -> Completion:
+    none = np.zeros(0, np.int32)
+    return Completion(none, none.astype(np.float32), none, Finish.ABORT, "the pool is closed")

@@ -1,0 +1,171 @@
+"""The engine of an RL stage: in this process, or a pool of servers given weights on disk."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from agentcpm_jax.config import RLStage, Stage
+from agentcpm_jax.engine.local import LocalEngine, check_capacity
+from agentcpm_jax.model.config import ModelConfig, to_hf_config
+from agentcpm_jax.model.logprobs import token_logprobs
+from agentcpm_jax.pool.config import PoolConfig
+from agentcpm_jax.pool.probe import Trainer
+from agentcpm_jax.pool.servers import SGLangPool
+from agentcpm_jax.rollout.policy import Completion, SampleRequest
+from agentcpm_jax.run.context import RunContext, write_atomically
+from agentcpm_jax.types import UserError
+from agentcpm_jax.weights import publish as weight_sync
+from agentcpm_jax.weights.store import open_place, remove_roots
+
+
+def open_engine(
+    ctx: RunContext, stage: Stage, rl: RLStage, params: Any, version: int
+) -> LocalEngine | PoolEngine:
+    """The stage's engine with `params` as `version`; `pool.urls` chooses which.
+
+    Raises `UserError`: contexts that do not fit, a pool that is unreachable or not the trainer's.
+    """
+    if not (rl.pool.urls or rl.pool.urls_file):
+        check_capacity(rl.engine, ctx.cfg.episode.max_context)
+        cfg = replace(rl.engine, deterministic=rl.stream.deterministic)
+        return LocalEngine(params, ctx.cfg.model, cfg, version=version)
+    if rl.stream.deterministic:
+        raise UserError(
+            f"config.stage.{stage.name}: stream.deterministic needs the engine in the process; "
+            "clear pool.urls or switch it off"
+        )
+    return PoolEngine(ctx, stage, rl, params, version)
+
+
+def engine_metrics(engine: LocalEngine | PoolEngine) -> dict[str, float]:
+    """`engine/...`, and of a pool `pool/...`."""
+    figures = {
+        "engine/tokens_sampled": engine.tokens_sampled,
+        "engine/tokens_prefilled": engine.tokens_prefilled,
+    }
+    return figures | (engine.pool.snapshot() if isinstance(engine, PoolEngine) else {})
+
+
+class PoolEngine:
+    """A pool with the face of `LocalEngine`: `set_params` publishes a Hugging Face directory.
+
+    Every start of the trainer publishes below a name of its own, which the versions that servers
+    announce begin with: no name ever stands for two sets of weights, also when a resumed run
+    computes a step again. The last versions stay, for workers that join late.
+    """
+
+    def __init__(
+        self, ctx: RunContext, stage: Stage, rl: RLStage, params: Any, version: int
+    ) -> None:
+        self._model, self._tokenizer, self._cfg = ctx.cfg.model, ctx.tokenizer, rl.pool
+        directory = ctx.directory(stage)
+        self._card = partial(ctx.describe, directory, {})
+        mine = weights_name(ctx.cfg.name, stage.name, _run_id(directory / "run_id"))
+        name = f"{mine}.{secrets.token_hex(3)}"
+        where = weights_place(rl.pool, directory / "pool_weights")
+        self._root = f"{where}/{name}"
+        self.version = version
+        self.tokens_prefilled = 0  # servers do not tell
+        self.pool = SGLangPool(rl.pool, name)
+        trainer = Trainer(
+            vocab_size=self._model.vocab_size,
+            chat=ctx.chat,
+            logprobs=probe_logprobs(params, self._model),
+            temperature=ctx.cfg.episode.temperature,
+            config=to_hf_config(self._model),
+        )
+        try:
+            self.pool.start(trainer, version, self._publish(params, version))
+        except BaseException:
+            self.pool.close()
+            raise
+        remove_roots(where, f"{mine}.", but=name)  # of earlier starts
+
+    @property
+    def tokens_sampled(self) -> int:
+        return self.pool.tally.tokens
+
+    async def sample(self, request: SampleRequest) -> Completion:
+        return await self.pool.sample(request)
+
+    def set_params(self, params: Any, version: int) -> None:
+        """Publish; returns when each worker has the weights or is out of the pool."""
+        path = self._publish(params, version)
+        self.pool.update_weights(version, path, probe_logprobs(params, self._model))
+        self.version = version
+        weight_sync.collect_garbage(self._root, version + 1 - self._cfg.keep_versions)
+
+    def close(self) -> None:
+        self.pool.close()
+
+    def _publish(self, params: Any, version: int) -> str:
+        weight_sync.publish(
+            self._root,
+            version,
+            params,
+            self._model,
+            dtype=self._cfg.weights_dtype,
+            tokenizer_from=self._tokenizer,
+            describe=self._card,
+        )
+        return version_path(self._root, version)
+
+
+def weights_place(pool: PoolConfig, default: Path) -> str:
+    """Where a pool's weights are published: an absolute path, or a URL.
+
+    Raises `UserError`: workers could not read from there.
+    """
+    where = pool.weights_dir.rstrip("/") or str(default)
+    place = open_place(where)
+    if place.local:
+        return place.path  # absolute
+    if not pool.agent_port:
+        raise UserError(
+            f"pool.weights_dir={where!r}: workers read local files; start launch/pool_agent.py on "
+            "their hosts and name its port in pool.agent_port"
+        )
+    return where
+
+
+def weights_name(*parts: str) -> str:
+    """The parts as a name for directories and versions."""
+    return re.sub(r"[^A-Za-z0-9_]+", "-", "-".join(parts)).strip("-")
+
+
+def version_path(root: str, version: int) -> str:
+    """What a worker, or its agent, reads a version from."""
+    place = open_place(root)
+    return place.version(version) if place.local else f"{root}/weights/v{version:06d}"
+
+
+def probe_logprobs(params: Any, model: ModelConfig, length: int = 32):
+    """The trainer's word on short texts, for the pool's probes: i32[T] -> f32[T], T <= `length`."""
+    compiled = jax.jit(token_logprobs, static_argnums=1)
+    positions = jnp.arange(length, dtype=jnp.int32)[None]
+
+    def logprobs(ids: np.ndarray) -> np.ndarray:
+        padded = np.zeros((1, length), np.int32)
+        padded[0, : len(ids)] = ids
+        segments = (positions < len(ids)).astype(jnp.int32)
+        values = compiled(params, model, jnp.asarray(padded), positions, segments)
+        return np.asarray(values)[0, : len(ids)]
+
+    return logprobs
+
+
+def _run_id(path: Path) -> str:
+    """Made once per stage directory: two runs of one name must not take each other's weights."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, secrets.token_hex(4))
+    return path.read_text().strip()

@@ -1,0 +1,120 @@
+"""Orbax checkpoints to Hugging Face directories and back; no process holds the model twice."""
+
+from __future__ import annotations
+
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from agentcpm_jax.checkpoint import Checkpointer
+from agentcpm_jax.config import ExperimentConfig, Stage, to_json
+from agentcpm_jax.model.config import from_hf_config
+from agentcpm_jax.model.hf import TOKENIZER_FILES, load_hf, save_hf
+from agentcpm_jax.model.hf_files import read_json
+from agentcpm_jax.model.lora import PEFT_CONFIG, PEFT_WEIGHTS, save_peft
+from agentcpm_jax.model.params import param_specs
+from agentcpm_jax.run.inspect.opened import config_from_json
+from agentcpm_jax.run.observe.card import LINEAGE, describe
+from agentcpm_jax.sharding import MeshConfig, make_mesh, param_shardings
+from agentcpm_jax.train.placement import trained_shapes
+from agentcpm_jax.types import UserError
+from agentcpm_jax.weights.store import sha256_of
+
+TOKENIZER = "tokenizer"
+
+
+def convert(
+    source: Path, out: Path, *, step: int | None = None, tokenizer: str = "", dtype: str = ""
+) -> str:
+    """Converts whichever of the two `source` is into the other; returns a line for people.
+
+    Args:
+      source: a directory with config.json; or a stage's `checkpoints`, or one step of them.
+      out: what is written; adapters become a directory for PEFT.
+      step: of the checkpoints, the newest by default.
+      tokenizer: a directory whose tokenizer goes along; default: that of the model or the run.
+      dtype: 'float32' or 'bfloat16'; default: as it is stored.
+
+    Raises:
+      UserError: `source` is neither, or `out` is in the way.
+    """
+    if (source / "config.json").is_file() and not (source / "checkpoints").is_dir():
+        return _to_orbax(source, out, tokenizer, dtype)
+    if source.name.isdecimal() and (source / "meta").is_dir():
+        source, step = source.parent, int(source.name)
+    steps = Checkpointer(source).steps()
+    if not steps:
+        raise UserError(
+            f"{source} is neither a Hugging Face directory (config.json) nor a directory of "
+            "checkpoints (<workdir>/<stage>/checkpoints); name one of the two"
+        )
+    return _to_hf(source.absolute(), out, steps[-1] if step is None else step, tokenizer, dtype)
+
+
+def _to_hf(source: Path, out: Path, step: int, tokenizer: str, dtype: str) -> str:
+    checkpoints = Checkpointer(source)
+    restored = checkpoints.restore(step)
+    assert restored is not None
+    cfg = config_from_json(restored.config)
+    stage = next((s for s in cfg.stages if s.name == source.parent.name), None)
+    abstract = trained_shapes(cfg.model)
+    if cfg.model.lora_rank == 0 and (shardings := _shardings(cfg.model)) is not None:
+        abstract = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
+        )
+    params = checkpoints.restore_part(step, {"params": abstract})["params"]
+    described = partial(_described, source, cfg, stage, step)
+    if cfg.model.lora_rank:
+        if out.exists():
+            raise UserError(f"{out} exists; choose another place")
+        save_peft(out, params, cfg.model, stage.init_from if stage else "")
+        hashes = {PEFT_WEIGHTS: sha256_of(out / PEFT_WEIGHTS)}
+        for name, text in described(hashes).items():
+            (out / name).write_text(text)
+        return f"{out}: adapters of step {step} for PEFT ({PEFT_CONFIG})"
+    found = Path(tokenizer) if tokenizer else _tokenizer_of(source, cfg)
+    save_hf(out, params, cfg.model, dtype=dtype or None, tokenizer_from=found, describe=described)
+    return f"{out}: step {step} of {source}"
+
+
+def _to_orbax(source: Path, out: Path, tokenizer: str, dtype: str) -> str:
+    if Checkpointer(out).steps():
+        raise UserError(f"{out} holds checkpoints; choose another place")
+    model = from_hf_config(read_json(source, "config.json"))
+    params, model = load_hf(source, param_dtype=dtype or None, shardings=_shardings(model))
+    checkpoints = Checkpointer(out)
+    config = to_json(ExperimentConfig(name=source.absolute().name, model=model))
+    checkpoints.save(0, state={"params": params}, config=config)
+    checkpoints.close()
+    from_where = Path(tokenizer) if tokenizer else source
+    for name in (*TOKENIZER_FILES, LINEAGE):
+        if (from_where / name).is_file():
+            (out / TOKENIZER).mkdir(exist_ok=True)
+            shutil.copyfile(from_where / name, out / TOKENIZER / name)
+    return f"{out}: step 0, parameters of {source}"
+
+
+def _shardings(model: Any) -> Any:
+    """Over all devices of this machine; None for one."""
+    if jax.device_count() == 1:
+        return None
+    mesh = make_mesh(MeshConfig(fsdp=-1))
+    return param_shardings(param_specs(model), mesh)
+
+
+def _tokenizer_of(source: Path, cfg: ExperimentConfig) -> Path | None:
+    """Beside a converted checkpoint, of the run's configuration, or made by the run."""
+    places = [source / TOKENIZER, Path(cfg.tokenizer), source.parent.parent / TOKENIZER]
+    return next((p for p in places if (p / "tokenizer.json").is_file()), None)
+
+
+def _described(
+    source: Path, cfg: ExperimentConfig, stage: Stage | None, step: int, weights: Any
+) -> dict[str, str]:
+    made_from: dict[str, Path | None] = {f"{source}/{step}": None}
+    if (source / TOKENIZER / LINEAGE).is_file():
+        made_from = {f"{source}/{step}": source / TOKENIZER}
+    return describe(cfg, stage, made_from, source.parent / "metrics.jsonl", weights)

@@ -1,0 +1,79 @@
+"""How an RL stage fared, for the report: what staleness cost, by length, and what advice says."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from agentcpm_jax.config import Stage
+from agentcpm_jax.evaluate.passk import Estimate, wilson
+from agentcpm_jax.evaluate.report.page import BarChart, Headline, Panel, Table
+from agentcpm_jax.run.context import RunContext
+from agentcpm_jax.run.observe.alerts import history
+from agentcpm_jax.run.observe.metrics import read_metrics
+from agentcpm_jax.run.observe.staleness import length_deciles, stale_drops
+
+PANELS = (
+    Panel("Idle share of trainer and pool", ("time/trainer_idle", "pool/idle")),
+    Panel("Age of shipped segments (shares)", tuple(f"stale/age_share/{k}" for k in range(9))),
+    Panel("Share of samples lost to staleness", ("stale/dropped",)),
+    Panel(
+        "Clipped and masked tokens (shares)",
+        ("loss/clip_fraction", "loss/bound_fraction", "loss/mask_fraction"),
+    ),
+    Panel("Effective sample size (share)", ("loss/ess",)),
+    Panel("Event-loop lag (ms)", ("loop/lag_mean_ms", "loop/lag_max_ms")),
+    Panel("Resident memory (MiB)", ("memory/rss_mib",)),
+    Panel("Growth of memory (MiB per step)", ("memory/rss_slope",)),
+)
+
+
+def staleness_headline(ctx: RunContext, stage: Stage) -> list[Headline]:
+    """What staleness cost, overall and for the longest; none when nothing could be trained."""
+    samples = stale_drops(ctx.log, stage.name, recent=None)
+    if not samples:
+        return []
+    share = float(np.mean([lost for _, lost in samples]))
+    detail = f"{len(samples):,} samples"
+    if tenths := length_deciles(samples):
+        longest, shortest = (np.mean([lost for _, lost in tenths[k]]) for k in (-1, 0))
+        detail = f"longest tenth {longest:.1%}, shortest {shortest:.1%}, of {detail}"
+    return [Headline(f"{stage.name}: samples lost to staleness", f"{share:.1%}", detail)]
+
+
+def staleness_chart(ctx: RunContext, stage: Stage) -> list[BarChart]:
+    """Share of samples lost to staleness, for each tenth by length, with Wilson intervals."""
+    tenths = length_deciles(stale_drops(ctx.log, stage.name, recent=None))
+    if not tenths:
+        return []
+    shares = []
+    for tenth in tenths:
+        lost = sum(stale for _, stale in tenth)
+        shares.append(Estimate(lost / len(tenth), *wilson(lost, len(tenth)), len(tenth)))
+    # The longest of a tenth names it: ranges would not fit below the bars.
+    labels = tuple(f"≤ {tenth[-1][0]:,}" for tenth in tenths)
+    return [
+        BarChart(
+            f"{stage.name}: share lost to staleness, by tenths of length (tokens)",
+            labels,
+            {"lost": shares},
+            note="Of the samples that passed every filter. Bars that rise to the right are a bias "
+            "against long trajectories.",
+        )
+    ]
+
+
+def advice_table(ctx: RunContext, stage: Stage) -> list[Table]:
+    """What the run advised, by stretches of steps; none when nothing was ever wrong."""
+    assert stage.rl is not None
+    rows = read_metrics(ctx.directory(stage) / "metrics.jsonl")
+    found = history(rows, lockstep=is_lockstep(stage))
+    if not found:
+        return []
+    told = tuple((f"{a}" if a == b else f"{a} to {b}", line) for a, b, line in found)
+    return [Table(f"{stage.name}: advice", ("steps", "advice"), told)]
+
+
+def is_lockstep(stage: Stage) -> bool:
+    """Whether trainer and rollouts take turns by design, so that idle times are no fault."""
+    stream = stage.rl.stream if stage.rl is not None else None
+    return stream is not None and (stream.deterministic or stream.max_staleness == 0)

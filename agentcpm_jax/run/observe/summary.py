@@ -1,0 +1,337 @@
+"""From a workdir to its report: `summary.json` for programs, `report.html` for people."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from agentcpm_jax.config import Stage, to_json
+from agentcpm_jax.evaluate.passk import (
+    Estimate,
+    TaskScore,
+    bootstrap_mean,
+    by_kind,
+    estimate,
+    mean_at_k,
+    paired_difference,
+    pass_at_k,
+    per_task,
+    wilson,
+)
+from agentcpm_jax.evaluate.report.formats import format_estimate
+from agentcpm_jax.evaluate.report.page import (
+    BarChart,
+    Headline,
+    Panel,
+    ReportData,
+    ScatterChart,
+    StageReport,
+    Table,
+    TrajectoryReport,
+    write_report,
+)
+from agentcpm_jax.run.context import RunContext, write_atomically
+from agentcpm_jax.run.decisions import DECISIONS
+from agentcpm_jax.run.observe import health
+from agentcpm_jax.run.observe.metrics import series
+from agentcpm_jax.run.observe.transcripts import example_trajectories
+
+PANELS = {
+    "rl": (
+        Panel("Reward of all samples", ("reward/mean", "reward/hop1", "reward/hop2")),
+        Panel("Staleness of shipped segments (versions)", ("stale/age_mean", "stale/age_max")),
+        Panel("Loss", ("train/loss",)),
+        Panel("Entropy (nats per token)", ("train/entropy",)),
+        Panel("Gradient norm", ("train/grad_norm",)),
+        Panel(
+            "Mismatch to the sampling policy (nats)", ("loss/kl_behavior_k1", "loss/kl_behavior_k3")
+        ),
+        Panel("Episode length", ("episode/turns",)),
+        Panel(
+            "Seconds per step, and waiting for rollouts",
+            ("time/step_seconds", "time/waited_seconds"),
+        ),
+        *health.PANELS,
+    ),
+    "sft": (Panel("Loss", ("train/loss",)), Panel("Learning rate", ("train/lr",), smooth=False)),
+}
+
+
+def write_summary(ctx: RunContext, announce: Callable[[str], None]) -> Path:
+    """Write both files and announce the results; returns the report's path."""
+    evaluations = {s.name: model_results(ctx.directory(s), s) for s in ctx.cfg.stages if s.eval}
+    summary = {name: summarize(models) for name, models in evaluations.items()}
+    write_atomically(ctx.workdir / "summary.json", json.dumps(summary, indent=1) + "\n")
+    for models in summary.values():
+        for line in result_lines(models):
+            announce(line)
+    charts: list[BarChart | ScatterChart] = []
+    tables: list[Table] = []
+    headlines: list[Headline] = []
+    for models in evaluations.values():
+        headlines += _headlines(models)
+        charts += _charts(models)
+        tables += _tables(models)
+    charts += [c for s in ctx.cfg.stages if s.merge for c in search_charts(ctx.directory(s))]
+    for stage in (s for s in ctx.cfg.stages if s.rl):
+        headlines += health.staleness_headline(ctx, stage)
+        charts += health.staleness_chart(ctx, stage)
+        tables += [*health.advice_table(ctx, stage), *_filter_tables(ctx, stage)]
+    path = ctx.workdir / "report.html"
+    write_report(
+        path,
+        ReportData(
+            title=f"agentcpm_jax: {ctx.cfg.name}",
+            subtitle=" → ".join(s.name for s in ctx.cfg.stages) + f", seed {ctx.cfg.seed}",
+            headlines=tuple(headlines),
+            charts=tuple(charts),
+            tables=tuple(tables),
+            stages=tuple(_stage_report(ctx, s) for s in ctx.cfg.stages),
+            trajectories=tuple(
+                TrajectoryReport(**e) for s in ctx.cfg.stages for e in example_trajectories(ctx, s)
+            ),
+            notes=(
+                "Intervals are 95 % bootstrap intervals over tasks (skills: Wilson).",
+                "Sampled = temperature 1; greedy = temperature 0, one sample per task.",
+                "Decisions are teacher-forced on flawless episodes of held-out worlds.",
+            ),
+            config=to_json(ctx.cfg),
+        ),
+    )
+    return path
+
+
+def model_results(directory: Path, stage: Stage) -> dict[str, dict[str, Any]]:
+    """model name -> its results, in the order of the stage; sweep points follow."""
+    assert stage.eval is not None
+    found = {p.stem: p for p in sorted(directory.glob("*.json"))}
+    order = [m for m in stage.eval.models if m in found]
+    order += [m for m in found if m not in order]
+    return {name: json.loads(found[name].read_text()) for name in order}
+
+
+def scores_of(result: Mapping[str, Any], decode: str) -> list[TaskScore]:
+    """The task scores of one model and decoding ('sampled' or 'greedy')."""
+    return [TaskScore(**row) for row in result.get(decode, [])]
+
+
+def general_skill(result: Mapping[str, Any]) -> Estimate:
+    """Mean over the skills of their accuracies, with a bootstrap interval over documents."""
+    skills = [np.array(v, np.float64) for v in result["skills"].values()]
+    mean = float(np.mean([s.mean() for s in skills]))
+    # Skills have equally many documents, so the mean of means is the mean over all.
+    both = bootstrap_mean(np.concatenate(skills))
+    return Estimate(mean, both.low, both.high, both.tasks)
+
+
+def summarize(models: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Every number of the report that a claim may rest on."""
+    out: dict[str, Any] = {}
+    for name, result in models.items():
+        row: dict[str, Any] = {
+            "skills": {k: float(np.mean(v)) for k, v in result["skills"].items()}
+        }
+        row["general"] = asdict(general_skill(result))
+        for decode in ("sampled", "greedy"):
+            scores = scores_of(result, decode)
+            if scores:
+                row[decode] = asdict(estimate(scores, 1, mean_at_k))
+                row[f"{decode}_by_kind"] = {
+                    kind: asdict(estimate(some, 1, mean_at_k))
+                    for kind, some in by_kind(scores).items()
+                }
+        if "decisions" in result:
+            row["decisions"] = {k: r / n for k, (r, n) in result["decisions"].items() if n}
+        out[name] = row
+    for a, b in differences(list(models)):
+        for decode in ("sampled", "greedy"):
+            left, right = (scores_of(models[m], decode) for m in (a, b))
+            if left and right:
+                paired = paired_difference(per_task(left), per_task(right))
+                out[f"{a} - {b} ({decode})"] = asdict(paired)
+    return out
+
+
+def result_lines(models: Mapping[str, Any]) -> list[str]:
+    """The summary of an eval stage as a table for the terminal, in percent."""
+    columns = ("sampled", "greedy", "general", *DECISIONS)
+    lines = [" ".join(["model".ljust(10), *(c.rjust(9) for c in columns)])]
+    for name, row in models.items():
+        if "skills" not in row:  # a difference between two models
+            continue
+        values = [row.get(c, {}).get("value") for c in columns[:3]]
+        values += [row.get("decisions", {}).get(c) for c in DECISIONS]
+        cells = ["-" if v is None else f"{100 * v:.1f}" for v in values]
+        lines.append(" ".join([name.ljust(10), *(c.rjust(9) for c in cells)]))
+    return lines
+
+
+def differences(names: Sequence[str]) -> list[tuple[str, str]]:
+    """Each model against the one before it, leaving out sweep points."""
+    plain = [n for n in names if "@" not in n]
+    return list(zip(plain[1:], plain[:-1], strict=True))
+
+
+def _headlines(models: Mapping[str, Mapping[str, Any]]) -> list[Headline]:
+    out = []
+    for a, b in differences(list(models))[-1:]:
+        for decode in ("sampled", "greedy"):
+            left, right = (scores_of(models[m], decode) for m in (a, b))
+            paired = paired_difference(per_task(left), per_task(right))
+            out.append(
+                Headline(
+                    f"{a} against {b}, {decode}",
+                    f"{100 * paired.value:+.1f} points",
+                    f"95 % interval {100 * paired.low:+.1f} to {100 * paired.high:+.1f}, "
+                    f"{paired.tasks} held-out tasks",
+                )
+            )
+    plain = [n for n in models if "@" not in n]
+    if len(plain) > 1:
+        first, last = (general_skill(models[n]) for n in (plain[0], plain[-1]))
+        out.append(
+            Headline(
+                f"general skill of {plain[0]} that {plain[-1]} keeps",
+                f"{100 * last.value / first.value:.0f} %" if first.value else "n/a",
+                f"{format_estimate(first, percent=True)} before, "
+                f"{format_estimate(last, percent=True)} after",
+            )
+        )
+    return out
+
+
+def _charts(models: Mapping[str, Mapping[str, Any]]) -> list[BarChart]:
+    plain = {n: r for n, r in models.items() if "@" not in n}
+    charts = []
+    for decode in ("sampled", "greedy"):
+        kinds = sorted({s.kind for r in plain.values() for s in scores_of(r, decode)})
+        columns = {
+            kind: [
+                estimate([s for s in scores_of(r, decode) if s.kind == kind], 1, mean_at_k)
+                for r in plain.values()
+            ]
+            for kind in kinds
+        }
+        charts.append(BarChart(f"Held-out accuracy, {decode}", tuple(plain), columns))
+    skills = {
+        kind: [_wilson(r["skills"][kind]) for r in plain.values()]
+        for kind in next(iter(plain.values()))["skills"]
+    }
+    charts.append(BarChart("General skills, greedy", tuple(plain), skills))
+    return charts
+
+
+def search_charts(directory: Path) -> list[ScatterChart]:
+    """What a merge stage's searches measured, as agent skill over general skill."""
+    charts = []
+    for kind in ("search", "soup"):
+        path = directory / f"{kind}.json"
+        if path.exists():
+            content = json.loads(path.read_text())
+            points, scores = content["points"], ("agent", "general", "pareto")
+            labels = [
+                ", ".join(f"{k} {v:g}" for k, v in p.items() if k not in scores) for p in points
+            ]
+            charts.append(
+                ScatterChart(
+                    f"{directory.name} {kind}: {content['method']}, validation questions",
+                    tuple(
+                        (100 * p["general"], 100 * p["agent"], label)
+                        for p, label in zip(points, labels, strict=True)
+                    ),
+                    tuple(i for i, p in enumerate(points) if p["pareto"]),
+                    "general skill, %",
+                    "agent skill, greedy, %",
+                    content["chosen"],
+                    "The line joins what no other candidate beats on both; the ring is the choice.",
+                )
+            )
+    return charts
+
+
+def _tables(models: Mapping[str, Mapping[str, Any]]) -> list[Table]:
+    plain = {n: r for n, r in models.items() if "@" not in n}
+    ks = sorted({k for r in plain.values() for k in (1, 2, 4) if _min_n(r) >= k})
+    passes = tuple(
+        (n, *(estimate(scores_of(r, "sampled"), k, pass_at_k) for k in ks))
+        for n, r in plain.items()
+    )
+    tables = [
+        Table("pass@k, temperature 1", ("model", *(f"pass@{k}" for k in ks)), passes, percent=True),
+        Table(
+            "What an episode is made of: accuracy of each decision",
+            ("model", "syntax", "relation", "lookup", "copying"),
+            tuple(
+                (n, *(right / of if of else math.nan for right, of in r["decisions"].values()))
+                for n, r in plain.items()
+            ),
+            percent=True,
+        ),
+    ]
+    if len(plain) < len(models):
+        base = general_skill(next(iter(models.values()))).value
+        tables.append(
+            Table(
+                "Merging: what each share of the specialist keeps",
+                ("model", "agent, greedy", "general skill", "of the first model's"),
+                tuple(
+                    (
+                        n,
+                        estimate(scores_of(r, "greedy"), 1, mean_at_k),
+                        general_skill(r),
+                        general_skill(r).value / base if base else math.nan,
+                    )
+                    for n, r in models.items()
+                ),
+                percent=True,
+            )
+        )
+    return tables
+
+
+def _filter_tables(ctx: RunContext, stage: Stage) -> list[Table]:
+    counts = ctx.log.counts(stage.name)
+    rows = tuple((k, float(n)) for k, n in sorted(counts["state"].items()))
+    reasons = tuple((k, float(n)) for k, n in counts["reason"].most_common())
+    return [
+        Table(f"{stage.name}: groups by state", ("state", "groups"), rows),
+        Table(f"{stage.name}: why groups were dropped", ("filter", "groups"), reasons),
+    ]
+
+
+def _stage_report(ctx: RunContext, stage: Stage) -> StageReport:
+    directory = ctx.directory(stage)
+    done = directory / "DONE"
+    found = series(directory / "metrics.jsonl")
+    offset = 0
+    for phase in sorted(directory.glob("phase*/metrics.jsonl")):
+        part = series(phase)
+        for name, points in part.items():
+            found.setdefault(name, []).extend((step + offset, value) for step, value in points)
+        offset += max((step for points in part.values() for step, _ in points), default=0)
+    panels = PANELS.get(stage.kind, PANELS["sft"])
+    named = {m for p in panels for m in p.metrics}
+    shown = {k: v for k, v in found.items() if k in named}
+    return StageReport(
+        name=stage.name,
+        kind=stage.kind,
+        wall_seconds=json.loads(done.read_text())["seconds"] if done.exists() else math.nan,
+        series=shown,
+        panels=tuple(p for p in panels if any(m in shown for m in p.metrics)),
+        facts={"steps": max((s for v in shown.values() for s, _ in v), default=0)},
+    )
+
+
+def _wilson(right: Sequence[int]) -> Estimate:
+    low, high = wilson(sum(right), len(right))
+    return Estimate(float(np.mean(right)), low, high, len(right))
+
+
+def _min_n(result: Mapping[str, Any]) -> int:
+    return max((s.n for s in scores_of(result, "sampled")), default=0)

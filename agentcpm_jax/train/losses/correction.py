@@ -1,0 +1,174 @@
+"""Off-policy corrections: weights and masks from the ratio of the trained policy to the sampler's.
+
+With d_t = log pi_old(y_t) - log mu(y_t) (two policies: sg(log pi) in the place of log pi_old), kept
+within +- 20, a rule measures each token or sequence and then weights or masks it. [low, high] are
+the rule's bounds.
+
+name              measure               effect                                bounds     source
+token_tis         exp d_t               w = clip(measure, low, high)          0, 2       [1]
+sequence_tis      exp sum_t d_t         the same                              0, 2       [2]
+geometric_tis     exp mean_t d_t        the same                              0, 2
+icepop            exp d_t               w = measure within the bounds, or 0   0.5, 5     [3]
+sequence_icepop   exp sum_t d_t         the same                              0.5, 2     [2]
+geometric_icepop  exp mean_t d_t        the same                              0.5, 2
+token_mask        exp d_t               kept within the bounds, w = 1         0.5, 2     [2]
+mis               exp sum_t d_t         the same, whole sequences             0.5, 2     [2]
+geometric         exp mean_t d_t        the same, whatever their length       0.99, 1.01 [2]
+veto              every exp d_t         the same                              1e-4, 1e4  [2]
+<level>_k2        d^2 / 2               kept up to high                       0, 0.1     [2]
+<level>_k3        exp d - 1 - d         kept up to high                       0, 0.01    [2]
+<level>_k3_back   exp -d - 1 + d        kept up to high                       0, 0.01    AReaL
+with <level> = token, sum, mean or max over the sequence.
+
+[1] Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training".
+[2] Liu et al. 2025, "When speed kills stability" (sequence-level truncated and masked importance
+    sampling); bounds as in the frameworks that offer them. [3] Ling team 2025, arXiv 2510.18855.
+
+k3 estimates KL(mu || pi_old) under samples of mu; k3_back is its mirror image, with the two
+policies exchanged.
+
+Deviations:
+1. A sequence is a segment of a packed row (`aggregate`); the product over a forked trajectory's
+   segments is never taken, its variance grows with every edit.
+2. Nothing is renormalised by what a mask leaves, nor by the mean weight of a micro-batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from agentcpm_jax.train.losses.aggregate import sequence_max, sequence_mean, sequence_sum
+from agentcpm_jax.types import UserError
+
+CLAMP = 20.0  # of log ratios: exp cannot overflow
+
+
+class Rule(NamedTuple):
+    """What is measured and what follows; see the module's table."""
+
+    metric: str  # ratio | k2 | k3 | k3_back
+    level: str  # token, or over the sequence: sum | mean | max | every
+    action: str  # truncate | zero | mask
+    low: float
+    high: float
+
+
+RULES: dict[str, Rule] = {
+    "token_tis": Rule("ratio", "token", "truncate", 0.0, 2.0),
+    "sequence_tis": Rule("ratio", "sum", "truncate", 0.0, 2.0),
+    "geometric_tis": Rule("ratio", "mean", "truncate", 0.0, 2.0),
+    "icepop": Rule("ratio", "token", "zero", 0.5, 5.0),
+    "sequence_icepop": Rule("ratio", "sum", "zero", 0.5, 2.0),
+    "geometric_icepop": Rule("ratio", "mean", "zero", 0.5, 2.0),
+    "token_mask": Rule("ratio", "token", "mask", 0.5, 2.0),
+    "mis": Rule("ratio", "sum", "mask", 0.5, 2.0),
+    "geometric": Rule("ratio", "mean", "mask", 0.99, 1.01),
+    "veto": Rule("ratio", "every", "mask", 1e-4, 1e4),
+} | {
+    f"{level}_{metric}": Rule(metric, level, "mask", 0.0, high)
+    for level in ("token", "sum", "mean", "max")
+    for metric, high in (("k2", 0.1), ("k3", 0.01), ("k3_back", 0.01))
+}
+
+
+@dataclass(frozen=True)
+class Correction:
+    """One rule of the module's table, by name; "none" stands for no correction at all."""
+
+    name: str
+    low: float = -1.0  # -1: the rule's own
+    high: float = -1.0  # -1: the rule's own; 0: unbounded
+
+    def __post_init__(self) -> None:
+        if self.name != "none" and self.name not in RULES:
+            raise UserError(
+                f"unknown correction {self.name!r}; use one of none, {', '.join(RULES)}"
+            )
+
+    @property
+    def rule(self) -> Rule:
+        """The rule with this correction's bounds."""
+        rule = RULES[self.name]
+        low = rule.low if self.low == -1.0 else self.low
+        high = rule.high if self.high == -1.0 else self.high or float("inf")
+        return rule._replace(low=low, high=high)
+
+    @property
+    def weights(self) -> bool:
+        """Whether it weights tokens (the others keep or drop them)."""
+        return self.name != "none" and self.rule.action != "mask"
+
+
+class Corrected(NamedTuple):
+    """weight: factor of each token's loss, 0 where not trained; inside: within the bounds."""
+
+    weight: Float[Array, "B T"]
+    inside: Bool[Array, "B T"]
+
+
+def correct(
+    log_ratio: Float[Array, "B T"],
+    mask: Float[Array, "B T"],
+    segment_ids: Int[Array, "B T"] | None,
+    rule: Rule,
+) -> Corrected:
+    """Apply one rule; nothing of it is differentiated.
+
+    Args:
+      log_ratio: d of each token, nats; may hold NaN where `mask` is 0.
+      mask: 1 where the token is trained.
+      segment_ids: 1..K within a packed row, 0 = padding; None: one sequence per row.
+    """
+    d = jnp.where(mask > 0, jnp.clip(jax.lax.stop_gradient(log_ratio), -CLAMP, CLAMP), 0.0)
+    measured = _measure(d, mask, segment_ids, rule)
+    inside = (measured >= rule.low) & (measured <= rule.high)
+    if rule.level == "every":
+        outside = (~inside & (mask > 0)).astype(d.dtype)
+        inside = sequence_sum(outside, segment_ids) == 0
+    if rule.action == "truncate":
+        weight = jnp.clip(measured, rule.low, rule.high)
+    elif rule.action == "zero":
+        weight = jnp.where(inside, measured, 0.0)
+    else:
+        weight = inside.astype(d.dtype)
+    return Corrected(jnp.where(mask > 0, weight, 0.0), inside)
+
+
+def log_linear(
+    logprobs: Float[Array, "B T"], behavior: Float[Array, "B T"], age: Float[Array, "B T"]
+) -> Float[Array, "B T"]:
+    """The proximal policy without a forward pass (AReaL): between sampler and current policy.
+
+    o = b + alpha (l - b), alpha = (v_prox - v) / (v_now - v) with v_prox = v_now - 1, that is
+    (age - 1) / age, and 0 for tokens of the last two versions. A constant, as pi_old is.
+    """
+    alpha = jnp.clip((age - 1.0) / jnp.maximum(age, 1.0), 0.0, 1.0)
+    return jax.lax.stop_gradient(behavior + alpha * (logprobs - behavior))
+
+
+def _measure(
+    d: Float[Array, "B T"],
+    mask: Float[Array, "B T"],
+    segment_ids: Int[Array, "B T"] | None,
+    rule: Rule,
+) -> Float[Array, "B T"]:
+    per_token = {
+        "ratio": d,
+        "k2": 0.5 * d * d,
+        "k3": jnp.expm1(d) - d,
+        "k3_back": jnp.expm1(-d) + d,
+    }[rule.metric]
+    if rule.level == "sum":
+        per_token = sequence_sum(per_token, segment_ids)
+    elif rule.level == "mean":
+        per_token = sequence_mean(per_token, mask, segment_ids)
+    elif rule.level == "max":
+        per_token = sequence_max(per_token, mask, segment_ids)
+    if rule.metric == "ratio":
+        return jnp.exp(jnp.clip(per_token, -CLAMP, CLAMP))
+    return per_token

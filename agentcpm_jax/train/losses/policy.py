@@ -1,0 +1,240 @@
+"""Losses of reinforcement learning and of supervised training: pure functions of log-probabilities.
+
+    L = aggregate(w M L_objective) + kl_coef aggregate(KL(pi || ref))
+
+The objective and the region M stand in `objectives`, the off-policy factor w in `correction`, the
+aggregation in `aggregate`, the published combinations of them in `methods`.
+
+Deviations from the original implementation (AgentCPM-Explore):
+1. Denominators count the tokens before M and w (`denominator="all"`). The original counts what M
+   leaves, which inflates the survivors of a heavy mask; `denominator="kept"` reproduces it.
+2. Denominators are global counts: the original averages micro-batches and ranks, so its loss
+   depends on their number.
+3. A missing behaviour log-probability is an error of the caller, never ratio 1.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from agentcpm_jax.train.losses.aggregate import aggregate, count_sequences, trained_mask
+from agentcpm_jax.train.losses.correction import correct, log_linear
+from agentcpm_jax.train.losses.kl import kl_per_token
+from agentcpm_jax.train.losses.methods import LossConfig, resolve
+from agentcpm_jax.train.losses.objectives import OBJECTIVES, Scored, Tokens, log_ratio, within
+from agentcpm_jax.types import UserError
+
+Metrics = dict[str, Float[Array, ""]]
+
+
+def policy_loss(
+    logprobs: Float[Array, "B T"],
+    behavior: Float[Array, "B T"],
+    advantages: Float[Array, "B T"],
+    mask: Float[Array, "B T"],
+    segment_ids: Int[Array, "B T"] | None,
+    age: Float[Array, "B T"] | None,
+    num_tokens: Float[Array, ""] | float | None,
+    num_sequences: Float[Array, ""] | float | None,
+    cfg: LossConfig,
+    *,
+    old: Float[Array, "B T"] | None = None,
+    reference: Float[Array, "B T"] | None = None,
+) -> tuple[Float[Array, ""], Metrics]:
+    """The loss to minimise, and what to watch.
+
+    Args:
+      logprobs: log pi of each token under the current parameters, nats; the one differentiated.
+      behavior: log mu of each token, from the engine that sampled it.
+      advantages: of each token.
+      mask: 1 where the token is trained. Where it is 0 every float input may hold NaN.
+      segment_ids: 1..K within a packed row, 0 = padding; None: one sequence per row.
+      age: current version minus the version that sampled the token; None: 0 everywhere.
+      num_tokens, num_sequences: counts over the whole optimizer batch; None: counted here.
+      cfg: which method, and its constants.
+      old: log pi_old, read with `proximal="recompute"` only.
+      reference: log-probabilities of the policy that `kl_coef` pulls to.
+    Returns:
+      (loss, metrics): scalars named `loss/...`. With the global counts given, losses and metrics
+      of micro-batches add up to those of the batch, except `loss/ratio_max`: take the maximum.
+      `finish_metrics` turns the sums into what is reported.
+    Raises:
+      UserError: `kl_coef` without `reference`, `proximal="recompute"` without `old`.
+    """
+    cfg = resolve(cfg)
+    mask = trained_mask(mask.astype(logprobs.dtype), segment_ids)
+    with jax.named_scope("policy_loss"):
+        x = _tokens(logprobs, behavior, advantages, mask, segment_ids, age, old, cfg)
+        scored = OBJECTIVES[cfg.objective](x, cfg)
+        inside = within(x, jax.lax.stop_gradient(scored.ratio), cfg)
+        weight, kept, seen = _corrections(x, cfg)
+        per_token = jnp.where(inside & (mask > 0), weight * scored.per_token, 0.0)
+        if num_sequences is None:
+            num_sequences = count_sequences(mask, segment_ids)
+        if num_tokens is None:
+            num_tokens = jnp.sum(mask)
+        reduce = functools.partial(
+            aggregate,
+            segment_ids=segment_ids,
+            mode=cfg.aggregation,
+            num_sequences=num_sequences,
+            norm=cfg.norm,
+        )
+        if cfg.denominator == "kept":
+            policy = reduce(per_token, jnp.where(inside & kept, mask, 0.0))
+        else:
+            policy = reduce(per_token, mask, num_tokens=num_tokens)
+        seen |= _watch(x, scored, cfg)
+        seen["loss/bound_fraction"] = ~inside
+        loss, metrics = policy, {"loss/policy": policy} | _means(seen, mask, num_tokens)
+        metrics["loss/ratio_max"] = jnp.max(jnp.where(mask > 0, scored.ratio, 0.0))
+        if cfg.kl_coef:
+            kl = _kl_to_reference(x, reference, cfg)
+            metrics["loss/kl_reference"] = reduce(kl, mask, num_tokens=num_tokens)
+            loss = policy + cfg.kl_coef * metrics["loss/kl_reference"]
+    return loss, jax.lax.stop_gradient(metrics)
+
+
+def finish_metrics(metrics: Metrics) -> Metrics:
+    """What is reported, from metrics that were summed over micro-batches.
+
+    `loss/ess` in [0, 1] is the normalised effective sample size (sum w)^2 / (N sum w^2) of the
+    importance weights w = pi/mu; it takes the place of their mean square.
+    """
+    if "loss/importance_square" not in metrics:
+        return metrics
+    square = jnp.maximum(metrics["loss/importance_square"], jnp.finfo(jnp.float32).tiny)
+    rest = {k: v for k, v in metrics.items() if k != "loss/importance_square"}
+    return rest | {"loss/ess": metrics["loss/importance_mean"] ** 2 / square}
+
+
+def normalize_advantages(
+    advantages: Float[Array, "B T"],
+    mask: Float[Array, "B T"],
+    segment_ids: Int[Array, "B T"] | None = None,
+) -> Float[Array, "B T"]:
+    """Advantages of mean 0 and (unbiased) variance 1 over the trained tokens; 0 elsewhere.
+
+    REINFORCE++ (arXiv 2501.03262): the statistics are those of the whole batch, so call this
+    before it is split into micro-batches.
+    """
+    mask = trained_mask(mask, segment_ids)
+    (clean,) = _clean(mask, advantages)
+    count = jnp.maximum(jnp.sum(mask), 1.0)
+    centred = jnp.where(mask > 0, clean - jnp.sum(clean) / count, 0.0)
+    variance = jnp.sum(centred * centred) / jnp.maximum(count - 1.0, 1.0)
+    return centred * jax.lax.rsqrt(variance + 1e-8)
+
+
+def cross_entropy(
+    logprobs: Float[Array, "B T"],
+    mask: Float[Array, "B T"],
+    weights: Float[Array, "B T"] | None = None,
+    num_tokens: Float[Array, ""] | float | None = None,
+) -> Float[Array, ""]:
+    """Weighted next-token loss -sum_t w m log pi / num_tokens, in nats.
+
+    Args:
+      logprobs: log pi of each token; may hold NaN where `mask` is 0.
+      mask: 1 where the token is trained.
+      weights: weight of each token; None: 1.
+      num_tokens: trained tokens of the whole optimizer batch; None: counted from `mask`.
+    """
+    (nll,) = _clean(mask, -logprobs)
+    if weights is not None:
+        nll = nll * jnp.where(mask > 0, weights, 0.0)
+    mask = mask.astype(logprobs.dtype)
+    return aggregate(nll, mask, mode="token-mean", num_tokens=num_tokens)
+
+
+def _clean(mask: Float[Array, "B T"], *arrays: Float[Array, "B T"]) -> tuple[Array, ...]:
+    """Zeros where masked, before any arithmetic: NaN there reaches neither value nor gradient."""
+    return tuple(jnp.where(mask > 0, x, 0.0) for x in arrays)
+
+
+def _tokens(
+    logprobs: Array,
+    behavior: Array,
+    advantages: Array,
+    mask: Array,
+    segment_ids: Array | None,
+    age: Array | None,
+    old: Array | None,
+    cfg: LossConfig,
+) -> Tokens:
+    if cfg.proximal == "recompute" and old is None:
+        raise UserError("proximal='recompute' needs the log-probabilities of pi_old (old)")
+    age = jnp.zeros_like(logprobs) if age is None else age
+    logprobs, behavior, advantages, age = _clean(mask, logprobs, behavior, advantages, age)
+    proximal = behavior
+    if cfg.proximal == "loglinear":
+        proximal = log_linear(logprobs, behavior, age)
+    elif cfg.proximal == "recompute" and old is not None:
+        (proximal,) = _clean(mask, old)
+    return Tokens(logprobs, proximal, behavior, advantages, mask, segment_ids, age)
+
+
+def _corrections(
+    x: Tokens, cfg: LossConfig
+) -> tuple[Float[Array, "B T"], Bool[Array, "B T"], dict[str, Array]]:
+    """(factor of each token, False where a mask drops it, what each rule found out of bounds)."""
+    # With two policies the mismatch and the staleness lie in one ratio.
+    top = x.logprobs if cfg.proximal == "bypass" else x.proximal
+    weight, kept = jnp.ones_like(x.mask), jnp.ones(x.mask.shape, bool)
+    seen: dict[str, Array] = {}
+    for correction in cfg.corrections:
+        if correction.name == "none":
+            continue
+        done = correct(top - x.behavior, x.mask, x.segment_ids, correction.rule)
+        weight = weight * done.weight
+        seen[f"loss/{correction.name}_fraction"] = ~done.inside
+        if not correction.weights:
+            kept = kept & done.inside
+    if seen:
+        seen |= {"loss/mask_fraction": weight == 0, "loss/weight_mean": weight}
+    return weight, kept, seen
+
+
+def _kl_to_reference(x: Tokens, reference: Array | None, cfg: LossConfig) -> Float[Array, "B T"]:
+    if reference is None:
+        raise UserError(f"kl_coef={cfg.kl_coef} needs reference log-probabilities; set 0")
+    (reference,) = _clean(x.mask, reference)
+    kl = kl_per_token(
+        x.logprobs,
+        reference,
+        cfg.kl,
+        exponent_clamp=cfg.log_ratio_clamp,
+        value_clamp=cfg.kl_clamp if cfg.kl.startswith("k3") else 0.0,
+    )
+    if cfg.kl_ratio:
+        kl = kl * jax.lax.stop_gradient(jnp.exp(log_ratio(x.logprobs, x.proximal, cfg)))
+    return kl
+
+
+def _watch(x: Tokens, scored: Scored, cfg: LossConfig) -> dict[str, Array]:
+    """Per-token diagnostics, finite everywhere, meaningful where trained."""
+    drift = log_ratio(x.logprobs, x.behavior, cfg)
+    importance = jnp.exp(drift)
+    return {
+        "loss/kl_behavior_k1": -drift,
+        "loss/kl_behavior_k3": jnp.expm1(drift) - drift,
+        "loss/importance_mean": importance,
+        "loss/importance_square": importance * importance,
+        "loss/ratio_mean": scored.ratio,
+        "loss/clip_fraction": scored.clipped,
+        "loss/advantage_mean": x.advantages,
+        "loss/logprob_mean": x.logprobs,
+        "loss/age_mean": x.age,
+    }
+
+
+def _means(seen: dict[str, Array], mask: Array, num_tokens: Array | float) -> Metrics:
+    """Means over the trained tokens of the whole batch."""
+    return {
+        name: jnp.sum(jnp.where(mask > 0, value, 0.0)) / jnp.maximum(num_tokens, 1.0)
+        for name, value in seen.items()
+    }

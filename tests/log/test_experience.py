@@ -1,0 +1,371 @@
+"""The log: exact to the bit, one terminal state per issue, nothing lost or doubled by a kill."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import random
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from agentcpm_jax.log.codec import (
+    Credit,
+    decode_credit,
+    decode_trajectory,
+    encode_credit,
+    encode_trajectory,
+)
+from agentcpm_jax.log.experience import ExperienceLog
+from agentcpm_jax.log.schema import Decision, ShipEntry
+from agentcpm_jax.types import (
+    Provenance,
+    Segment,
+    StopReason,
+    Task,
+    ToolCall,
+    ToolResult,
+    ToolStatus,
+    Trajectory,
+    Turn,
+    TurnFlag,
+    UserError,
+    Verdict,
+)
+
+
+def task(n: int = 0) -> Task:
+    return Task(f"question {n}?", ("a", "ü"), "hop2", meta={"script": [n]})
+
+
+def segment(rng: np.random.Generator, n: int, version: int = 3) -> Segment:
+    provenance = np.repeat(rng.integers(0, 6, n // 10 + 1), 10)[:n].astype(np.uint8)
+    sampled = provenance == Provenance.SAMPLED
+    logprob = np.where(sampled, -rng.exponential(size=n), np.nan).astype(np.float32)
+    ids = rng.integers(0, 151_000, n).astype(np.int32)
+    return Segment(ids, provenance, logprob, np.where(sampled, version, -1).astype(np.int32))
+
+
+def fork(rng: np.random.Generator, parent: Segment, index: int, cut: int, n: int) -> Segment:
+    """What a context edit leaves: the prefix as history without log-probabilities, then more."""
+    new = segment(rng, n)
+    shown = parent.provenance[:cut]
+    history = np.where(shown == Provenance.SAMPLED, Provenance.HISTORY, shown).astype(np.uint8)
+    return Segment(
+        np.concatenate([parent.ids[:cut], new.ids]),
+        np.concatenate([history, new.provenance]),
+        np.concatenate([np.full(cut, np.nan, np.float32), new.logprob]),
+        np.concatenate([np.full(cut, -1, np.int32), new.version]),
+        parent_segment=index,
+        shared_prefix_len=cut,
+        edit_reason="summarised",
+    )
+
+
+def trajectory(issue_id: int = 1, sample: int = 0, attempt: int = 0, seed: int = 0) -> Trajectory:
+    rng = np.random.default_rng(seed)
+    first = segment(rng, 50)
+    odd = Segment(  # a "fork" whose prefix is not its parent's: stored whole
+        first.ids[::-1].copy(),
+        first.provenance,
+        np.full(50, np.frombuffer(b"\x01\x00\xc0\x7f", "<f4")[0], np.float32),  # another NaN
+        first.version,
+        parent_segment=0,
+        shared_prefix_len=20,
+    )
+    calls = (
+        ToolCall("search", {"query": ["x", None, 1.5]}, span=(3, 9)),
+        ToolCall("", None, error="bad_json", message="\ud800\0"),
+    )
+    results = (ToolResult(ToolStatus.TOOL_ERROR, "nicht gefunden \0", 0.25),)
+    turns = (Turn(0, 0, 4, 50, calls, results, (TurnFlag.FORMAT_ERROR, TurnFlag.NO_CALL)),)
+    return Trajectory(
+        segments=(first, fork(rng, first, 0, 30, 25), odd, segment(rng, 0)),
+        turns=turns,
+        stop=StopReason.MAX_TURNS,
+        issue_id=issue_id,
+        sample=sample,
+        attempt=attempt,
+        answer="a \ud800 b\0",
+        verdict=Verdict.WRONG,
+        reward=0.1,
+        error="half\0",
+        seconds=1.25,
+    )
+
+
+def assert_same(a: Trajectory, b: Trajectory) -> None:
+    assert len(a.segments) == len(b.segments)
+    for x, y in zip(a.segments, b.segments, strict=True):
+        for f in dataclasses.fields(Segment):
+            u, v = getattr(x, f.name), getattr(y, f.name)
+            if isinstance(u, np.ndarray):
+                assert u.dtype == v.dtype and u.tobytes() == v.tobytes(), f.name
+            else:
+                assert u == v, f.name
+    strip = {"segments": ()}
+    assert dataclasses.replace(a, **strip) == dataclasses.replace(b, **strip)
+
+
+def ready(log: ExperienceLog, n: int, stage: str = "rl") -> list[int]:
+    ids = [log.issue(stage, "train", task(k), 0, k) for k in range(n)]
+    for i in ids:
+        log.record_trajectory(trajectory(i, seed=i))
+        log.finish_group(i, "ready")
+    return ids
+
+
+def entries(ids: list[int]) -> list[ShipEntry]:
+    credit = Credit(np.linspace(-1, 1, 50, dtype=np.float32), np.arange(50) % 3 > 0)
+    return [ShipEntry(i, 0, 0, credit) for i in ids]
+
+
+# ---- blobs
+
+
+def test_blobs_are_exact_to_the_bit() -> None:
+    """Foreign NaN patterns, forks, empty segments, NULs and lone surrogates included."""
+    traj = trajectory()
+    assert_same(traj, decode_trajectory(encode_trajectory(traj)))
+    nan = dataclasses.replace(traj, reward=math.nan)
+    assert math.isnan(decode_trajectory(encode_trajectory(nan)).reward or 0.0)
+    credit = decode_credit(encode_credit(np.float32([0.1, -0.0, np.inf]), np.bool_([1, 0, 1])))
+    assert credit.advantage.tobytes() == np.float32([0.1, -0.0, np.inf]).tobytes()
+    assert credit.keep.tolist() == [True, False, True] and credit.keep.dtype == bool
+
+
+def test_storage_is_linear_in_unique_tokens() -> None:
+    """A hundred forks of one growing context cost what its tokens cost, not their square."""
+    rng = np.random.default_rng(0)
+    whole = segment(rng, 8000)
+    one = len(encode_trajectory(Trajectory((whole,), (), StopReason.ANSWERED)))
+    segments = [Segment(*(getattr(whole, n)[:80] for n in ("ids", "provenance")), *lower(whole))]
+    for turn in range(1, 100):
+        parent = segments[-1]
+        segments.append(fork(rng, parent, turn - 1, len(parent), 80))
+    forked = Trajectory(tuple(segments), (), StopReason.ANSWERED)
+    blob = encode_trajectory(forked)
+    assert_same(forked, decode_trajectory(blob))
+    assert forked.num_tokens == 8000
+    assert len(blob) <= 1.1 * one
+    assert one <= 6 * 8000
+
+
+def lower(whole: Segment) -> tuple[np.ndarray, np.ndarray]:
+    return whole.logprob[:80], whole.version[:80]
+
+
+# ---- the log
+
+
+def test_a_group_goes_round_and_comes_back(log_url: str) -> None:
+    with ExperienceLog.open(log_url) as log:
+        first, second = ready(log, 2)
+        evaluated = log.issue("rl", "eval", task(7), 0, 0)
+        assert (first, second, evaluated) == (1, 2, 3)
+        log.record_trajectory(trajectory(evaluated, sample=1))
+        log.finish_group(evaluated, "done", decisions=[Decision(1, "length", "too\0long")])
+        log.ship("rl", 0, entries([second, first]), [(first, Decision(0, "over_age", "old"))])
+        log.event("rl", "forks", 2)
+        log.event("rl", "forks", 3)
+    with ExperienceLog.open(log_url) as log:
+        batch = log.shipped("rl", 0)
+        assert [(s.issue_id, s.sample, s.segment_index) for s in batch] == [(2, 0, 0), (1, 0, 0)]
+        assert batch[0].segment.ids.tobytes() == trajectory(seed=2).segments[0].ids.tobytes()
+        assert batch[0].credit.advantage.tobytes() == entries([1])[0].credit.advantage.tobytes()
+        assert log.last_shipped_step("rl") == 0 and log.last_shipped_step("other") == -1
+        assert log.shipped("rl", 1) == []
+        group = log.load_group(second)
+        assert group.task == task(1) and group.task.uid == task(1).uid
+        assert_same(group.trajectories[0], trajectory(second, seed=2))
+        (result,) = log.results("rl")
+        assert (result.sample, result.verdict, result.reward) == (1, Verdict.WRONG, 0.1)
+        assert result.issue.task == task(7) and result.num_turns == 1
+        assert log.decisions(evaluated) == [Decision(1, "length", "too\ufffdlong")]
+        assert log.decisions(first) == [Decision(0, "over_age", "old")]
+        counts = log.counts()
+        assert counts["state"] == {"shipped": 2, "done": 1} and counts["event"] == {"forks": 5}
+        assert log.next_ordinal("rl") == 2 and log.next_ordinal("rl", "eval") == 1
+
+
+def test_each_issue_ends_exactly_once(log_url: str) -> None:
+    with ExperienceLog.open(log_url) as log:
+        a, b, c = ready(log, 3)
+        flying = log.issue("rl", "train", task(), 0, 3)
+        log.ship("rl", 0, entries([a]))
+        log.drop(b, "over_age")
+        with pytest.raises(ValueError, match="step 0 is shipped already"):
+            log.ship("rl", 0, entries([c]))
+        for ended in (a, b):
+            with pytest.raises(ValueError, match=f"issue {ended} is (shipped|dropped)"):
+                log.drop(ended, "again")
+            with pytest.raises(ValueError, match="not in flight"):
+                log.record_trajectory(trajectory(ended))
+            with pytest.raises(ValueError, match="cannot become shipped"):
+                log.ship("rl", 1, entries([c, ended]))
+        with pytest.raises(ValueError, match="cannot become shipped"):
+            log.ship("rl", 1, entries([c, flying]))
+        # A refused batch leaves nothing behind.
+        assert [i.issue_id for i in log.ready("rl")] == [c]
+        assert log.last_shipped_step("rl") == 0
+        assert [i.issue_id for i in log.in_flight("rl")] == [flying]
+        with pytest.raises(ValueError, match="empty"):
+            log.ship("rl", 1, [])
+        with pytest.raises(ValueError, match="unknown"):
+            log.drop(99, "never issued")
+
+
+def test_the_last_attempt_counts_and_a_rerun_forgets_later_ones(log_url: str) -> None:
+    with ExperienceLog.open(log_url) as log:
+        i = log.issue("rl", "train", task(), 0, 0)
+        for attempt in range(3):
+            log.record_trajectory(trajectory(i, attempt=attempt, seed=attempt))
+        assert_same(log.load_group(i).trajectories[0], trajectory(i, attempt=2, seed=2))
+        log.record_trajectory(trajectory(i, attempt=0, seed=9))
+        assert [t.attempt for t in log.attempts(i)] == [0]
+        assert_same(log.load_group(i).trajectories[0], trajectory(i, seed=9))
+
+
+def test_a_log_of_another_schema_or_no_log_at_all_is_one_clear_line(tmp_path: Path) -> None:
+    where = tmp_path / "e.db"
+    ExperienceLog.open(where).close()
+    with sqlite3.connect(where) as raw:
+        raw.execute("UPDATE meta SET value = '7'")
+    raw.close()
+    with pytest.raises(UserError, match=r"schema version 7, this release reads up to 2; upgrade"):
+        ExperienceLog.open(where)
+    text = tmp_path / "notes.txt"
+    text.write_text("not a database at all, and longer than a header of sixteen bytes")
+    with pytest.raises(UserError, match="not a database"):
+        ExperienceLog.open(text)
+    with pytest.raises(UserError, match="not durable"):
+        ExperienceLog.open(":memory:")
+    with pytest.raises(UserError, match="nosuch"):
+        ExperienceLog.open("nosuch://host/db")
+
+
+def test_a_log_of_an_older_release_is_read_and_migrated(tmp_path: Path) -> None:
+    """The file was written by schema 1, blobs of format 1 included."""
+    where = tmp_path / "old.db"
+    shutil.copy(Path(__file__).parents[1] / "golden" / "experience" / "schema1.db", where)
+    for _ in range(2):
+        with ExperienceLog.open(where) as log:
+            states = {i.issue_id: i.state for i in log.issues("rl")}
+            assert states == {1: "shipped", 2: "shipped", 3: "ready", 4: "issued", 5: "dropped"}
+            for issue_id, seed in ((1, 1), (3, 3), (4, 9)):
+                (found,) = log.load_group(issue_id).trajectories
+                assert_same(found, trajectory(issue_id, seed=seed))
+            assert [s.issue_id for s in log.shipped("rl", 0)] == [1, 2]
+            assert log.decisions(1) == [Decision(0, "over_age", "old")]
+    with ExperienceLog.open(where) as log:
+        log.ship("rl", 1, entries([3]))
+        log.claims.offer("rl", 4, 0)
+        assert [claim.issue_id for claim in log.claims.take("rl", "w", 1, 60.0)] == [4]
+
+
+def test_ids_have_no_holes_after_a_lost_transaction(log_url: str) -> None:
+    """Sampling keys hold the id: a resumed run must give the same ones."""
+    with ExperienceLog.open(log_url) as log:
+        assert log.issue("rl", "train", task(0), 0, 0) == 1
+        with pytest.raises(TypeError):
+            log.issue_round(
+                "rl", "train", [(task(1), 0, 1), (Task("q", ("a",), meta={"x": {1}}), 0, 2)]
+            )
+        assert log.issue_round("rl", "train", [(task(1), 0, 1), (task(2), 0, 2)]) == [2, 3]
+
+
+def test_threads_write_side_by_side(log_url: str) -> None:
+    with ExperienceLog.open(log_url) as log:
+
+        def work(k: int) -> None:
+            for n in range(5):
+                i = log.issue(f"s{k}", "train", task(n), 0, n)
+                log.record_trajectory(trajectory(i))
+                log.finish_group(i, "ready")
+                log.ship(f"s{k}", n, entries([i]))
+
+        threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert log.counts()["state"] == {"shipped": 20}
+        ids = [i.issue_id for k in range(4) for i in log.issues(f"s{k}")]
+        assert sorted(ids) == list(range(1, 21))
+
+
+# ---- kill -9
+
+WORKER = """
+import sys
+sys.path.insert(0, {root!r})
+from tests.log.test_experience import *
+from tests.log.test_experience import ExperienceLog as Log
+
+def speaking(name):
+    method = getattr(Log, name)
+    def spoken(*args, **kwargs):
+        print("begun", flush=True)
+        return method(*args, **kwargs)
+    setattr(Log, name, spoken)
+
+for name in ("issue_round", "record_trajectory", "finish_group", "ship"):
+    speaking(name)
+with Log.open(sys.argv[1]) as log:
+    for issue in log.in_flight("rl"):
+        log.record_trajectory(trajectory(issue.issue_id, seed=issue.issue_id))
+        log.finish_group(issue.issue_id, "ready")
+    while True:
+        n = log.next_ordinal("rl")
+        ids = log.issue_round("rl", "train", [(task(n + k), 0, n + k) for k in range(3)])
+        for i in ids:
+            log.record_trajectory(trajectory(i, seed=i))
+            if i % 3 == 0:
+                log.finish_group(i, "dropped", "zero_variance", [Decision(-1, "var", "0")])
+            else:
+                log.finish_group(i, "ready")
+        batch = [i.issue_id for i in log.ready("rl")][:2]
+        step = log.last_shipped_step("rl") + 1
+        if len(batch) == 2:
+            log.ship("rl", step, entries(batch))
+"""
+
+
+def test_kill_at_random_points_loses_and_doubles_nothing(log_url: str) -> None:
+    """R2: after every kill each issue is terminal or resumable, each step whole or absent."""
+    root, rnd = Path(__file__).parents[2], random.Random(0)
+    code = WORKER.format(root=str(root))
+    seen: dict[int, list[int]] = {}
+    for _ in range(3):
+        worker = subprocess.Popen([sys.executable, "-c", code, log_url], stdout=subprocess.PIPE)
+        assert worker.stdout is not None
+        for _ in range(rnd.randrange(20, 60)):  # a line per transaction: then it is in another one
+            assert worker.stdout.readline() == b"begun\n"
+        os.kill(worker.pid, signal.SIGKILL)
+        worker.wait()
+        worker.stdout.close()
+        with ExperienceLog.open(log_url) as log:
+            last = log.last_shipped_step("rl")
+            steps = {k: [s.issue_id for s in log.shipped("rl", k)] for k in range(last + 1)}
+            assert all(len(ids) == 2 for ids in steps.values())  # no half-shipped step
+            assert {k: steps[k] for k in seen} == seen  # R1: what was recorded stays
+            seen = steps
+            shipped = [i for ids in steps.values() for i in ids]
+            assert len(shipped) == len(set(shipped))
+            issues = log.issues("rl")
+            assert {i.issue_id for i in issues if i.state == "shipped"} == set(shipped)
+            assert {i.state for i in issues} <= {"issued", "ready", "shipped", "dropped"}
+            assert sorted(i.ordinal for i in issues) == list(range(len(issues)))
+            for issue in issues:
+                if issue.state != "issued":  # a settled group has its samples
+                    assert len(log.load_group(issue.issue_id).trajectories) == 1
+                    assert bool(log.decisions(issue.issue_id)) == (issue.state == "dropped")
+    assert seen

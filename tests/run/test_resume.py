@@ -1,0 +1,169 @@
+"""kill -9 in a step or in a save, the same command again: R1, R2, and R3 in deterministic mode.
+
+R1: recorded steps are recomputed bit for bit. R2: every issue ends in exactly one state and nothing
+is trained twice. R3: the whole loss curve equals that of an uninterrupted run.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from agentcpm_jax.merge.shards import Checkpoint
+from agentcpm_jax.run.commandline import CHECKOUT
+from agentcpm_jax.run.observe.metrics import read_metrics
+
+STEPS = 6
+# What a step computed; times and counters of the process are not part of it.
+COMPUTED = ("train/loss", "train/grad_norm", "train/entropy", "loss/ratio_max", "stale/age_mean")
+
+
+def command(workdir: Path, variant: str, *flags: str) -> list[str]:
+    config = "configs/tiny.py" + (f":{variant}" if variant else "")
+    script = str(CHECKOUT / "launch" / "train.py")
+    return [sys.executable, script, f"--config={config}", f"--workdir={workdir}", *flags]
+
+
+def environment(workdir: Path) -> dict[str, str]:
+    """Runs of one test session share compiled programs: most of a short run is compiling."""
+    cache = str(workdir.parent.parent / "compiled")
+    return os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": cache,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
+def finish(workdir: Path, variant: str = "", *flags: str) -> None:
+    done = subprocess.run(
+        command(workdir, variant, *flags),
+        capture_output=True,
+        text=True,
+        env=environment(workdir),
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def kill_when(workdir: Path, condition: Callable[[], bool], variant: str = "") -> None:
+    """Start a run and kill -9 it as soon as `condition` holds."""
+    log = workdir.with_suffix(".log")
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command(workdir, variant), stdout=output, stderr=output, env=environment(workdir)
+        )
+    try:
+        deadline = time.monotonic() + 240
+        while not condition():
+            assert process.poll() is None, f"the run ended by itself: {log.read_text()[-3000:]}"
+            assert time.monotonic() < deadline, "the moment to kill never came"
+            time.sleep(0.002)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+
+def curve(workdir: Path) -> list[tuple]:
+    rows = read_metrics(workdir / "rl" / "metrics.jsonl")
+    return [(row["step"], *(row[name] for name in COMPUTED)) for row in rows]
+
+
+def weights(workdir: Path) -> dict[str, bytes]:
+    with Checkpoint(workdir / "rl" / "hf") as found:
+        return {name: np.asarray(found.read(name)).tobytes() for name in found.tensors}
+
+
+def steps_done(workdir: Path) -> int:
+    return len(read_metrics(workdir / "rl" / "metrics.jsonl"))
+
+
+def saving(workdir: Path) -> bool:
+    return any((workdir / "rl" / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
+
+
+def assert_exactly_once(workdir: Path) -> None:
+    """R2, read from the database itself."""
+    with sqlite3.connect(workdir / "experience.db") as log:
+        states = dict(log.execute("select issue_id, state from issue where kind = 'train'"))
+        shipped = log.execute("select step, issue_id, sample, segment from shipped").fetchall()
+    assert len({row[1:] for row in shipped}) == len(shipped)
+    assert {row[0] for row in shipped} == set(range(STEPS))
+    assert {i for i, state in states.items() if state == "shipped"} == {r[1] for r in shipped}
+    assert set(states.values()) <= {"shipped", "dropped", "ready", "issued"}
+
+
+def lose_the_disk(workdir: Path) -> None:
+    """The live log is gone; checkpoints are elsewhere."""
+    for part in ("", "-wal", "-shm"):
+        (workdir / f"experience.db{part}").unlink(missing_ok=True)
+
+
+def test_deterministic_runs_resume_bit_for_bit(tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    finish(whole)
+    expected = curve(whole)
+    assert [row[0] for row in expected] == list(range(1, STEPS + 1))
+    assert len({row[1] for row in expected}) == STEPS, "the steps must differ to prove anything"
+
+    killed = tmp_path / "killed"
+    kill_when(killed, lambda: steps_done(killed) >= 1)  # in a step, before any checkpoint
+    kill_when(killed, lambda: steps_done(killed) >= 2 and saving(killed))  # in a save
+    kill_when(killed, lambda: steps_done(killed) >= 5)  # in a step, behind a checkpoint
+    lose_the_disk(killed)
+    finish(killed)
+
+    assert curve(killed) == expected
+    assert weights(killed) == weights(whole)
+    assert_exactly_once(killed)
+    assert_exactly_once(whole)
+
+
+@pytest.mark.runs
+def test_asynchronous_runs_recompute_recorded_steps(tmp_path: Path) -> None:
+    workdir = tmp_path / "async"
+    kill_when(workdir, lambda: steps_done(workdir) >= 3, "async")
+    before = curve(workdir)
+    kill_when(workdir, lambda: steps_done(workdir) >= 5, "async")
+    again = curve(workdir)
+    assert again[: len(before)] == before
+    lose_the_disk(workdir)  # what is recorded in the snapshot of step 4 is recomputed
+    finish(workdir, "async")
+    assert curve(workdir)[:4] == again[:4]
+    assert_exactly_once(workdir)
+
+
+@pytest.mark.runs
+def test_ctrl_c_leaves_a_resumable_workdir(tmp_path: Path) -> None:
+    workdir = tmp_path / "interrupted"
+    process = subprocess.Popen(
+        command(workdir, ""),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(workdir),
+    )
+    while steps_done(workdir) < 1:
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "same command resumes" in stderr and "Traceback" not in stderr
+    finish(workdir)
+    assert steps_done(workdir) == STEPS
+
+
+def test_another_configuration_is_refused(tmp_path: Path) -> None:
+    workdir = tmp_path / "other"
+    kill_when(workdir, (workdir / "config.json").exists)
+    done = subprocess.run(command(workdir, "", "--config.seed=1"), capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and "seed" in done.stderr
+    assert "Traceback" not in done.stderr
