@@ -1,7 +1,12 @@
-"""Files of this package."""
+"""Files: written whole or not at all, found, and spoken of. Standard library only.
+
+Also where the models lie that come with the package.
+"""
 
 from __future__ import annotations
 
+import math
+import os
 from pathlib import Path
 
 #: The models in this package, Hugging Face directories made by experiments/make_base.py:
@@ -10,3 +15,54 @@ SHIPPED = {
     f"shipped:{name}": Path(__file__).resolve().parent / "assets" / f"tiny_{name}"
     for name in ("base", "sft")
 }
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """The file appears whole or not at all; an older one stays until then. Makes its folder.
+
+    Text is UTF-8; lone surrogates, which models can sample, become question marks.
+    """
+    data = content.encode("utf-8", "replace") if isinstance(content, str) else content
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        partial.write_bytes(data)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def sync_directory(path: Path) -> None:
+    """Returns when the names in a directory (made, renamed, removed) are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def nearest_existing(path: Path) -> Path:
+    """The path itself or the nearest folder above it that is there: its disk is the path's disk."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def size_text(nbytes: float, binary: bool = False) -> str:
+    """`1.23 GB`, `45.60 MB`; with `binary`, as memory is counted, `1.23 GiB`, `45.6 MiB`."""
+    if binary:
+        return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 0.1 * 2**30 else f"{nbytes / 2**20:.1f} MiB"
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"
+
+
+def duration_text(seconds: float) -> str:
+    """`3 h 05 min`, `4 min 07 s`, `8.1 s`, `n/a` for NaN."""
+    if math.isnan(seconds):
+        return "n/a"
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    if whole >= 60:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{max(0.0, round(seconds, 1)):g} s"
