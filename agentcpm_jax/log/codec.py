@@ -14,13 +14,13 @@ import json
 import struct
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from agentcpm_jax.log import planes
 from agentcpm_jax.types import (
+    Credit,
     Provenance,
     Segment,
     StopReason,
@@ -32,14 +32,6 @@ from agentcpm_jax.types import (
     TurnFlag,
     Verdict,
 )
-
-
-@dataclass(frozen=True)
-class Credit:
-    """What the reward side says about a segment: advantage f32[T] and keep bool[T]."""
-
-    advantage: np.ndarray
-    keep: np.ndarray
 
 
 def encode_credit(advantage: np.ndarray, keep: np.ndarray) -> bytes:

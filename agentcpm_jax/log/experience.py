@@ -32,10 +32,10 @@ from agentcpm_jax.log.engine import (
     open_engine,
 )
 from agentcpm_jax.log.reader import LogReader
-from agentcpm_jax.log.schema import DecisionLike, ShipEntry
+from agentcpm_jax.log.schema import ShipEntry
 from agentcpm_jax.log.signals import Signals, listen_postgres, notify
 from agentcpm_jax.log.snapshots import take_snapshot
-from agentcpm_jax.types import Task, Trajectory
+from agentcpm_jax.types import Decision, Task, Trajectory
 
 
 class ExperienceLog(LogReader):
@@ -179,7 +179,7 @@ class ExperienceLog(LogReader):
         issue_id: int,
         state: str,
         reason: str = "",
-        decisions: Iterable[DecisionLike] = (),
+        decisions: Iterable[Decision] = (),
     ) -> None:
         """An issue in flight becomes `ready`, `dropped` or `done`, with its decisions.
 
@@ -192,7 +192,7 @@ class ExperienceLog(LogReader):
             _move(conn, issue_id, ("issued",), state, reason)
             _decide(conn, issue_id, decisions)
 
-    def drop(self, issue_id: int, reason: str, decisions: Iterable[DecisionLike] = ()) -> None:
+    def drop(self, issue_id: int, reason: str, decisions: Iterable[Decision] = ()) -> None:
         """An issue in flight or ready ends `dropped`. Raises ValueError when it has ended."""
         with self._write(announces=("settled",)) as conn:
             _move(conn, issue_id, ("issued", "ready"), "dropped", reason)
@@ -203,7 +203,7 @@ class ExperienceLog(LogReader):
         stage: str,
         step: int,
         entries: Sequence[ShipEntry],
-        decisions: Sequence[tuple[int, DecisionLike]] = (),
+        decisions: Sequence[tuple[int, Decision]] = (),
     ) -> None:
         """Commits the ordered batch of `step`, durably; its groups become `shipped`.
 
@@ -276,7 +276,7 @@ def _move(conn: sa.Connection, issue_id: int, old: Sequence[str], new: str, reas
         raise ValueError(f"issue {issue_id} is {state or 'unknown'}: it cannot become {new}")
 
 
-def _decide(conn: sa.Connection, issue_id: int, decisions: Iterable[DecisionLike]) -> None:
+def _decide(conn: sa.Connection, issue_id: int, decisions: Iterable[Decision]) -> None:
     rows = [
         {"issue_id": issue_id, "sample": d.sample, "filter": d.filter, "reason": db.plain(d.reason)}
         for d in decisions

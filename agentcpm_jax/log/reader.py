@@ -14,8 +14,8 @@ from sqlalchemy import exc as sa_exc
 from agentcpm_jax.log import codec
 from agentcpm_jax.log import schema as db
 from agentcpm_jax.log.engine import LogUnavailable, first_line, is_shared
-from agentcpm_jax.log.schema import Decision, Issue, Result, ShippedSegment
-from agentcpm_jax.types import StopReason, Task, Trajectory, TrajectoryGroup, Verdict
+from agentcpm_jax.log.schema import Issue, Result, ShippedSegment
+from agentcpm_jax.types import Decision, StopReason, Task, Trajectory, TrajectoryGroup, Verdict
 
 
 class LogReader:

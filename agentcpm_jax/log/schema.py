@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import sqlalchemy as sa
 
-from agentcpm_jax.log.codec import Credit
-from agentcpm_jax.types import Segment, StopReason, Task, Verdict
+from agentcpm_jax.types import Credit, Segment, StopReason, Task, Verdict
 
 #: 2 added `claim`.
 SCHEMA_VERSION = 2
@@ -106,38 +104,6 @@ event = sa.Table(
 )
 
 
-class CreditLike(Protocol):
-    """advantage f32[T] and keep bool[T] of one segment."""
-
-    @property
-    def advantage(self) -> np.ndarray: ...
-
-    @property
-    def keep(self) -> np.ndarray: ...
-
-
-class DecisionLike(Protocol):
-    """What a filter decided about a sample (-1: the whole group), and why."""
-
-    @property
-    def sample(self) -> int: ...
-
-    @property
-    def filter(self) -> str: ...
-
-    @property
-    def reason(self) -> str: ...
-
-
-@dataclass(frozen=True)
-class Decision:
-    """The plainest `DecisionLike`."""
-
-    sample: int
-    filter: str
-    reason: str
-
-
 @dataclass(frozen=True)
 class Issue:
     """One task handed out once. `batch`: the step it was issued for (deterministic mode only)."""
@@ -160,7 +126,7 @@ class ShipEntry:
     issue_id: int
     sample: int
     segment_index: int
-    credit: CreditLike
+    credit: Credit
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,11 @@ from functools import cached_property
 import numpy as np
 
 from agentcpm_jax.log.schema import (
-    CreditLike,
-    Decision,
-    DecisionLike,
     Issue,
     ShipEntry,
 )
 from agentcpm_jax.rollout.staleness import oldest_trained
-from agentcpm_jax.types import TrajectoryGroup, UserError
+from agentcpm_jax.types import Credit, Decision, TrajectoryGroup, UserError
 
 
 @dataclass(frozen=True)
@@ -88,8 +85,8 @@ class GroupOutcome:
 
     keep: bool
     reason: str = ""
-    credits: Mapping[tuple[int, int], CreditLike] = field(default_factory=dict)
-    decisions: Sequence[DecisionLike] = ()
+    credits: Mapping[tuple[int, int], Credit] = field(default_factory=dict)
+    decisions: Sequence[Decision] = ()
 
 
 @dataclass(frozen=True)

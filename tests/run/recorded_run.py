@@ -20,7 +20,7 @@ from agentcpm_jax.checkpoint import Checkpointer
 from agentcpm_jax.config import ExperimentConfig, RLStage, Stage, TrainShape
 from agentcpm_jax.engine.local import EngineConfig
 from agentcpm_jax.log.experience import ExperienceLog
-from agentcpm_jax.log.schema import Decision, ShipEntry
+from agentcpm_jax.log.schema import ShipEntry
 from agentcpm_jax.model.config import TINY
 from agentcpm_jax.rewards.advantages import AdvantageConfig, for_loss
 from agentcpm_jax.rewards.denoise import DenoiseConfig
@@ -34,6 +34,7 @@ from agentcpm_jax.run.observe.metrics import silent
 from agentcpm_jax.run.sampling import make_finish
 from agentcpm_jax.train.optimizer import OptimizerConfig
 from agentcpm_jax.types import (
+    Decision,
     Provenance,
     Segment,
     StopReason,

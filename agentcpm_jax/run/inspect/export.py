@@ -17,19 +17,19 @@ import sqlalchemy as sa
 
 from agentcpm_jax.log import schema as db
 from agentcpm_jax.log.codec import decode_credit
-from agentcpm_jax.log.schema import CreditLike, Issue
+from agentcpm_jax.log.schema import Issue
 from agentcpm_jax.rollout.staleness import oldest_trained
 from agentcpm_jax.run.inspect.columns import EXPORT_SCHEMA, TABLES, readme
 from agentcpm_jax.run.inspect.opened import Run, open_run
 from agentcpm_jax.run.inspect.parquet import TableWriter, require_pyarrow
 from agentcpm_jax.run.observe.metrics import read_metrics
-from agentcpm_jax.types import Provenance, Trajectory, UserError
+from agentcpm_jax.types import Credit, Provenance, Trajectory, UserError
 
 
 class _Shipped(NamedTuple):
     batch: int  # from 0
     ordinal: int
-    credit: CreditLike
+    credit: Credit
 
 
 Credits = Mapping[tuple[int, int], _Shipped]  # by (sample, segment)

@@ -16,20 +16,20 @@ from agentcpm_jax.evaluate.report.page import Cell, Table
 from agentcpm_jax.evaluate.report.why import SampleView, SegmentView, WhyPage, render_why
 from agentcpm_jax.log import schema as db
 from agentcpm_jax.log.codec import decode_credit
-from agentcpm_jax.log.schema import CreditLike, Issue
+from agentcpm_jax.log.schema import Issue
 from agentcpm_jax.rewards.advantages import estimate, for_loss
 from agentcpm_jax.rewards.denoise import DenoisedGroup, denoise
 from agentcpm_jax.run.inspect.current import current_logprobs
 from agentcpm_jax.run.inspect.opened import Run, open_run
 from agentcpm_jax.run.sampling import make_finish
-from agentcpm_jax.types import Trajectory, TrajectoryGroup, UserError
+from agentcpm_jax.types import Credit, Trajectory, TrajectoryGroup, UserError
 
 
 @dataclass(frozen=True)
 class _Credits:
     """(sample, segment) -> credit, and the batch (0 = first) of those that were shipped."""
 
-    of: Mapping[tuple[int, int], CreditLike]
+    of: Mapping[tuple[int, int], Credit]
     batch: Mapping[tuple[int, int], int]
     note: str
 
