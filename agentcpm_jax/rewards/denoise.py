@@ -10,7 +10,7 @@ Filters, in the default order (ours; then AgentCPM-Explore's condition):
 environment    drop a sample whose stop is engine_error, infra_error, judge_error or cancelled
                (a failing engine, tool server or judge; a timeout; a broken connection), whose
                verdict is unknown (the judge abstained, or its votes disagree), or whose reward is
-               missing or not finite. `rollout.repair` has tried it again before. Original: final
+               missing or not finite. `rollout.groups` has tried it again before. Original: final
                state "failed_error" is abandoned, after its 0 entered the baseline. [1,2]
 disagreement   of samples of one group with the same answer (normalised) but different verdicts,
                drop those of the rarer verdict; all of them, unless more than `agreement` of them

@@ -11,10 +11,10 @@ import numpy as np
 
 from agentcpm_jax.log.experience import ExperienceLog
 from agentcpm_jax.log.schema import ShippedSegment
+from agentcpm_jax.rollout.config import StreamConfig
 from agentcpm_jax.rollout.stream import (
     GroupOutcome,
     Stream,
-    StreamConfig,
 )
 from agentcpm_jax.types import (
     Credit,

@@ -25,8 +25,9 @@ from agentcpm_jax.model.config import TINY
 from agentcpm_jax.rewards.advantages import AdvantageConfig, for_loss
 from agentcpm_jax.rewards.denoise import DenoiseConfig
 from agentcpm_jax.rewards.grade import settle
+from agentcpm_jax.rollout.config import StreamConfig
 from agentcpm_jax.rollout.episode import EpisodeConfig
-from agentcpm_jax.rollout.stream import GroupOutcome, StreamConfig
+from agentcpm_jax.rollout.stream import GroupOutcome
 from agentcpm_jax.run.context import open_context
 from agentcpm_jax.run.interrupt import StopSignal
 from agentcpm_jax.run.loop import train
