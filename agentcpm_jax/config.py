@@ -24,9 +24,8 @@ from agentcpm_jax.pool.config import PoolConfig
 from agentcpm_jax.rewards.advantages import AdvantageConfig
 from agentcpm_jax.rewards.denoise import DenoiseConfig
 from agentcpm_jax.rewards.judge import JudgeConfig
+from agentcpm_jax.rollout.config import StreamConfig, WorkerConfig
 from agentcpm_jax.rollout.episode import EpisodeConfig
-from agentcpm_jax.rollout.stream import StreamConfig
-from agentcpm_jax.rollout.worker import WorkerConfig
 from agentcpm_jax.sharding import MeshConfig
 from agentcpm_jax.tasks.world import WorldTasks
 from agentcpm_jax.train.losses.policy import LossConfig

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -235,6 +235,38 @@ class TrajectoryGroup:
     issue_id: int
     task: Task
     trajectories: tuple[Trajectory, ...]
+
+
+@dataclass(frozen=True)
+class Credit:
+    """What the reward side says about one segment, token by token.
+
+    advantage f32[T] (0 where not kept); keep bool[T]: the token is trained.
+    """
+
+    advantage: np.ndarray
+    keep: np.ndarray
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a filter decided, about what, and why. JSON-able.
+
+    It is about the whole group when `sample` is -1, about a whole sample when `turn` is. The log
+    keeps sample, filter and reason; of what it gives back neither `action` nor `turn` is known.
+    """
+
+    sample: int
+    filter: str
+    reason: str
+    action: Literal["drop", "mute", "note", ""] = ""
+    turn: int = -1
+
+    @property
+    def scope(self) -> Literal["group", "sample", "turn"]:
+        if self.sample < 0:
+            return "group"
+        return "sample" if self.turn < 0 else "turn"
 
 
 class UserError(Exception):

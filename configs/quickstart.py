@@ -17,7 +17,7 @@ from agentcpm_jax.config import (
 from agentcpm_jax.engine.local import EngineConfig
 from agentcpm_jax.rewards.advantages import AdvantageConfig
 from agentcpm_jax.rewards.denoise import DenoiseConfig
-from agentcpm_jax.rollout.stream import StreamConfig
+from agentcpm_jax.rollout.config import StreamConfig
 from agentcpm_jax.train.losses.policy import LossConfig
 from agentcpm_jax.train.optimizer import OptimizerConfig
 from agentcpm_jax.world.skills import SkillMix

@@ -28,8 +28,8 @@ from agentcpm_jax.model.config import QWEN3_4B
 from agentcpm_jax.pool.config import PoolConfig
 from agentcpm_jax.rewards.advantages import AdvantageConfig
 from agentcpm_jax.rewards.denoise import DenoiseConfig
+from agentcpm_jax.rollout.config import StreamConfig
 from agentcpm_jax.rollout.episode import EpisodeConfig
-from agentcpm_jax.rollout.stream import StreamConfig
 from agentcpm_jax.sharding import MeshConfig
 from agentcpm_jax.train.losses.policy import LossConfig
 from agentcpm_jax.train.optimizer import OptimizerConfig

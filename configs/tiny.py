@@ -15,8 +15,8 @@ from agentcpm_jax.engine.local import EngineConfig
 from agentcpm_jax.model.config import TINY
 from agentcpm_jax.rewards.advantages import AdvantageConfig
 from agentcpm_jax.rewards.denoise import DenoiseConfig
+from agentcpm_jax.rollout.config import StreamConfig
 from agentcpm_jax.rollout.episode import EpisodeConfig
-from agentcpm_jax.rollout.stream import StreamConfig
 from agentcpm_jax.tasks.world import WorldTasks
 from agentcpm_jax.train.optimizer import OptimizerConfig
 from agentcpm_jax.world.graph import WorldConfig

@@ -19,7 +19,7 @@ PACKAGE = "agentcpm_jax"
 #: Imports point from a later line to an earlier one, never within a line and never upwards.
 LAYERS: list[set[str]] = [
     {"types", "tree", "files"},
-    {"sharding", "world"},
+    {"sharding", "database", "world"},
     {"chat", "dock", "rewards"},
     {"log", "model", "tasks", "data"},
     {"rollout", "merge"},
@@ -33,6 +33,7 @@ LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 
 HOST_WORLD = {
     *("tasks", "world", "dock", "chat", "rollout", "log", "rewards", "pool", "evaluate"),
+    "database",
 }
 DEVICE_WORLD = {"model", "merge", "train", "plan", "sharding", "tree"}
 ARRAY_LIBRARIES = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "chex"}
@@ -178,6 +179,18 @@ def test_the_device_world_never_waits_serves_or_tokenises() -> None:
                 or imported_unit(name) in HOST_WORLD
             ):
                 wrong.append(f"{path.relative_to(ROOT)}:{line} imports {name}")
+    assert wrong == []
+
+
+def test_nobody_but_the_log_knows_its_tables() -> None:
+    """SQL and its library stay in `log/` and `database.py`; the others call methods."""
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for path in package_files()
+        if unit_of(path) not in {"log", "database"}
+        for name, line, _ in imports_of(path)
+        if name.split(".")[0] == "sqlalchemy" or name == f"{PACKAGE}.log.schema"
+    ]
     assert wrong == []
 
 

@@ -16,11 +16,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields, replace
 from itertools import pairwise
-from typing import Protocol
 
 import numpy as np
 
-from agentcpm_jax.types import Provenance, Segment, Trajectory
+from agentcpm_jax.types import Credit, Provenance, Segment, Trajectory
 
 
 @dataclass(frozen=True)
@@ -54,16 +53,6 @@ class Row:
     def num_trained(self) -> int:
         """How many tokens are trained."""
         return int(self.loss_mask.sum())
-
-
-class Credit(Protocol):
-    """What the reward side says about a segment: advantage f32[T] and keep bool[T] per token."""
-
-    @property
-    def advantage(self) -> np.ndarray: ...
-
-    @property
-    def keep(self) -> np.ndarray: ...
 
 
 def text_row(ids: Sequence[int] | np.ndarray, weights: np.ndarray | None = None) -> Row:

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
+from agentcpm_jax.database import clock
 from agentcpm_jax.log import schema as db
-from agentcpm_jax.log.engine import clock
 from agentcpm_jax.types import Task
 
 

@@ -3,9 +3,11 @@
 Format 2: the byte 0x02, then sections, each [u8 method][u32 length][bytes]: the header (JSON), then
 the byte planes of each array. Plane k of an array holds byte k of every entry: high planes of
 token ids and log-probabilities compress well, low planes of log-probabilities are noise and are
-kept as they are. What provenance says is not stored again: log-probabilities and versions are kept
-for sampled tokens alone, and a segment that forks from another keeps only what its shared prefix
-does not already say, so storage is linear in unique tokens. Format 1 is still read.
+kept as they are. Of three ways to store a section the shortest is taken: as it is, deflated, or
+entropy-coded alone (deflate that looks for no repeats). What provenance says is not stored again:
+log-probabilities and versions are kept for sampled tokens alone, and a segment that forks from
+another keeps only what its shared prefix does not already say, so storage is linear in unique
+tokens. Format 1 is still read.
 """
 
 from __future__ import annotations
@@ -14,13 +16,12 @@ import json
 import struct
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from agentcpm_jax.log import planes
 from agentcpm_jax.types import (
+    Credit,
     Provenance,
     Segment,
     StopReason,
@@ -34,21 +35,13 @@ from agentcpm_jax.types import (
 )
 
 
-@dataclass(frozen=True)
-class Credit:
-    """What the reward side says about a segment: advantage f32[T] and keep bool[T]."""
-
-    advantage: np.ndarray
-    keep: np.ndarray
-
-
 def encode_credit(advantage: np.ndarray, keep: np.ndarray) -> bytes:
     """Advantage f32[T] and keep bool[T] as one blob; inverse: `decode_credit`."""
     if len(advantage) != len(keep):
         raise ValueError(f"credit: {len(advantage)} advantages, {len(keep)} keeps")
     # Few different advantages in long runs: one stream finds the repeats of all planes.
     arrays = [np.asarray(advantage, "<f4"), np.asarray(keep, bool).view("u1")]
-    return b"\x01" + zlib.compress(b"".join(map(planes.regroup, arrays)), 1)
+    return b"\x01" + zlib.compress(b"".join(map(_regroup, arrays)), 1)
 
 
 def decode_credit(blob: bytes) -> Credit:
@@ -57,7 +50,7 @@ def decode_credit(blob: bytes) -> Credit:
         raise _unknown(blob)
     raw = np.frombuffer(zlib.decompress(blob[1:]), "u1")
     n = len(raw) // 5
-    return Credit(planes.ungroup(raw[: 4 * n], "<f4"), raw[4 * n :].astype(bool))
+    return Credit(_ungroup(raw[: 4 * n], "<f4"), raw[4 * n :].astype(bool))
 
 
 #: (name, dtype, what fills a prefix that only shows older tokens again, and unsampled tokens)
@@ -87,10 +80,10 @@ def encode_trajectory(traj: Trajectory) -> bytes:
         rows.append([len(seg), seg.parent_segment, seg.shared_prefix_len, seg.edit_reason, hows])
     # Spans and rewards may be numpy scalars: `item` makes them Python's.
     header = json.dumps(_scalars(traj, rows), separators=(",", ":"), default=lambda v: v.item())
-    sections = [planes.pack(header.encode())]
+    sections = [_pack(header.encode())]
     for name, dtype, _ in _ARRAYS:
         # One array per name over all segments: alike compresses best beside alike.
-        sections += planes.pack_array(np.concatenate([np.empty(0, dtype), *parts[name]]))
+        sections += _pack_array(np.concatenate([np.empty(0, dtype), *parts[name]]))
     return b"\x02" + b"".join(sections)
 
 
@@ -189,7 +182,7 @@ def _prefixes(
 
 
 def _read_format_2(blob: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    sections = planes.Sections(blob, at=1)
+    sections = _Sections(blob, at=1)
     header = json.loads(sections.unpack())
     return header, {name: sections.unpack_array(dtype) for name, dtype, _ in _ARRAYS}
 
@@ -206,7 +199,7 @@ def _read_format_1(blob: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         rows = header["segments"]
         count = sum(row[0] - (0 if row[column] == "whole" else row[2]) for row in rows)
         nbytes = count * np.dtype(dtypes[name]).itemsize
-        flat[name] = planes.ungroup(raw[at : at + nbytes], dtypes[name])
+        flat[name] = _ungroup(raw[at : at + nbytes], dtypes[name])
         at += nbytes
     header["segments"] = [
         [*row[:4], "".join(letters[row[4 + _FORMAT_1.index(name)]] + "w" for name, _, _ in _ARRAYS)]
@@ -232,3 +225,70 @@ def _turn(row: dict[str, Any]) -> Turn:
 
 def _unknown(blob: bytes) -> ValueError:
     return ValueError(f"experience log: unknown blob format {bytes(blob[:1])!r}")
+
+
+# ---- sections and byte planes
+
+_STORED, _DEFLATED = 0, 1
+_HEAD = struct.Struct("<BI")
+
+
+def _pack(data: bytes) -> bytes:
+    """One section."""
+    method, best = _STORED, data
+    if _is_noise(data):
+        return _HEAD.pack(method, len(best)) + best
+    for strategy in (zlib.Z_DEFAULT_STRATEGY, zlib.Z_HUFFMAN_ONLY):
+        packer = zlib.compressobj(1, zlib.DEFLATED, -15, 9, strategy)
+        packed = packer.compress(data) + packer.flush()
+        if len(packed) < len(best):
+            method, best = _DEFLATED, packed
+    return _HEAD.pack(method, len(best)) + best
+
+
+def _pack_array(values: np.ndarray) -> list[bytes]:
+    """A section per byte plane of a flat array."""
+    rows = np.ascontiguousarray(values).view("u1").reshape(-1, values.itemsize).T
+    return [_pack(row.tobytes()) for row in rows]
+
+
+def _is_noise(data: bytes) -> bool:
+    """Whether the bytes are all but uniform: nothing can be gained, so nothing is tried.
+
+    The chi-square statistic per byte is 255 / n for uniform ones; 0.15 is about 0.1 bit a byte.
+    """
+    if len(data) < 2048:
+        return False
+    counts = np.bincount(np.frombuffer(data, "u1"), minlength=256)
+    return float((counts.astype(np.float64) ** 2).sum()) * 256 / len(data) ** 2 - 1 < 0.15
+
+
+class _Sections:
+    """Reads the sections of a blob one after the other, from offset `at`."""
+
+    def __init__(self, blob: bytes, at: int) -> None:
+        self._blob, self._at = memoryview(blob), at
+
+    def unpack(self) -> bytes:
+        """The next section. Raises `struct.error` or `zlib.error` when the blob is damaged."""
+        method, length = _HEAD.unpack_from(self._blob, self._at)
+        start = self._at + _HEAD.size
+        data = bytes(self._blob[start : start + length])
+        self._at = start + length
+        return zlib.decompress(data, -15) if method == _DEFLATED else data
+
+    def unpack_array(self, dtype: str) -> np.ndarray:
+        """The next array, from as many sections as `dtype` has bytes."""
+        rows = [np.frombuffer(self.unpack(), "u1") for _ in range(np.dtype(dtype).itemsize)]
+        return np.ascontiguousarray(np.stack(rows, axis=1)).reshape(-1).view(dtype)
+
+
+def _regroup(values: np.ndarray) -> bytes:
+    """All planes of a flat array, one after the other."""
+    return np.ascontiguousarray(values).view("u1").reshape(-1, values.itemsize).T.tobytes()
+
+
+def _ungroup(raw: np.ndarray, dtype: str) -> np.ndarray:
+    """Inverse of `_regroup`."""
+    size = np.dtype(dtype).itemsize
+    return np.ascontiguousarray(raw.reshape(size, -1).T).reshape(-1).view(dtype)

@@ -15,34 +15,32 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy import exc as sa_exc
 
+from agentcpm_jax.database import LogUnavailable, first_line, is_shared, open_engine
 from agentcpm_jax.log import codec
 from agentcpm_jax.log import schema as db
 from agentcpm_jax.log.claims import Claims, check_holds
-from agentcpm_jax.log.engine import (
-    create_or_check,
-    is_shared,
-    lock_issuing,
-    open_engine,
-)
-from agentcpm_jax.log.reader import LogReader
-from agentcpm_jax.log.schema import DecisionLike, ShipEntry
+from agentcpm_jax.log.schema import Issue, Result, ShipEntry, ShippedCredit, ShippedSegment
 from agentcpm_jax.log.signals import Signals, listen_postgres, notify
 from agentcpm_jax.log.snapshots import take_snapshot
-from agentcpm_jax.types import Task, Trajectory
+from agentcpm_jax.types import Decision, StopReason, Task, Trajectory, TrajectoryGroup, Verdict
 
 
-class ExperienceLog(LogReader):
+class ExperienceLog:
     """See the module's text. Make one with `open`; `close` it or use it as a context manager."""
 
     def __init__(self, engine: sa.Engine, durable: sa.Engine, where: str) -> None:
-        super().__init__(engine, where)
+        self.where = where
+        self._engine = engine
         self._durable = durable  # its commits survive a power cut: used by `ship`
         self._writing = threading.Lock()
         self.signals = Signals(partial(listen_postgres, engine) if is_shared(engine) else None)
@@ -60,7 +58,7 @@ class ExperienceLog(LogReader):
         if is_shared(engine):
             where = engine.url.render_as_string(hide_password=True)
         try:
-            create_or_check(engine, where)
+            db.create_or_check(engine, where)
         except BaseException:
             engine.dispose()
             raise
@@ -76,6 +74,11 @@ class ExperienceLog(LogReader):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def shared(self) -> bool:
+        """Whether other processes may claim tasks of this log and write into it."""
+        return is_shared(self._engine)
 
     def wait(self, kind: str, timeout: float, after: int | None = None) -> int:
         """Sleeps until a change of `kind` may have happened; see `Signals.wait`."""
@@ -111,7 +114,7 @@ class ExperienceLog(LogReader):
         """Hands out (task, epoch, ordinal)s, all or none; returns their ids, ascending."""
         now = time.time()
         with self._write() as conn:
-            lock_issuing(conn)
+            db.lock_issuing(conn)
             # Not the database's own counter: PostgreSQL's skips ids when a transaction is lost, and
             # a resumed run would then sample with other keys. Issues are never deleted.
             first = int(conn.scalar(sa.select(sa.func.max(db.issue.c.issue_id))) or 0) + 1
@@ -179,7 +182,7 @@ class ExperienceLog(LogReader):
         issue_id: int,
         state: str,
         reason: str = "",
-        decisions: Iterable[DecisionLike] = (),
+        decisions: Iterable[Decision] = (),
     ) -> None:
         """An issue in flight becomes `ready`, `dropped` or `done`, with its decisions.
 
@@ -192,7 +195,7 @@ class ExperienceLog(LogReader):
             _move(conn, issue_id, ("issued",), state, reason)
             _decide(conn, issue_id, decisions)
 
-    def drop(self, issue_id: int, reason: str, decisions: Iterable[DecisionLike] = ()) -> None:
+    def drop(self, issue_id: int, reason: str, decisions: Iterable[Decision] = ()) -> None:
         """An issue in flight or ready ends `dropped`. Raises ValueError when it has ended."""
         with self._write(announces=("settled",)) as conn:
             _move(conn, issue_id, ("issued", "ready"), "dropped", reason)
@@ -203,7 +206,7 @@ class ExperienceLog(LogReader):
         stage: str,
         step: int,
         entries: Sequence[ShipEntry],
-        decisions: Sequence[tuple[int, DecisionLike]] = (),
+        decisions: Sequence[tuple[int, Decision]] = (),
     ) -> None:
         """Commits the ordered batch of `step`, durably; its groups become `shipped`.
 
@@ -243,7 +246,213 @@ class ExperienceLog(LogReader):
         with self._write() as conn:
             conn.execute(sa.insert(db.event).values(row | {"at": time.time()}))
 
+    # ---- reading
+
+    def issues(
+        self,
+        stage: str,
+        kind: str = "train",
+        states: Sequence[str] | None = None,
+        batch: int | None = None,
+    ) -> list[Issue]:
+        """Issues of a stage, oldest first."""
+        c = db.issue.c
+        query = sa.select(db.issue).where(*_of(stage, kind)).order_by(c.issue_id)
+        if states is not None:
+            query = query.where(c.state.in_(list(states)))
+        if batch is not None:
+            query = query.where(c.batch == batch)
+        return [db.issue_from_row(row) for row in self._all(query)]
+
+    def in_flight(self, stage: str, kind: str = "train") -> list[Issue]:
+        """Issued and not finished, oldest first."""
+        return self.issues(stage, kind, ["issued"])
+
+    def ready(self, stage: str) -> list[Issue]:
+        """Finished groups that wait for a batch, oldest first."""
+        return self.issues(stage, "train", ["ready"])
+
+    def find_issue(self, issue_id: int) -> Issue | None:
+        """One issue; None when the log does not have it."""
+        found = self._all(sa.select(db.issue).where(db.issue.c.issue_id == issue_id))
+        return db.issue_from_row(found[0]) if found else None
+
+    def id_range(self) -> tuple[int, int] | None:
+        """The lowest and the highest issue_id; None in an empty log."""
+        c = db.issue.c.issue_id
+        low, high = self._all(sa.select(sa.func.min(c), sa.func.max(c)))[0]
+        return None if low is None else (int(low), int(high))
+
+    def load_group(self, issue_id: int) -> TrajectoryGroup:
+        """The last recorded attempt of each sample, in sample order. KeyError when unknown."""
+        c = db.trajectory.c
+        with self._read() as conn:
+            task = conn.scalar(sa.select(db.issue.c.task).where(db.issue.c.issue_id == issue_id))
+            query = (
+                sa.select(c.payload).where(c.issue_id == issue_id, db.is_last()).order_by(c.sample)
+            )
+            blobs = conn.scalars(query).all()
+        if task is None:
+            raise KeyError(f"issue {issue_id} is not in {self.where}")
+        trajectories = tuple(codec.decode_trajectory(blob) for blob in blobs)
+        return TrajectoryGroup(issue_id, Task.from_json(json.loads(task)), trajectories)
+
+    def attempts(self, issue_id: int) -> list[Trajectory]:
+        """Every recorded attempt of an issue, by sample and attempt."""
+        c = db.trajectory.c
+        query = sa.select(c.payload).where(c.issue_id == issue_id).order_by(c.sample, c.attempt)
+        return [codec.decode_trajectory(row.payload) for row in self._all(query)]
+
+    def decisions(self, issue_id: int) -> list[Decision]:
+        """What the filters decided about a group, in the order in which they did."""
+        c = db.decision.c
+        query = sa.select(c.sample, c.filter, c.reason).where(c.issue_id == issue_id)
+        return [Decision(*row) for row in self._all(query.order_by(c.decision_id))]
+
+    def shipped(self, stage: str, step: int) -> list[ShippedSegment]:
+        """The ordered batch of a step, bit for bit; empty when the step is not recorded."""
+        c, t = db.shipped.c, db.trajectory.c
+        here = [c.stage == stage, c.step == step]
+        pairs = sa.select(c.issue_id, c.sample).where(*here).distinct().subquery()
+        match = (t.issue_id == pairs.c.issue_id) & (t.sample == pairs.c.sample)
+        payloads = (
+            sa.select(t.issue_id, t.sample, t.payload)
+            .select_from(db.trajectory.join(pairs, match))
+            .where(db.is_last())
+        )
+        with self._read() as conn:
+            rows = conn.execute(sa.select(db.shipped).where(*here).order_by(c.ordinal)).all()
+            blobs = conn.execute(payloads).all() if rows else []
+        found = {(b.issue_id, b.sample): codec.decode_trajectory(b.payload).segments for b in blobs}
+        return [
+            ShippedSegment(
+                r.issue_id,
+                r.sample,
+                r.segment,
+                found[r.issue_id, r.sample][r.segment],
+                codec.decode_credit(r.credit),
+            )
+            for r in rows
+        ]
+
+    def credits(self, issue_id: int) -> dict[tuple[int, int], ShippedCredit]:
+        """(sample, segment) -> credit of what was shipped of an issue, in the batch's order."""
+        c = db.shipped.c
+        query = sa.select(db.shipped).where(c.issue_id == issue_id).order_by(c.ordinal)
+        return {
+            (r.sample, r.segment): ShippedCredit(r.step, r.ordinal, codec.decode_credit(r.credit))
+            for r in self._all(query)
+        }
+
+    def last_shipped_step(self, stage: str) -> int:
+        """The newest recorded step; -1 when there is none."""
+        query = sa.select(sa.func.max(db.shipped.c.step)).where(db.shipped.c.stage == stage)
+        step = self._scalar(query)
+        return -1 if step is None else int(step)
+
+    def results(self, stage: str, kind: str = "eval") -> list[Result]:
+        """The last attempt of every sample of a stage, by issue and sample, without tokens."""
+        t = db.trajectory.c
+        columns = [t[name] for name in Result.__annotations__ if name in t]
+        query = (
+            sa.select(db.issue, *columns)
+            .select_from(db.trajectory.join(db.issue))
+            .where(*_of(stage, kind), db.is_last())
+            .order_by(t.issue_id, t.sample)
+        )
+        found = []
+        for row in self._all(query):
+            values = {column.name: getattr(row, column.name) for column in columns}
+            values |= {"stop": StopReason(row.stop), "verdict": Verdict(row.verdict)}
+            found.append(Result(issue=db.issue_from_row(row), **values))
+        return found
+
+    def lengths_and_losses(
+        self, stage: str, reason: str, recent: int | None = None
+    ) -> list[tuple[int, bool]]:
+        """(tokens, lost) of every sample of the groups that were shipped or dropped for `reason`.
+
+        Lost are the samples of the dropped groups, and those about which the filter `reason`
+        decided when their group was shipped. `recent`: of that many issues only, the newest.
+        """
+        i, t, d = db.issue.c, db.trajectory.c, db.decision.c
+        fate = sa.or_(i.state == "shipped", sa.and_(i.state == "dropped", i.reason == reason))
+        issues = sa.select(i.issue_id, i.state).where(*_of(stage, "train"), fate)
+        chosen = issues.order_by(i.issue_id.desc()).limit(recent).subquery()
+        about = [d.issue_id == t.issue_id, d.sample == t.sample, d.filter == reason]
+        query = (
+            sa.select(t.num_tokens, sa.or_(chosen.c.state == "dropped", sa.exists().where(*about)))
+            .select_from(db.trajectory.join(chosen, chosen.c.issue_id == t.issue_id))
+            .where(db.is_last())
+            .order_by(t.issue_id, t.sample)
+        )
+        return [(int(tokens), bool(lost)) for tokens, lost in self._all(query)]
+
+    def rows(self, table: str) -> Iterator[dict[str, Any]]:
+        """Every row of a table of the schema as it is stored, in the order of its primary key.
+
+        A few at a time are in memory. Other methods may be called between two of them.
+        """
+        found = db.metadata.tables[table]
+        query = sa.select(found).order_by(*found.primary_key)
+        with self._read() as conn:
+            for row in conn.execution_options(yield_per=1000).execute(query):
+                yield row._asdict()
+
+    def counts(self, stage: str | None = None) -> dict[str, Counter[str]]:
+        """Issues by `state` and, of those with a reason, by `reason`; `event` counter totals."""
+        c, e = db.issue.c, db.event.c
+        issues = sa.select(c.state, c.reason, sa.func.count()).group_by(c.state, c.reason)
+        events = sa.select(e.name, sa.func.sum(e["count"])).group_by(e.name)
+        if stage is not None:
+            issues, events = issues.where(c.stage == stage), events.where(e.stage == stage)
+        found: dict[str, Counter[str]] = {n: Counter() for n in ("state", "reason", "event")}
+        with self._read() as conn:
+            for state, reason, n in conn.execute(issues):
+                found["state"][state] += n
+                if reason:
+                    found["reason"][reason] += n
+            for name, n in conn.execute(events):
+                found["event"][name] += int(n)
+        return found
+
+    def next_ordinal(self, stage: str, kind: str = "train") -> int:
+        """The first index of the task sequence that was never issued."""
+        query = sa.select(sa.func.max(db.issue.c.ordinal)).where(*_of(stage, kind))
+        last = self._scalar(query)
+        return 0 if last is None else int(last) + 1
+
+    def drop_counts(self, stage: str, kind: str, reason: str) -> dict[int, tuple[int, int]]:
+        """Ordinals dropped for `reason` at least once -> (times dropped for it, times issued)."""
+        c = db.issue.c
+        hits = sa.func.sum(sa.case((sa.and_(c.state == "dropped", c.reason == reason), 1), else_=0))
+        query = sa.select(c.ordinal, hits, sa.func.count()).where(*_of(stage, kind))
+        rows = self._all(query.group_by(c.ordinal).having(hits > 0))
+        return {int(ordinal): (int(dropped), int(issued)) for ordinal, dropped, issued in rows}
+
+    def position(self) -> dict[str, int]:
+        """How far the log has come, in issues and recorded segments: neither ever shrinks."""
+        last = self._scalar(sa.select(sa.func.max(db.issue.c.issue_id)))
+        segments = self._scalar(sa.select(sa.func.count()).select_from(db.shipped))
+        return {"issues": int(last or 0), "segments": int(segments)}
+
     # ---- connections
+
+    @contextmanager
+    def _read(self) -> Iterator[sa.Connection]:
+        with self._available(), self._engine.connect() as conn, conn.begin():
+            yield conn
+
+    @contextmanager
+    def _available(self) -> Iterator[None]:
+        try:
+            yield
+        except (sa_exc.OperationalError, sa_exc.InterfaceError) as err:
+            fix = "start the database" if self.shared else "make room on its disk"
+            raise LogUnavailable(
+                f"experience log {self.where}: {first_line(err)}; {fix}, then the same command "
+                "resumes"
+            ) from err
 
     @contextmanager
     def _write(
@@ -261,6 +470,18 @@ class ExperienceLog(LogReader):
             notify(conn, announces)
         self.signals.announce(*announces)
 
+    def _all(self, query: sa.Executable) -> Sequence[Any]:
+        with self._read() as conn:
+            return conn.execute(query).all()
+
+    def _scalar(self, query: sa.Executable) -> Any:
+        with self._read() as conn:
+            return conn.scalar(query)
+
+
+def _of(stage: str, kind: str) -> list[sa.ColumnElement[bool]]:
+    return [db.issue.c.stage == stage, db.issue.c.kind == kind]
+
 
 def _move(conn: sa.Connection, issue_id: int, old: Sequence[str], new: str, reason: str) -> None:
     """The only place where a state changes: guarded in SQL, so an ended issue stays ended."""
@@ -276,7 +497,7 @@ def _move(conn: sa.Connection, issue_id: int, old: Sequence[str], new: str, reas
         raise ValueError(f"issue {issue_id} is {state or 'unknown'}: it cannot become {new}")
 
 
-def _decide(conn: sa.Connection, issue_id: int, decisions: Iterable[DecisionLike]) -> None:
+def _decide(conn: sa.Connection, issue_id: int, decisions: Iterable[Decision]) -> None:
     rows = [
         {"issue_id": issue_id, "sample": d.sample, "filter": d.filter, "reason": db.plain(d.reason)}
         for d in decisions

@@ -1,19 +1,21 @@
-"""The experience log's rows and tables."""
+"""The experience log's tables and rows, created, checked, migrated."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import sqlalchemy as sa
+from sqlalchemy import exc as sa_exc
 
-from agentcpm_jax.log.codec import Credit
-from agentcpm_jax.types import Segment, StopReason, Task, Verdict
+from agentcpm_jax.database import first_line, is_shared
+from agentcpm_jax.types import Credit, Segment, StopReason, Task, UserError, Verdict
 
 #: 2 added `claim`.
 SCHEMA_VERSION = 2
+#: Key of the advisory lock under which PostgreSQL issues ids: they are dense and ascending.
+_ISSUING = 0x61677063
 
 metadata = sa.MetaData()
 _Id = sa.BigInteger().with_variant(sa.Integer, "sqlite")  # SQLite numbers only INTEGER keys itself
@@ -106,38 +108,6 @@ event = sa.Table(
 )
 
 
-class CreditLike(Protocol):
-    """advantage f32[T] and keep bool[T] of one segment."""
-
-    @property
-    def advantage(self) -> np.ndarray: ...
-
-    @property
-    def keep(self) -> np.ndarray: ...
-
-
-class DecisionLike(Protocol):
-    """What a filter decided about a sample (-1: the whole group), and why."""
-
-    @property
-    def sample(self) -> int: ...
-
-    @property
-    def filter(self) -> str: ...
-
-    @property
-    def reason(self) -> str: ...
-
-
-@dataclass(frozen=True)
-class Decision:
-    """The plainest `DecisionLike`."""
-
-    sample: int
-    filter: str
-    reason: str
-
-
 @dataclass(frozen=True)
 class Issue:
     """One task handed out once. `batch`: the step it was issued for (deterministic mode only)."""
@@ -160,7 +130,7 @@ class ShipEntry:
     issue_id: int
     sample: int
     segment_index: int
-    credit: CreditLike
+    credit: Credit
 
 
 @dataclass(frozen=True)
@@ -171,6 +141,15 @@ class ShippedSegment:
     sample: int
     segment_index: int
     segment: Segment
+    credit: Credit
+
+
+@dataclass(frozen=True)
+class ShippedCredit:
+    """The credit of a recorded segment; `step` and `ordinal` are its place among the batches."""
+
+    step: int
+    ordinal: int
     credit: Credit
 
 
@@ -189,6 +168,41 @@ class Result:
     num_turns: int
     num_tokens: int
     seconds: float
+
+
+def create_or_check(engine: sa.Engine, where: str) -> None:
+    """Creates the tables of a new log and migrates an old one.
+
+    Raises:
+        UserError: not a database, not reachable, or a log of a newer schema version.
+    """
+    try:
+        with engine.connect().execution_options(writes=True) as conn, conn.begin():
+            lock_issuing(conn)  # two processes may open a new log at the same moment
+            metadata.create_all(conn)
+            version = sa.select(meta.c.value).where(meta.c.key == "schema_version")
+            found = int(conn.scalar(version) or 0)
+            if found == 0:
+                row = {"key": "schema_version", "value": str(SCHEMA_VERSION)}
+                conn.execute(sa.insert(meta).values(row))
+            elif found < SCHEMA_VERSION:  # 1 -> 2 added a table, which `create_all` has made
+                conn.execute(sa.update(meta).values(value=str(SCHEMA_VERSION)))
+    except sa_exc.DBAPIError as err:
+        fix = "start the server and check host, user and database of the URL"
+        if not is_shared(engine):
+            fix = "give the path of an experience.db or of a file that does not exist yet"
+        raise UserError(f"experience log {where}: {first_line(err)}; {fix}") from err
+    if found > SCHEMA_VERSION:
+        raise UserError(
+            f"experience log {where} has schema version {found}, this release reads up to "
+            f"{SCHEMA_VERSION}; upgrade agentcpm_jax or start a new workdir"
+        )
+
+
+def lock_issuing(conn: sa.Connection) -> None:
+    """Until the transaction ends, nobody else allocates ids."""
+    if conn.dialect.name == "postgresql":
+        conn.execute(sa.select(sa.func.pg_advisory_xact_lock(_ISSUING)))
 
 
 def is_last() -> sa.ColumnElement[bool]:

@@ -25,23 +25,23 @@ MOUNTS = Path("/proc/mounts")
 
 
 @dataclass(frozen=True)
-class Place:
+class LogLocation:
     """`url`: for `ExperienceLog.open`; `note`: what the user should know, or empty."""
 
     url: str
     note: str = ""
 
 
-def place_log(workdir: Path, log_url: str = "", mounts: Path = MOUNTS) -> Place:
+def locate_log(workdir: Path, log_url: str = "", mounts: Path = MOUNTS) -> LogLocation:
     """The live log of a workdir: `log_url` if there is one, else a file on a local disk."""
     if log_url:
-        return Place(log_url)
+        return LogLocation(log_url)
     kind = filesystem(workdir, mounts)
     if not REMOTE.fullmatch(kind):
-        return Place(str(workdir / "experience.db"))
+        return LogLocation(str(workdir / "experience.db"))
     digest = hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:16]
     live = _local_directory(mounts) / "agentcpm_jax" / digest / "experience.db"
-    return Place(
+    return LogLocation(
         str(live),
         f"{workdir} is on {kind}, where SQLite cannot live: the experience log is {live}, and "
         "every checkpoint holds a snapshot of it",

@@ -34,7 +34,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from agentcpm_jax.types import Trajectory, TrajectoryGroup, Turn, TurnFlag, UserError
+from agentcpm_jax.types import Credit, Trajectory, TrajectoryGroup, Turn, TurnFlag, UserError
 
 
 @dataclass(frozen=True)
@@ -116,21 +116,13 @@ def for_loss(cfg: AdvantageConfig, loss: str) -> AdvantageConfig:
     return replace(chosen, **plain)
 
 
-@dataclass(frozen=True)
-class TokenCredit:
-    """Of one segment: advantage f32[T] (0 where not kept), keep bool[T] = the token is trained."""
-
-    advantage: np.ndarray
-    keep: np.ndarray
-
-
 def credit_group(
     group: TrajectoryGroup,
     cfg: AdvantageConfig,
     scores: Sequence[float] | None = None,
     muted_turns: Set[tuple[int, int]] = frozenset(),
     presets: Mapping[tuple[int, int], float] | None = None,
-) -> list[list[TokenCredit]]:
+) -> list[list[Credit]]:
     """The credit of every token of a group.
 
     Every sampled token carries its trajectory's advantage, except: a malformed call's tokens and
@@ -144,7 +136,7 @@ def credit_group(
       muted_turns: (sample, turn index) of turns that are not trained.
       presets: (sample, turn index) -> upper bound of the turn's advantage before scaling.
     Returns:
-      One list per trajectory, with one `TokenCredit` per segment.
+      One list per trajectory, with one `Credit` per segment.
     Raises:
       ValueError: a trajectory without a finite reward, or with a reward that `scores` lacks.
     """
@@ -274,7 +266,7 @@ def _credit_trajectory(
     cfg: AdvantageConfig,
     muted_turns: Set[tuple[int, int]],
     presets: Mapping[tuple[int, int], float],
-) -> list[TokenCredit]:
+) -> list[Credit]:
     bounds = [np.full(len(s), np.inf) for s in trajectory.segments]  # upper bound of A, per token
     kept = [s.sampled & trajectory.trainable for s in trajectory.segments]
     for segment, keep in zip(trajectory.segments, kept, strict=True):
@@ -311,7 +303,7 @@ def _spans_without_credit(turn: Turn) -> list[slice]:
 
 def _credit_segment(
     keep: np.ndarray, bounds: np.ndarray, raw: float, score: float, cfg: AdvantageConfig
-) -> TokenCredit:
+) -> Credit:
     advantage = np.zeros(len(keep), np.float32)
     keep = keep.copy()
     for bound in np.unique(bounds):
@@ -321,4 +313,4 @@ def _credit_segment(
             advantage[here] = value
         else:
             keep[here] = False
-    return TokenCredit(advantage, keep)
+    return Credit(advantage, keep)

@@ -10,7 +10,7 @@ Filters, in the default order (ours; then AgentCPM-Explore's condition):
 environment    drop a sample whose stop is engine_error, infra_error, judge_error or cancelled
                (a failing engine, tool server or judge; a timeout; a broken connection), whose
                verdict is unknown (the judge abstained, or its votes disagree), or whose reward is
-               missing or not finite. `rollout.repair` has tried it again before. Original: final
+               missing or not finite. `rollout.groups` has tried it again before. Original: final
                state "failed_error" is abandoned, after its 0 entered the baseline. [1,2]
 disagreement   of samples of one group with the same answer (normalised) but different verdicts,
                drop those of the rarer verdict; all of them, unless more than `agreement` of them
@@ -61,11 +61,11 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from agentcpm_jax.rewards.grade import NON_FINITE, UNKNOWN_NOTES, normalize
 from agentcpm_jax.types import (
     UNKNOWN_STOPS,
+    Decision,
     StopReason,
     Trajectory,
     TrajectoryGroup,
@@ -117,18 +117,6 @@ class DenoiseConfig:
         stops = [s for s in self.extreme_stops if s not in set(StopReason)]
         if stops:
             raise UserError(f"unknown stop {stops[0]!r}; use {', '.join(StopReason)}")
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What a filter decided, about what, and why. JSON-able."""
-
-    scope: Literal["group", "sample", "turn"]
-    action: Literal["drop", "mute", "note"]
-    filter: str
-    reason: str
-    sample: int = -1
-    turn: int = -1
 
 
 @dataclass(frozen=True)
@@ -217,7 +205,7 @@ def disagreement(state: DenoisedGroup, cfg: DenoiseConfig) -> list[Decision]:
 def contamination(state: DenoisedGroup, cfg: DenoiseConfig) -> list[Decision]:
     """Samples that met a listed text, and groups whose task is listed."""
     if state.group.task.uid in cfg.contaminated:
-        return [Decision("group", "drop", "contamination", "held_out_task")]
+        return [_drop_group("contamination", "held_out_task")]
     texts = [text.casefold() for text in cfg.contaminated]
     return [
         _drop("contamination", "contaminated_source", t)
@@ -234,14 +222,14 @@ def malformed_calls(state: DenoisedGroup, cfg: DenoiseConfig) -> list[Decision]:
             errors = [why for _, why in turn.bad_calls]
             if TurnFlag.FORMAT_ERROR in turn.flags and not errors:
                 errors = ["not_located"]
-            found += [Decision("turn", "note", "format", e, t.sample, i) for e in errors]
+            found += [Decision(t.sample, "format", e, "note", i) for e in errors]
     return found
 
 
 def repeated(state: DenoisedGroup, cfg: DenoiseConfig) -> list[Decision]:
     """Counts repeated turns, one note per turn."""
     return [
-        Decision("turn", "note", "repeated", "repeated_turn", t.sample, i)
+        Decision(t.sample, "repeated", "repeated_turn", "note", i)
         for t in state.group.trajectories
         for i, turn in enumerate(t.turns)
         if TurnFlag.REPEATED in turn.flags
@@ -269,7 +257,7 @@ def long_turn(state: DenoisedGroup, cfg: DenoiseConfig) -> list[Decision]:
     if cfg.max_turn_tokens is None:
         return []
     return [
-        Decision("turn", "mute", "long_turn", "over_long_turn", t.sample, i)
+        Decision(t.sample, "long_turn", "over_long_turn", "mute", i)
         for t in state.group.trajectories
         for i, turn in enumerate(t.turns)
         if turn.end > cfg.max_turn_tokens
@@ -279,9 +267,9 @@ def long_turn(state: DenoisedGroup, cfg: DenoiseConfig) -> list[Decision]:
 def too_few(state: DenoisedGroup, cfg: DenoiseConfig) -> list[Decision]:
     """Groups without a baseline, or without anything to train."""
     if len(state.baseline) < cfg.min_samples:
-        return [Decision("group", "drop", "too_few", "too_few_valid")]
+        return [_drop_group("too_few", "too_few_valid")]
     if not state.group.trajectories:
-        return [Decision("group", "drop", "too_few", "nothing_to_train")]
+        return [_drop_group("too_few", "nothing_to_train")]
     return []
 
 
@@ -290,7 +278,7 @@ def zero_variance(state: DenoisedGroup, cfg: DenoiseConfig) -> list[Decision]:
     scores = state.scores
     if scores and max(scores) - min(scores) < cfg.min_spread:
         reason = "all_right" if min(scores) > 0.5 else "all_wrong"
-        return [Decision("group", "drop", "zero_variance", reason)]
+        return [_drop_group("zero_variance", reason)]
     return []
 
 
@@ -346,8 +334,12 @@ def _texts_seen(trajectory: Trajectory) -> Iterator[str]:
 
 
 def _drop(name: str, reason: str, trajectory: Trajectory) -> Decision:
-    return Decision("sample", "drop", name, reason, trajectory.sample)
+    return Decision(trajectory.sample, name, reason, "drop")
+
+
+def _drop_group(name: str, reason: str) -> Decision:
+    return Decision(-1, name, reason, "drop")
 
 
 def _mute(name: str, reason: str, trajectory: Trajectory) -> Decision:
-    return Decision("sample", "mute", name, reason, trajectory.sample)
+    return Decision(trajectory.sample, name, reason, "mute")

@@ -11,7 +11,7 @@ What makes it robust, each against a way in which judges fail (AgentCPM-Explore'
 4. several votes, of several models or of one with the fields in another order [one];
 5. verdicts are cached under a hash of model, prompt version, vote and content [not at all];
    failures never are;
-6. temperature 0 is the endpoint's part (`rollout.chat_endpoint`).
+6. temperature 0 is the endpoint's part (`rollout.endpoint`).
 """
 
 from __future__ import annotations

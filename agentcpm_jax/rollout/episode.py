@@ -34,9 +34,9 @@ from agentcpm_jax.rollout.policy import (
     SamplingParams,
     TokenPolicy,
 )
-from agentcpm_jax.rollout.tape import Tape
 from agentcpm_jax.types import (
     Provenance,
+    Segment,
     StopReason,
     Task,
     ToolCall,
@@ -99,7 +99,7 @@ async def run_episode(
     while stop is None:
         stop = await episode.step()
     return Trajectory(
-        segments=(episode.tape.segment(),),
+        segments=(episode.tokens.segment(),),
         turns=tuple(episode.turns),
         stop=stop,
         issue_id=issue_id,
@@ -153,7 +153,7 @@ class _Episode:
         self._texts: Counter[str] = Counter()
         self._idle = self._truncated = 0
         self._pending: _Tokens = (np.zeros(0, np.int32), np.zeros(0, np.uint8))
-        self.tape = Tape()
+        self.tokens = TokenBuffer()
         self.turns: list[Turn] = []
         self.answer: str | None = None
         self.error = ""
@@ -171,13 +171,13 @@ class _Episode:
 
     async def step(self) -> StopReason | None:
         """One turn: show what is pending, sample, act, and prepare what comes next."""
-        cfg, start = self._cfg, len(self.tape)
-        self.tape.append(*self._pending)
-        shown = len(self.tape)
+        cfg, start = self._cfg, len(self.tokens)
+        self.tokens.append(*self._pending)
+        shown = len(self.tokens)
         request = self._request(shown)
         completion = await _sample(self._policy, request)
-        self.tape.append_sampled(completion)
-        self.turns.append(Turn(segment=0, start=start, sample_start=shown, end=len(self.tape)))
+        self.tokens.append_sampled(completion)
+        self.turns.append(Turn(segment=0, start=start, sample_start=shown, end=len(self.tokens)))
         if completion.finish in (Finish.ERROR, Finish.ABORT):
             self.error = completion.error or str(completion.finish)
             return StopReason.ENGINE_ERROR
@@ -192,7 +192,7 @@ class _Episode:
         if stop is not None:
             return stop
         self._pending = self._delta(completion, appended)
-        if len(self.tape) + len(self._pending[0]) + cfg.reserve > cfg.max_context:
+        if len(self.tokens) + len(self._pending[0]) + cfg.reserve > cfg.max_context:
             return StopReason.MAX_CONTEXT
         return None
 
@@ -201,7 +201,7 @@ class _Episode:
         issue_id, sample, attempt = self._key
         return SampleRequest(
             rid=f"{issue_id}-{sample}-{attempt}/{turn}/",
-            prompt_ids=self.tape.ids(),
+            prompt_ids=self.tokens.ids(),
             max_new_tokens=min(cfg.max_new_tokens, cfg.max_context - shown),
             params=SamplingParams(
                 temperature=cfg.temperature,
@@ -266,6 +266,50 @@ class _Episode:
 
     def _update(self, **changes: Any) -> None:
         self.turns[-1] = dataclasses.replace(self.turns[-1], **changes)
+
+
+class TokenBuffer:
+    """The growing segment, in buffers that double: appending a turn costs its own length."""
+
+    def __init__(self) -> None:
+        self._length = 0
+        self._columns = [
+            np.empty(1024, dtype) for dtype in (np.int32, np.uint8, np.float32, np.int32)
+        ]
+
+    def __len__(self) -> int:
+        return self._length
+
+    def append(self, ids: np.ndarray, provenance: np.ndarray | Provenance) -> None:
+        self._write(ids, provenance, np.nan, -1)
+
+    def append_sampled(self, completion: Completion) -> None:
+        """Raises ValueError when an engine returns arrays of different lengths."""
+        columns = (completion.ids, completion.logprobs, completion.versions)
+        if len({len(column) for column in columns}) != 1:
+            raise ValueError(f"completion: lengths differ: {[len(c) for c in columns]}")
+        self._write(completion.ids, Provenance.SAMPLED, completion.logprobs, completion.versions)
+
+    def ids(self) -> np.ndarray:
+        """A read-only view of what has been written; later appends do not change it."""
+        view = self._columns[0][: self._length]
+        view.flags.writeable = False
+        return view
+
+    def segment(self) -> Segment:
+        ids, provenance, logprob, version = (c[: self._length].copy() for c in self._columns)
+        return Segment(ids=ids, provenance=provenance, logprob=logprob, version=version)
+
+    def _write(self, ids: np.ndarray, *values: np.ndarray | float) -> None:
+        end = self._length + len(ids)
+        if end > len(self._columns[0]):
+            size = max(end, 2 * len(self._columns[0]))
+            self._columns = [
+                np.concatenate([c, np.empty(size - len(c), c.dtype)]) for c in self._columns
+            ]
+        for column, value in zip(self._columns, (ids, *values), strict=True):
+            column[self._length : end] = value
+        self._length = end
 
 
 def _messages(cfg: EpisodeConfig, question: str) -> list[Message]:

@@ -11,47 +11,58 @@ import asyncio
 import concurrent.futures
 import time
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable
-from functools import partial
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+
+import numpy as np
 
 from agentcpm_jax.log.experience import ExperienceLog
-from agentcpm_jax.log.schema import Issue
-from agentcpm_jax.rollout.claimed import ClaimedGroups
-from agentcpm_jax.rollout.repair import Repair, RunSample, is_known
-from agentcpm_jax.rollout.staleness import Admission, choose
-from agentcpm_jax.rollout.stream_types import (
-    GroupOutcome,
-    NoSignal,
-    ReadyGroup,
-    RunningGroup,
-    StreamConfig,
-    StreamError,
-    StreamStats,
-)
-from agentcpm_jax.types import Task, Trajectory, TrajectoryGroup
+from agentcpm_jax.log.schema import Issue, ShipEntry
+from agentcpm_jax.rollout.config import StreamConfig
+from agentcpm_jax.rollout.groups import Groups, StreamError, is_known
+from agentcpm_jax.rollout.staleness import Admission, choose, oldest_trained
+from agentcpm_jax.types import Credit, Decision, Task, Trajectory, TrajectoryGroup
 
 TOO_FEW = "too_few_valid"
 OVER_AGE = "over_age"
 
 
+class NoSignal(StreamError):
+    """Group after group is dropped: there is nothing to learn from."""
+
+
+@dataclass(frozen=True)
+class GroupOutcome:
+    """What filters and credit say about a group.
+
+    credits: (sample, segment) -> credit; segments without one are not shipped. `reason` says why
+    a group is not kept, e.g. "zero_variance".
+    """
+
+    keep: bool
+    reason: str = ""
+    credits: Mapping[tuple[int, int], Credit] = field(default_factory=dict)
+    decisions: Sequence[Decision] = ()
+
+
 class Producer:
-    """One run of a stage's rollouts; arguments as `Stream`. All methods belong to one loop."""
+    """One run of a stage's rollouts; see `Stream`. All methods belong to one event loop."""
 
     def __init__(
         self,
         log: ExperienceLog,
         stage: str,
         tasks: Callable[[int], Task],
-        run_sample: RunSample,
+        groups: Groups,
         finish: Callable[[TrajectoryGroup], GroupOutcome],
         cfg: StreamConfig,
         use_version: Callable[[int], Awaitable[None]] | None,
-        groups: ClaimedGroups | None = None,
     ) -> None:
         self._log, self._stage, self._cfg = log, stage, cfg
         self._tasks, self._finish, self._use_version = tasks, finish, use_version
         self.admission = Admission(cfg.batch_groups, cfg.max_staleness, cfg.max_concurrent_groups)
-        self.repair = groups or Repair(log, run_sample, cfg)
+        self.groups = groups
         self.stats = StreamStats()
         self.error: BaseException | None = None
         self.running: dict[int, RunningGroup] = {}
@@ -80,7 +91,7 @@ class Producer:
             self.error = self.error or err
             raise
         finally:
-            self.repair.stopping = True
+            self.groups.stopping = True
             tasks = list(self._group_tasks)
             for task in tasks:
                 task.cancel()
@@ -88,7 +99,7 @@ class Producer:
 
     def cancel(self) -> None:
         """Ends `run`; running episodes are cancelled and stay resumable in the log."""
-        self.repair.stopping = True
+        self.groups.stopping = True
         if self._main_task is not None and not self._main_task.cancelling():
             self._main_task.cancel()
 
@@ -99,7 +110,7 @@ class Producer:
 
     def want(self, step: int, future: concurrent.futures.Future[None]) -> None:
         """Resolves `future` once batch `step` is in the log, or fails it."""
-        if self.repair.stopping:
+        if self.groups.stopping:
             future.set_exception(self.error or StreamError("the stream was stopped"))
             return
         self._wanted = (step, future)
@@ -138,7 +149,7 @@ class Producer:
 
     def _wake(self) -> None:
         """Something changed: see whether a batch can go, then let the producer look."""
-        if self._wanted is not None and not self.repair.stopping:
+        if self._wanted is not None and not self.groups.stopping:
             try:
                 self._try_ship(*self._wanted)
             except Exception as err:
@@ -221,7 +232,7 @@ class Producer:
         finished = self._reusable(issue) if resumed else {}
         self.admission.submit()
         start = min([self.admission.version, *(t.versions[0] for t in finished.values())])
-        now = self.repair.progress = time.monotonic()
+        now = self.groups.progress = time.monotonic()
         self.running[issue.issue_id] = RunningGroup(start, now)
         task = asyncio.get_running_loop().create_task(self._group(issue, finished))
         self._group_tasks.add(task)
@@ -256,7 +267,7 @@ class Producer:
 
     async def _group(self, issue: Issue, finished: dict[int, Trajectory]) -> ReadyGroup | None:
         """Runs and settles one group; None when it is dropped."""
-        group = await self.repair.group(issue, finished)
+        group = await self.groups.group(issue, finished)
         if sum(map(is_known, group.trajectories)) < self._cfg.min_valid:
             outcome = GroupOutcome(False, TOO_FEW)
         else:
@@ -335,3 +346,88 @@ class Producer:
         self.stats.over_age_segments += len(decisions)
         self._step, self._drops_row = step + 1, 0
         return True
+
+
+@dataclass(frozen=True)
+class RunningGroup:
+    """`start`: lower bound of its oldest version; `since`: monotonic seconds."""
+
+    start: int
+    since: float
+
+
+@dataclass(frozen=True)
+class ReadyGroup:
+    """A finished, kept group that waits for its batch."""
+
+    issue: Issue
+    group: TrajectoryGroup
+    outcome: GroupOutcome
+
+    @cached_property
+    def versions(self) -> dict[tuple[int, int], int | None]:
+        """(sample, segment) -> version of its oldest trained token, of every credited segment."""
+        found: dict[tuple[int, int], int | None] = {}
+        by_sample = {t.sample: t for t in self.group.trajectories}
+        for (sample, index), credit in sorted(self.outcome.credits.items()):
+            segment = by_sample[sample].segments[index]
+            if not len(segment) == len(credit.keep) == len(credit.advantage):
+                raise ValueError(
+                    f"issue {self.issue.issue_id} sample {sample} segment {index}: "
+                    f"{len(segment)} tokens, {len(credit.keep)} credits"
+                )
+            found[sample, index] = oldest_trained(segment, credit.keep)
+        return found
+
+    @property
+    def oldest(self) -> list[int]:
+        """The oldest trained version of each segment that trains anything."""
+        if not self.outcome.keep:
+            return []
+        return [v for v in self.versions.values() if v is not None]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the whole group, shared prefixes of a trajectory counted once."""
+        return sum(t.num_tokens for t in self.group.trajectories)
+
+    def split(self, limit: int) -> tuple[list[ShipEntry], list[Decision]]:
+        """Entries of the segments not older than version `limit`; a decision for each other."""
+        entries, decisions = [], []
+        for (sample, index), version in self.versions.items():
+            if version is None or version >= limit:
+                credit = self.outcome.credits[sample, index]
+                entries.append(ShipEntry(self.issue.issue_id, sample, index, credit))
+            else:
+                why = f"segment {index}: version {version}, {limit} is the oldest allowed"
+                decisions.append(Decision(sample, "over_age", why))
+        return entries, decisions
+
+
+@dataclass
+class StreamStats:
+    """Running figures of this run; the log holds the permanent ones."""
+
+    dropped: Counter[str] = field(default_factory=Counter)
+    shipped_groups: int = 0
+    over_age_segments: int = 0
+    ages: deque[int] = field(default_factory=lambda: deque(maxlen=4096))  # of shipped groups
+    latencies: deque[float] = field(default_factory=lambda: deque(maxlen=1024))  # s, of groups
+    lengths: deque[tuple[int, bool]] = field(default_factory=lambda: deque(maxlen=4096))
+
+    def figures(self) -> dict[str, float]:
+        """Flat figures; `dropped_decile/k`: drop rate of the k-th tenth of groups by length."""
+        found: dict[str, float] = {
+            "shipped_groups": self.shipped_groups,
+            "over_age_segments": self.over_age_segments,
+        }
+        found |= {f"dropped/{reason}": n for reason, n in list(self.dropped.items())}
+        if ages := list(self.ages):
+            found |= {"age_mean": float(np.mean(ages)), "age_max": max(ages)}
+        if seconds := list(self.latencies):
+            found["group_seconds_mean"] = float(np.mean(seconds))
+            found["group_seconds_p95"] = float(np.quantile(seconds, 0.95))
+        if len(lengths := sorted(self.lengths)) >= 10:
+            for k, tenth in enumerate(np.array_split([dropped for _, dropped in lengths], 10)):
+                found[f"dropped_decile/{k}"] = float(tenth.mean())
+        return found

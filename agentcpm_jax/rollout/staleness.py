@@ -87,7 +87,7 @@ def oldest_trained(segment: Segment, keep: np.ndarray) -> int | None:
 
 
 @dataclass(frozen=True)
-class Choice:
+class BatchChoice:
     """`ship`: B issue ids, oldest first, or empty (wait). `over_age`: issue ids to drop."""
 
     ship: tuple[int, ...]
@@ -101,7 +101,7 @@ def choose(
     batch_size: int,
     max_staleness: int,
     wait: bool,
-) -> Choice:
+) -> BatchChoice:
     """Which groups form batch `step`, trained at version v = `step`.
 
     ready: issue id -> oldest trained version of each of its segments; running: for each group in
@@ -117,11 +117,11 @@ def choose(
     over_age = tuple(sorted(set(ready) - set(alive)))
     order = sorted(alive, key=lambda i: (alive[i], i))
     if len(order) < batch_size:
-        return Choice((), over_age)
+        return BatchChoice((), over_age)
     running = list(running)
     if wait and running:  # else nothing will come that an older group could wait for
         left = sorted([alive[i] for i in order[batch_size:]] + running)
         # The k-th oldest of what is left ships in batch step + 1 + k // B at the earliest.
         if any(v + max_staleness < step + 1 + k // batch_size for k, v in enumerate(left)):
-            return Choice((), over_age)
-    return Choice(tuple(order[:batch_size]), over_age)
+            return BatchChoice((), over_age)
+    return BatchChoice(tuple(order[:batch_size]), over_age)

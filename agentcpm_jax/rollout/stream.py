@@ -17,17 +17,16 @@ from functools import partial
 
 from agentcpm_jax.log.experience import ExperienceLog
 from agentcpm_jax.log.schema import ShippedSegment
-from agentcpm_jax.rollout.claimed import ClaimedGroups
-from agentcpm_jax.rollout.producer import Producer
-from agentcpm_jax.rollout.repair import RunSample
-from agentcpm_jax.rollout.stream_types import (
+from agentcpm_jax.rollout.config import StreamConfig
+from agentcpm_jax.rollout.groups import (
     BreakerOpen,
-    GroupOutcome,
-    NoSignal,
-    StreamConfig,
+    Groups,
+    OwnGroups,
+    RunSample,
     StreamError,
     StreamStalled,
 )
+from agentcpm_jax.rollout.producer import GroupOutcome, NoSignal, Producer
 from agentcpm_jax.types import Task, TrajectoryGroup
 
 __all__ = [
@@ -35,7 +34,6 @@ __all__ = [
     "GroupOutcome",
     "NoSignal",
     "Stream",
-    "StreamConfig",
     "StreamError",
     "StreamStalled",
 ]
@@ -51,7 +49,7 @@ class Stream:
         finish: filters and credits a complete group; pure, since a restart calls it again.
         use_version: awaited before a round of rollouts, while nothing runs; deterministic mode
             only. After a restart it must still load versions from (first unrecorded step) - eta.
-        groups: runs the groups instead of this process (a log that workers share).
+        groups: who runs the groups; None: this process does, with `run_sample`.
     """
 
     def __init__(
@@ -63,12 +61,13 @@ class Stream:
         finish: Callable[[TrajectoryGroup], GroupOutcome],
         cfg: StreamConfig,
         use_version: Callable[[int], Awaitable[None]] | None = None,
-        groups: ClaimedGroups | None = None,
+        groups: Groups | None = None,
     ) -> None:
         if cfg.deterministic and use_version is None:
             raise ValueError("a deterministic stream needs `use_version`")
         self._log, self._stage, self._cfg = log, stage, cfg
-        self._producer = Producer(log, stage, tasks, run_sample, finish, cfg, use_version, groups)
+        groups = groups or OwnGroups(log, run_sample, cfg)
+        self._producer = Producer(log, stage, tasks, groups, finish, cfg, use_version)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._begun, self._over = threading.Event(), threading.Event()
@@ -130,14 +129,14 @@ class Stream:
         accepted, running, rejected, _ = p.admission.stats()
         now: dict[str, float] = {"running": running, "ready": len(p.ready), "accepted": accepted}
         now |= {"rejected": rejected, "version": p.admission.version}
-        now |= {"unknown_samples": p.repair.unknown_samples} | p.stats.figures()
+        now |= {"unknown_samples": p.groups.unknown_samples} | p.stats.figures()
         return {f"stream/{name}": float(value) for name, value in now.items()}
 
     def _check_stall(self) -> None:
         limit, p = self._cfg.stall_timeout, self._producer
         if self._cfg.deterministic or not limit or not p.running:
             return
-        idle = time.monotonic() - p.repair.progress
+        idle = time.monotonic() - p.groups.progress
         if idle > limit:
             raise StreamStalled(
                 f"no sample of {len(p.running)} running groups ended for {idle:.0f} s; does "

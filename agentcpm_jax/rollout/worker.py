@@ -13,30 +13,14 @@ import socket
 import time
 import uuid
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 
 from agentcpm_jax.log.claims import Claim, ClaimLost
 from agentcpm_jax.log.experience import ExperienceLog
 from agentcpm_jax.log.schema import Issue
 from agentcpm_jax.log.signals import POLL
-from agentcpm_jax.rollout.repair import Repair, RunSample, is_known
-from agentcpm_jax.rollout.stream_types import StreamConfig, StreamStalled
-from agentcpm_jax.types import Trajectory, UserError
-
-
-@dataclass(frozen=True)
-class WorkerConfig:
-    """Rollout workers of a shared (PostgreSQL) log. `lease`: seconds without a sign of life after
-    which a claim is given to another worker."""
-
-    lease: float = 60.0
-    trainer_groups: int = -1  # groups at a time in the trainer's process; -1: all; 0: none
-
-    def __post_init__(self) -> None:
-        if self.lease < 1:
-            raise UserError(f"workers.lease={self.lease:g}; it is at least 1 second")
-        if self.trainer_groups < -1:
-            raise UserError(f"workers.trainer_groups={self.trainer_groups}; it is at least -1")
+from agentcpm_jax.rollout.config import StreamConfig
+from agentcpm_jax.rollout.groups import OwnGroups, RunSample, StreamStalled, is_known
+from agentcpm_jax.types import Trajectory
 
 
 class ClaimWorker:
@@ -63,12 +47,12 @@ class ClaimWorker:
         self.name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
         self.delivered = 0
         self._log, self._stage, self._cfg = log, stage, cfg
-        self._groups, self._lease, self._have_version = groups, lease, have_version
-        self._repair = Repair(_Records(log, self.name), run_sample, cfg)  # pyright: ignore[reportArgumentType]
+        self._limit, self._lease, self._have_version = groups, lease, have_version
+        self._groups = OwnGroups(_WorkerRecords(log, self.name), run_sample, cfg)
         self._running: dict[int, asyncio.Task[None]] = {}
-        self._look = asyncio.Event()
+        self._woken = asyncio.Event()
 
-    def look(self) -> None:
+    def wake(self) -> None:
         """Makes `run` look round at once; from any thread."""
         self._log.signals.announce("offered")
 
@@ -78,26 +62,26 @@ class ClaimWorker:
         Raises:
             BreakerOpen, StreamStalled: engine or tools are down; LogUnavailable: the database is.
         """
-        self._look.set()
+        self._woken.set()
         try:
             async with asyncio.TaskGroup() as tasks:
                 aides = [tasks.create_task(self._watch()), tasks.create_task(self._beat())]
                 while not over():
-                    await self._look.wait()
-                    self._look.clear()
-                    free = self._groups - len(self._running)
+                    await self._woken.wait()
+                    self._woken.clear()
+                    free = self._limit - len(self._running)
                     if free > 0:
                         taken = self._log.claims.take(self._stage, self.name, free, self._lease)
                         for claim in taken:
                             task = tasks.create_task(self._group(claim))
                             self._running[claim.issue_id] = task
-                self._repair.stopping = True
+                self._groups.stopping = True
                 for task in [*aides, *self._running.values()]:
                     task.cancel()
         except BaseExceptionGroup as failed:
             raise failed.exceptions[0] from None
         finally:
-            self._repair.stopping = True
+            self._groups.stopping = True
             self._log.claims.release(self.name)
 
     async def _group(self, claim: Claim) -> None:
@@ -105,14 +89,14 @@ class ClaimWorker:
         issue = Issue(issue_id, self._stage, "train", claim.task, 0, 0, None, "issued")
         try:
             await self._have_version(claim.version)
-            await self._repair.group(issue, self._reusable(claim))
+            await self._groups.group(issue, self._reusable(claim))
             self._log.claims.deliver(issue_id, self.name)
             self.delivered += 1
         except ClaimLost:
             pass  # another worker has it, or the trainer does not want it any more
         finally:
             self._running.pop(issue_id, None)
-            self._look.set()
+            self._woken.set()
 
     def _reusable(self, claim: Claim) -> dict[int, Trajectory]:
         """Samples that an earlier holder finished and that are young enough to be trained."""
@@ -127,14 +111,14 @@ class ClaimWorker:
         mark = 0
         while True:
             mark = await asyncio.to_thread(self._log.wait, "offered", POLL, mark)
-            self._look.set()
+            self._woken.set()
 
     async def _beat(self) -> None:
         while True:
             await asyncio.sleep(self._lease / 3)
-            idle = time.monotonic() - self._repair.progress
+            idle = time.monotonic() - self._groups.progress
             if not self._running:
-                self._repair.progress = time.monotonic()
+                self._groups.progress = time.monotonic()
             elif self._cfg.stall_timeout and idle > self._cfg.stall_timeout:
                 raise StreamStalled(
                     f"no sample of {len(self._running)} claimed groups ended for {idle:.0f} s; "
@@ -145,8 +129,8 @@ class ClaimWorker:
                 self._running[issue_id].cancel()
 
 
-class _Records:
-    """What `Repair` needs of the log, in the name of a worker."""
+class _WorkerRecords:
+    """Records in the name of a worker, for as long as it holds the claim."""
 
     def __init__(self, log: ExperienceLog, worker: str) -> None:
         self._log, self._worker = log, worker

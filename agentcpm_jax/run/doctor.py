@@ -23,14 +23,12 @@ from pathlib import Path
 
 import httpx
 import jax
-import sqlalchemy as sa
-from sqlalchemy.exc import DBAPIError
 
 from agentcpm_jax import tree
 from agentcpm_jax.chat.format import ChatFormat, template_text
 from agentcpm_jax.config import ExperimentConfig, RLStage, Stage
-from agentcpm_jax.log.engine import clock, first_line, open_engine
-from agentcpm_jax.log.snapshots import place_log
+from agentcpm_jax.database import try_writing
+from agentcpm_jax.log.snapshots import locate_log
 from agentcpm_jax.model import params as model_params
 from agentcpm_jax.model.config import to_hf_config
 from agentcpm_jax.model.params import param_specs
@@ -190,22 +188,10 @@ def _tokenizer(cfg: ExperimentConfig) -> str:
 
 def _database(cfg: ExperimentConfig, workdir: Path) -> str:
     """A write that is taken back."""
-    place = place_log(workdir, cfg.log_url)
+    place = locate_log(workdir, cfg.log_url)
     if not cfg.log_url:
         return _sqlite(Path(place.url))
-    engine = open_engine(place.url, durable=True)
-    shown = engine.url.render_as_string(hide_password=True)
-    try:
-        with engine.connect() as conn, conn.begin() as transaction:
-            conn.execute(sa.text("CREATE TEMPORARY TABLE doctor (x INTEGER)"))
-            conn.execute(sa.text("INSERT INTO doctor VALUES (1)"))
-            skew = time.time() - clock(conn)
-            transaction.rollback()
-    except DBAPIError as error:
-        fix = "start the server and check host, user, rights and database of config.log_url"
-        raise UserError(f"{shown}: {first_line(error)}; {fix}") from None
-    finally:
-        engine.dispose()
+    shown, skew = try_writing(place.url)
     return f"{shown} takes writes; {_check_skew(shown, skew)}"
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from agentcpm_jax.checkpoint import newest_snapshot
 from agentcpm_jax.config import ExperimentConfig
 from agentcpm_jax.log.experience import ExperienceLog
-from agentcpm_jax.log.snapshots import place_log, restore_snapshot
+from agentcpm_jax.log.snapshots import locate_log, restore_snapshot
 
 
 def open_log(
@@ -19,7 +19,7 @@ def open_log(
     Raises:
       UserError: the log cannot be opened.
     """
-    place = place_log(workdir, cfg.log_url)
+    place = locate_log(workdir, cfg.log_url)
     if place.note:
         announce(place.note)
     live = Path(place.url)

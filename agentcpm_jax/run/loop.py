@@ -22,8 +22,8 @@ from agentcpm_jax.data.rows import Row, RowStats, count_rows, merge_prefixes, ro
 from agentcpm_jax.engine.local import LocalEngine
 from agentcpm_jax.log.schema import ShippedSegment
 from agentcpm_jax.rewards.advantages import for_loss
-from agentcpm_jax.rollout.claimed import ClaimedGroups
 from agentcpm_jax.rollout.episode import check_prompt
+from agentcpm_jax.rollout.groups import ClaimedGroups
 from agentcpm_jax.rollout.stream import Stream
 from agentcpm_jax.run.context import RunContext
 from agentcpm_jax.run.custom import make_reward, make_tools

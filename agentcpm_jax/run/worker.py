@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from agentcpm_jax.config import ExperimentConfig, RLStage, Stage
+from agentcpm_jax.database import LogUnavailable
 from agentcpm_jax.engine.local import LocalEngine, check_capacity
-from agentcpm_jax.log.engine import LogUnavailable
 from agentcpm_jax.log.experience import ExperienceLog
 from agentcpm_jax.log.signals import POLL
-from agentcpm_jax.rollout.repair import RunSample
+from agentcpm_jax.rollout.groups import RunSample
 from agentcpm_jax.rollout.worker import ClaimWorker
 from agentcpm_jax.run.context import RunContext, open_context
 from agentcpm_jax.run.custom import make_reward, make_tools
@@ -179,7 +179,7 @@ class WorkerThread:
     def stop(self) -> None:
         """Cancels what it runs, gives its claims back, and waits for it."""
         self._stopped.set()
-        self._worker.look()
+        self._worker.wake()
         if self._thread.ident is not None:
             self._thread.join()
 

@@ -50,9 +50,10 @@ from agentcpm_jax.model.config import TINY
 from agentcpm_jax.model.hf import load_hf
 from agentcpm_jax.rewards.advantages import AdvantageConfig
 from agentcpm_jax.rewards.denoise import DenoiseConfig
+from agentcpm_jax.rollout.config import StreamConfig
 from agentcpm_jax.rollout.episode import EpisodeConfig
 from agentcpm_jax.rollout.staleness import oldest_trained
-from agentcpm_jax.rollout.stream import Stream, StreamConfig
+from agentcpm_jax.rollout.stream import Stream
 from agentcpm_jax.run.loop import shipped_rows
 from agentcpm_jax.run.observe.vitals import rss_mib
 from agentcpm_jax.run.sampling import make_finish, make_run_sample

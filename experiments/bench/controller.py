@@ -37,9 +37,10 @@ from agentcpm_jax.files import SHIPPED
 from agentcpm_jax.log.experience import ExperienceLog
 from agentcpm_jax.rewards.advantages import AdvantageConfig
 from agentcpm_jax.rewards.denoise import DenoiseConfig
+from agentcpm_jax.rollout.config import StreamConfig
 from agentcpm_jax.rollout.episode import EpisodeConfig
 from agentcpm_jax.rollout.policy import Completion, SampleRequest, Scripted
-from agentcpm_jax.rollout.stream import Stream, StreamConfig
+from agentcpm_jax.rollout.stream import Stream
 from agentcpm_jax.run.sampling import make_finish, make_run_sample
 from agentcpm_jax.types import Task, ToolResult, ToolStatus
 from agentcpm_jax.world.graph import WorldConfig

@@ -17,8 +17,7 @@ from agentcpm_jax.data.rows import (
     rows_from_trajectory,
     text_row,
 )
-from agentcpm_jax.rewards.advantages import TokenCredit
-from agentcpm_jax.types import Provenance, Segment, StopReason, Trajectory
+from agentcpm_jax.types import Credit, Provenance, Segment, StopReason, Trajectory
 
 T, S, D, H, O = (  # noqa: E741
     Provenance.TEMPLATE,
@@ -41,10 +40,10 @@ def segment(provenance: list[Provenance], ids: list[int] | None = None, **fork: 
     )
 
 
-def credit(n: int, advantage: float = 0.5, drop: tuple[int, ...] = ()) -> TokenCredit:
+def credit(n: int, advantage: float = 0.5, drop: tuple[int, ...] = ()) -> Credit:
     keep = np.ones(n, bool)
     keep[list(drop)] = False
-    return TokenCredit(np.full(n, advantage, np.float32), keep)
+    return Credit(np.full(n, advantage, np.float32), keep)
 
 
 def test_only_sampled_and_kept_tokens_are_trained_in_rl() -> None:

@@ -11,12 +11,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from agentcpm_jax.log.schema import (
-    DecisionLike,
     Issue,
     ShipEntry,
     ShippedSegment,
 )
-from agentcpm_jax.types import Task, Trajectory, TrajectoryGroup
+from agentcpm_jax.types import Decision, Task, Trajectory, TrajectoryGroup
 
 
 class MemoryLog:
@@ -52,7 +51,7 @@ class MemoryLog:
         self.samples[traj.issue_id][traj.sample] = traj
 
     def finish_group(
-        self, issue_id: int, state: str, reason: str, decisions: Iterable[DecisionLike]
+        self, issue_id: int, state: str, reason: str, decisions: Iterable[Decision]
     ) -> None:
         self._move(issue_id, ("issued",), state, reason)
 
@@ -64,7 +63,7 @@ class MemoryLog:
         stage: str,
         step: int,
         entries: Sequence[ShipEntry],
-        decisions: Sequence[tuple[int, DecisionLike]],
+        decisions: Sequence[tuple[int, Decision]],
     ) -> None:
         if not entries or step in self.batches:
             raise ValueError(f"step {step} is empty or shipped already")
@@ -90,7 +89,7 @@ class MemoryLog:
                 e.sample,
                 e.segment_index,
                 self.samples[e.issue_id][e.sample].segments[e.segment_index],
-                e.credit,  # pyright: ignore[reportArgumentType]
+                e.credit,
             )
             for e in self.batches.get(step, ())
         ]

@@ -18,15 +18,16 @@ import numpy as np
 import pytest
 
 from agentcpm_jax.log.codec import (
-    Credit,
     decode_credit,
     decode_trajectory,
     encode_credit,
     encode_trajectory,
 )
 from agentcpm_jax.log.experience import ExperienceLog
-from agentcpm_jax.log.schema import Decision, ShipEntry
+from agentcpm_jax.log.schema import ShipEntry
 from agentcpm_jax.types import (
+    Credit,
+    Decision,
     Provenance,
     Segment,
     StopReason,

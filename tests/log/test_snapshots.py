@@ -10,7 +10,7 @@ import pytest
 from agentcpm_jax.log.experience import ExperienceLog
 from agentcpm_jax.log.snapshots import (
     filesystem,
-    place_log,
+    locate_log,
     restore_snapshot,
 )
 from tests.log.test_experience import assert_same, entries, ready, task, trajectory
@@ -43,7 +43,7 @@ def mounts(tmp_path: Path) -> Path:
 )
 def test_the_innermost_mount_counts(mounts: Path, where: str, kind: str) -> None:
     assert filesystem(Path(where), mounts) == kind
-    place = place_log(Path(where), mounts=mounts)
+    place = locate_log(Path(where), mounts=mounts)
     if kind in ("ext4", "xfs"):
         assert (place.url, place.note) == (f"{where}/experience.db", "")
     else:
@@ -53,11 +53,11 @@ def test_the_innermost_mount_counts(mounts: Path, where: str, kind: str) -> None
 
 def test_a_home_on_the_network_holds_no_live_log(mounts: Path, monkeypatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", "/home/me/.local/state")
-    first = place_log(Path("/home/me/run"), mounts=mounts)
+    first = locate_log(Path("/home/me/run"), mounts=mounts)
     assert first.url.startswith("/var/tmp/agentcpm_jax/")
-    assert place_log(Path("/home/me/run"), mounts=mounts) == first
-    assert place_log(Path("/home/me/other"), mounts=mounts).url != first.url
-    assert place_log(Path("/home/me/run"), "postgresql://h/d", mounts).url == "postgresql://h/d"
+    assert locate_log(Path("/home/me/run"), mounts=mounts) == first
+    assert locate_log(Path("/home/me/other"), mounts=mounts).url != first.url
+    assert locate_log(Path("/home/me/run"), "postgresql://h/d", mounts).url == "postgresql://h/d"
 
 
 def test_a_snapshot_under_writing_is_a_consistent_log(tmp_path: Path) -> None:

@@ -331,7 +331,6 @@ def test_decisions_are_json():
     done = run(sample(0, 1.0), sample(1, None, StopReason.INFRA_ERROR), sample(2, 0.0))
     assert json.loads(json.dumps([dataclasses.asdict(d) for d in done.decisions])) == [
         {
-            "scope": "sample",
             "action": "drop",
             "filter": "environment",
             "reason": "infra_error",

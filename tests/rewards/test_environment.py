@@ -15,8 +15,8 @@ import pytest
 from agentcpm_jax.rewards.denoise import DenoiseConfig, denoise
 from agentcpm_jax.rewards.grade import settle
 from agentcpm_jax.rewards.judge import JudgeConfig
+from agentcpm_jax.rollout.groups import is_known
 from agentcpm_jax.rollout.policy import Completion, Finish, SampleRequest
-from agentcpm_jax.rollout.repair import is_known
 from agentcpm_jax.run.custom import make_reward
 from agentcpm_jax.run.sampling import make_run_sample
 from agentcpm_jax.types import Task, Trajectory, TrajectoryGroup, Verdict

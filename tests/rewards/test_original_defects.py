@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 
 from agentcpm_jax.data.rows import rows_from_trajectory
-from agentcpm_jax.rewards.advantages import AdvantageConfig, TokenCredit, credit_group
+from agentcpm_jax.rewards.advantages import AdvantageConfig, credit_group
 from agentcpm_jax.rewards.denoise import DenoiseConfig, denoise
 from agentcpm_jax.rewards.grade import reward_metrics, score, settle
 from agentcpm_jax.rewards.judge import JudgeConfig, judge_prompt, parse_verdict
 from agentcpm_jax.run.custom import make_reward
 from agentcpm_jax.types import (
+    Credit,
     Provenance,
     Segment,
     StopReason,
@@ -189,7 +190,7 @@ def test_removing_a_turn_shifts_the_log_probabilities_of_the_next():
     assert next(zip(logprobs, values[2:], strict=False)) == (-0.1, 2.0)  # of another turn
     whole = episode(0, 1.0)
     keep = np.array([False, False, False, False, True, True])
-    credit = TokenCredit(np.where(keep, 2.0, 0.0).astype(np.float32), keep)
+    credit = Credit(np.where(keep, 2.0, 0.0).astype(np.float32), keep)
     (row,) = rows_from_trajectory(whole, [credit])
     trained = row.loss_mask
     assert row.logprobs[trained].tolist() == pytest.approx([-0.4, -0.5])

@@ -9,15 +9,16 @@ from collections.abc import Callable
 
 import numpy as np
 
-from agentcpm_jax.log.codec import Credit
 from agentcpm_jax.log.experience import ExperienceLog
-from agentcpm_jax.log.schema import Decision, ShippedSegment
+from agentcpm_jax.log.schema import ShippedSegment
+from agentcpm_jax.rollout.config import StreamConfig
 from agentcpm_jax.rollout.stream import (
     GroupOutcome,
     Stream,
-    StreamConfig,
 )
 from agentcpm_jax.types import (
+    Credit,
+    Decision,
     Provenance,
     Segment,
     StopReason,

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from agentcpm_jax.log.experience import ExperienceLog
+from agentcpm_jax.rollout.config import StreamConfig
 from agentcpm_jax.rollout.stream import (
     BreakerOpen,
     GroupOutcome,
     NoSignal,
     Stream,
-    StreamConfig,
     StreamError,
     StreamStalled,
 )

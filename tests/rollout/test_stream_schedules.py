@@ -21,8 +21,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentcpm_jax.log.experience import ExperienceLog
-from agentcpm_jax.rollout.producer import OVER_AGE, Producer
-from agentcpm_jax.rollout.stream_types import BreakerOpen, NoSignal, StreamConfig
+from agentcpm_jax.rollout.config import StreamConfig
+from agentcpm_jax.rollout.groups import BreakerOpen, OwnGroups
+from agentcpm_jax.rollout.producer import OVER_AGE, NoSignal, Producer
 from agentcpm_jax.types import (
     Provenance,
     Segment,
@@ -182,7 +183,8 @@ def make_producer(schedule: Schedule, log: Any, episodes: Episodes) -> Producer:
     """With its admissions and shipments watched."""
     cfg = schedule.cfg
     use_version = episodes.use_version if cfg.deterministic else None
-    producer = Producer(log, "rl", task, episodes.run, finish, cfg, use_version)
+    groups = OwnGroups(log, episodes.run, cfg)
+    producer = Producer(log, "rl", task, groups, finish, cfg, use_version)
     admission, submit, ship = producer.admission, producer.admission.submit, log.ship
 
     def watched_submit() -> None:

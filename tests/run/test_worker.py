@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from agentcpm_jax.log.experience import ExperienceLog
-from agentcpm_jax.rollout.claimed import ClaimedGroups
+from agentcpm_jax.rollout.config import WorkerConfig
+from agentcpm_jax.rollout.groups import ClaimedGroups
 from agentcpm_jax.rollout.stream import BreakerOpen, Stream
-from agentcpm_jax.rollout.worker import ClaimWorker, WorkerConfig
+from agentcpm_jax.rollout.worker import ClaimWorker
 from agentcpm_jax.run.commandline import parse
 from agentcpm_jax.run.worker import WorkerThread, run_worker
 from agentcpm_jax.types import Task, Trajectory, UserError

@@ -10,29 +10,19 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import sqlalchemy as sa
 
-from agentcpm_jax.log import schema as db
-from agentcpm_jax.log.codec import decode_credit
-from agentcpm_jax.log.schema import CreditLike, Issue
+from agentcpm_jax.log.schema import ShippedCredit
 from agentcpm_jax.rollout.staleness import oldest_trained
 from agentcpm_jax.run.inspect.columns import EXPORT_SCHEMA, TABLES, readme
 from agentcpm_jax.run.inspect.opened import Run, open_run
 from agentcpm_jax.run.inspect.parquet import TableWriter, require_pyarrow
 from agentcpm_jax.run.observe.metrics import read_metrics
-from agentcpm_jax.types import Provenance, Trajectory, UserError
+from agentcpm_jax.types import Provenance, Task, Trajectory, UserError
 
-
-class _Shipped(NamedTuple):
-    batch: int  # from 0
-    ordinal: int
-    credit: CreditLike
-
-
-Credits = Mapping[tuple[int, int], _Shipped]  # by (sample, segment)
+Credits = Mapping[tuple[int, int], ShippedCredit]  # by (sample, segment)
 PROGRESS_EVERY = 500  # issues
 
 
@@ -70,12 +60,12 @@ def _write(run: Run, directory: Path, announce: Callable[[str], None]) -> dict[s
         name: TableWriter(directory / f"{name}.parquet", doc, about) for name, doc in TABLES.items()
     }
     try:
-        for n, (issue, issued, changed) in enumerate(_issues(run)):
+        for n, issue in enumerate(run.log.rows("issue")):
             if n and n % PROGRESS_EVERY == 0:
                 announce(f"{n:,} issues")
-            writers["issues"].row(_issue_row(issue, issued, changed))
-            attempts = run.log.attempts(issue.issue_id)
-            credits = _credits(run, issue)
+            writers["issues"].row(_issue_row(issue))
+            attempts = run.log.attempts(issue["issue_id"])
+            credits = run.log.credits(issue["issue_id"])
             for t in attempts:
                 last = t.attempt == max(a.attempt for a in attempts if a.sample == t.sample)
                 writers["trajectories"].row(_trajectory_row(t, last))
@@ -83,10 +73,11 @@ def _write(run: Run, directory: Path, announce: Callable[[str], None]) -> dict[s
                     writers["turns"].row(row)
                 for columns in _token_columns(t, credits if last else {}):
                     writers["tokens"].columns(columns)
-            for row in _shipped_rows(issue, attempts, credits):
+            for row in _shipped_rows(issue["stage"], attempts, credits):
                 writers["shipped"].row(row)
-        for row in _decision_rows(run):
-            writers["decisions"].row(row)
+        for row in run.log.rows("decision"):
+            sample = row["sample"] if row["sample"] >= 0 else None
+            writers["decisions"].row(row | {"sample": sample})
         for row in _metric_rows(run):
             writers["metrics"].row(row)
         return {name: writer.close() for name, writer in writers.items()}
@@ -95,30 +86,14 @@ def _write(run: Run, directory: Path, announce: Callable[[str], None]) -> dict[s
             writer.close()
 
 
-def _issues(run: Run) -> Iterator[tuple[Issue, float, float]]:
-    """(issue, issued at, changed at), oldest first."""
-    query = sa.select(db.issue).order_by(db.issue.c.issue_id)
-    with run.tables.connect() as conn:
-        for row in conn.execution_options(yield_per=1000).execute(query):
-            yield db.issue_from_row(row), row.issued_at, row.changed_at
-
-
-def _issue_row(issue: Issue, issued: float, changed: float) -> dict[str, Any]:
+def _issue_row(stored: Mapping[str, Any]) -> dict[str, Any]:
+    task = Task.from_json(json.loads(stored["task"]))
     return {
-        "issue_id": issue.issue_id,
-        "stage": issue.stage,
-        "kind": issue.kind,
-        "task_uid": issue.task.uid,
-        "question": issue.task.question,
-        "answers": list(issue.task.answers),
-        "task_kind": issue.task.kind,
-        "epoch": issue.epoch,
-        "ordinal": issue.ordinal,
-        "batch": issue.batch,
-        "state": issue.state,
-        "reason": issue.reason,
-        "issued_at": issued,
-        "changed_at": changed,
+        **stored,
+        "task_uid": task.uid,
+        "question": task.question,
+        "answers": list(task.answers),
+        "task_kind": task.kind,
     }
 
 
@@ -193,40 +168,23 @@ def _token_columns(t: Trajectory, credits: Credits) -> Iterator[dict[str, Any]]:
         }
 
 
-def _credits(run: Run, issue: Issue) -> dict[tuple[int, int], _Shipped]:
-    query = sa.select(db.shipped).where(db.shipped.c.issue_id == issue.issue_id)
-    with run.tables.connect() as conn:
-        rows = conn.execute(query.order_by(db.shipped.c.ordinal)).all()
-    return {
-        (r.sample, r.segment): _Shipped(r.step, r.ordinal, decode_credit(r.credit)) for r in rows
-    }
-
-
 def _shipped_rows(
-    issue: Issue, attempts: Sequence[Trajectory], credits: Credits
+    stage: str, attempts: Sequence[Trajectory], credits: Credits
 ) -> Iterator[dict[str, Any]]:
     last = {t.sample: t for t in attempts}  # attempts are in ascending order
-    for (sample, index), (batch, ordinal, credit) in credits.items():
-        segment = last[sample].segments[index]
-        oldest = oldest_trained(segment, credit.keep)
+    for (sample, index), found in credits.items():
+        segment, keep = last[sample].segments[index], found.credit.keep
+        oldest = oldest_trained(segment, keep)
         yield {
-            "stage": issue.stage,
-            "step": batch + 1,
-            "ordinal": ordinal,
-            "issue_id": issue.issue_id,
+            "stage": stage,
+            "step": found.step + 1,
+            "ordinal": found.ordinal,
+            "issue_id": last[sample].issue_id,
             "sample": sample,
             "segment": index,
-            "trained_tokens": int((segment.sampled & credit.keep).sum()),
-            "age": None if oldest is None else batch - oldest,
+            "trained_tokens": int((segment.sampled & keep).sum()),
+            "age": None if oldest is None else found.step - oldest,
         }
-
-
-def _decision_rows(run: Run) -> Iterator[dict[str, Any]]:
-    c = db.decision.c
-    query = sa.select(c.decision_id, c.issue_id, c.sample, c.filter, c.reason)
-    with run.tables.connect() as conn:
-        for row in conn.execute(query.order_by(c.decision_id)):
-            yield row._asdict() | {"sample": row.sample if row.sample >= 0 else None}
 
 
 def _metric_rows(run: Run) -> Iterator[dict[str, Any]]:

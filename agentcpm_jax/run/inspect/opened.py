@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import sqlalchemy as sa
-
 from agentcpm_jax.chat.format import ChatFormat
 from agentcpm_jax.checkpoint import newest_snapshot
 from agentcpm_jax.config import (
@@ -21,11 +19,9 @@ from agentcpm_jax.config import (
     Stage,
     from_config_dict,
 )
-from agentcpm_jax.log import schema as db
-from agentcpm_jax.log.engine import open_engine
 from agentcpm_jax.log.experience import ExperienceLog
 from agentcpm_jax.log.schema import Issue
-from agentcpm_jax.log.snapshots import place_log, restore_snapshot
+from agentcpm_jax.log.snapshots import locate_log, restore_snapshot
 from agentcpm_jax.run.context import RunContext
 from agentcpm_jax.run.interrupt import StopSignal
 from agentcpm_jax.run.observe.metrics import silent
@@ -35,12 +31,11 @@ from agentcpm_jax.types import UserError
 
 @dataclass(frozen=True)
 class Run:
-    """`log` for whole objects; `tables` for plain rows, read beside a writer."""
+    """What a workdir holds; its log may be read beside a writer."""
 
     workdir: Path
     cfg: ExperimentConfig
     log: ExperienceLog
-    tables: sa.Engine
 
     @property
     def tokenizer(self) -> Path:
@@ -59,13 +54,11 @@ class Run:
 
     def issue(self, issue_id: int) -> Issue:
         """One issue. Raises `UserError` when the log does not have it."""
-        c = db.issue.c.issue_id
-        with self.tables.connect() as conn:
-            row = conn.execute(sa.select(db.issue).where(c == issue_id)).first()
-            if row is not None:
-                return db.issue_from_row(row)
-            low, high = conn.execute(sa.select(sa.func.min(c), sa.func.max(c))).one()
-        known = "the log is empty" if low is None else f"the log holds {low} to {high}"
+        found = self.log.find_issue(issue_id)
+        if found is not None:
+            return found
+        ids = self.log.id_range()
+        known = "the log is empty" if ids is None else f"the log holds {ids[0]} to {ids[1]}"
         raise UserError(f"no issue {issue_id} in {self.workdir}; {known}")
 
     def chat(self) -> ChatFormat:
@@ -98,14 +91,11 @@ def open_run(workdir: str | Path) -> Iterator[Run]:
     path = Path(workdir)
     cfg = read_config(path)
     with ExitStack() as stack:
-        where = place_log(path, cfg.log_url).url
+        where = locate_log(path, cfg.log_url).url
         if not cfg.log_url and not Path(where).is_file():
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             where = str(_copy_of_snapshot(path, cfg, where, scratch))
-        log = stack.enter_context(ExperienceLog.open(where))
-        tables = open_engine(where, durable=False)
-        stack.callback(tables.dispose)
-        yield Run(path, cfg, log, tables)
+        yield Run(path, cfg, stack.enter_context(ExperienceLog.open(where)))
 
 
 def read_config(workdir: Path) -> ExperimentConfig:

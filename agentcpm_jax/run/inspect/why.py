@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import sqlalchemy as sa
 
 from agentcpm_jax.chat.format import ChatFormat
 from agentcpm_jax.config import RLStage
 from agentcpm_jax.evaluate.report.page import Cell, Table
 from agentcpm_jax.evaluate.report.why import SampleView, SegmentView, WhyPage, render_why
-from agentcpm_jax.log import schema as db
-from agentcpm_jax.log.codec import decode_credit
-from agentcpm_jax.log.schema import CreditLike, Issue
+from agentcpm_jax.files import write_atomically
+from agentcpm_jax.log.schema import Issue
 from agentcpm_jax.rewards.advantages import estimate, for_loss
 from agentcpm_jax.rewards.denoise import DenoisedGroup, denoise
 from agentcpm_jax.run.inspect.current import current_logprobs
 from agentcpm_jax.run.inspect.opened import Run, open_run
 from agentcpm_jax.run.sampling import make_finish
-from agentcpm_jax.types import Trajectory, TrajectoryGroup, UserError
+from agentcpm_jax.types import Credit, Trajectory, TrajectoryGroup, UserError
 
 
 @dataclass(frozen=True)
 class _Credits:
     """(sample, segment) -> credit, and the batch (0 = first) of those that were shipped."""
 
-    of: Mapping[tuple[int, int], CreditLike]
+    of: Mapping[tuple[int, int], Credit]
     batch: Mapping[tuple[int, int], int]
     note: str
 
@@ -49,14 +46,7 @@ def write_why(
         page = gather(run, issue, sample)
     suffix = "" if sample is None else f"-{sample}"
     path = Path(out) if out is not None else Path(workdir) / f"why-{issue_id}{suffix}.html"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        # lone surrogates, which models can sample, have no UTF-8
-        temporary.write_bytes(render_why(page).encode("utf-8", "replace"))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, render_why(page))
     return path
 
 
@@ -141,13 +131,10 @@ def _chosen(
 
 def _credits(run: Run, issue: Issue, group: TrajectoryGroup, rl: RLStage | None) -> _Credits:
     """As shipped; of a group that was not, as its filters and its baseline would have it."""
-    c = db.shipped.c
-    query = sa.select(c.step, c.sample, c.segment, c.credit).where(c.issue_id == issue.issue_id)
-    with run.tables.connect() as conn:
-        rows = conn.execute(query).all()
-    if rows:
-        of = {(r.sample, r.segment): decode_credit(r.credit) for r in rows}
-        return _Credits(of, {(r.sample, r.segment): r.step for r in rows}, "")
+    shipped = run.log.credits(issue.issue_id)
+    if shipped:
+        of = {key: found.credit for key, found in shipped.items()}
+        return _Credits(of, {key: found.step for key, found in shipped.items()}, "")
     if rl is None:
         return _Credits({}, {}, "An evaluation issue: nothing of it is trained.")
     outcome = make_finish(rl.denoise, for_loss(rl.advantages, rl.loss.name))(group)

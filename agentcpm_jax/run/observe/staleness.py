@@ -11,10 +11,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
-import sqlalchemy as sa
 
-from agentcpm_jax.log import schema as db
-from agentcpm_jax.log.reader import LogReader
+from agentcpm_jax.log.experience import ExperienceLog
 from agentcpm_jax.log.schema import ShippedSegment
 from agentcpm_jax.rollout.producer import OVER_AGE
 from agentcpm_jax.rollout.staleness import oldest_trained
@@ -39,26 +37,14 @@ def age_metrics(shipped: Sequence[ShippedSegment], version: int) -> dict[str, fl
 
 
 def stale_drops(
-    log: LogReader, stage: str, recent: int | None = RECENT_ISSUES
+    log: ExperienceLog, stage: str, recent: int | None = RECENT_ISSUES
 ) -> list[tuple[int, bool]]:
     """(tokens, lost to staleness) of every sample of a stage that was good enough to be trained.
 
     Such are the samples of shipped groups and of groups dropped as over-age; what a filter dropped
     is not counted. `recent`: of that many issues only, the newest; None: of all.
     """
-    i, t, d = db.issue.c, db.trajectory.c, db.decision.c
-    fate = sa.or_(i.state == "shipped", sa.and_(i.state == "dropped", i.reason == OVER_AGE))
-    ended = [i.stage == stage, i.kind == "train", fate]
-    issues = sa.select(i.issue_id, i.state).where(*ended).order_by(i.issue_id.desc())
-    chosen = issues.limit(recent).subquery()
-    late = sa.exists().where(d.issue_id == t.issue_id, d.sample == t.sample, d.filter == OVER_AGE)
-    query = (
-        sa.select(t.num_tokens, sa.or_(chosen.c.state == "dropped", late))
-        .select_from(db.trajectory.join(chosen, chosen.c.issue_id == t.issue_id))
-        .where(db.is_last())
-        .order_by(t.issue_id, t.sample)
-    )
-    return [(int(tokens), bool(lost)) for tokens, lost in log._rows(query)]
+    return log.lengths_and_losses(stage, OVER_AGE, recent)
 
 
 def drop_metrics(samples: Sequence[tuple[int, bool]]) -> dict[str, float]:

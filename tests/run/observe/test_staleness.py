@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 
-from agentcpm_jax.log.codec import Credit
 from agentcpm_jax.log.experience import ExperienceLog
 from agentcpm_jax.log.schema import ShippedSegment
 from agentcpm_jax.run.inspect.opened import open_run
@@ -17,7 +16,7 @@ from agentcpm_jax.run.observe.staleness import (
     length_deciles,
     stale_drops,
 )
-from agentcpm_jax.types import Provenance, Segment, StopReason, Task, Trajectory
+from agentcpm_jax.types import Credit, Provenance, Segment, StopReason, Task, Trajectory
 from tests.run.recorded_run import finished
 
 

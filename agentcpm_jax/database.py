@@ -1,6 +1,7 @@
-"""Databases of the experience log: SQLite files and PostgreSQL servers, opened, checked, migrated.
+"""SQLite files and PostgreSQL servers, opened.
 
-Everything that only one of the two understands stands here.
+Everything that only one of the two understands stands here, but for the locks and the signals of
+the log.
 """
 
 from __future__ import annotations
@@ -13,11 +14,7 @@ import sqlalchemy as sa
 from sqlalchemy import event as sa_event
 from sqlalchemy import exc as sa_exc
 
-from agentcpm_jax.log import schema as db
 from agentcpm_jax.types import UserError
-
-#: Key of the advisory lock under which PostgreSQL issues ids: they are dense and ascending.
-_ISSUING = 0x61677063
 
 
 class LogUnavailable(UserError):
@@ -49,44 +46,30 @@ def open_engine(url_or_path: str | Path, durable: bool) -> sa.Engine:
     return engine
 
 
+def try_writing(url: str) -> tuple[str, float]:
+    """Writes and takes it back: (the URL without its password, seconds we are ahead of its clock).
+
+    Raises `UserError` when the server does not let us.
+    """
+    engine = open_engine(url, durable=True)
+    shown = engine.url.render_as_string(hide_password=True)
+    try:
+        with engine.connect() as conn, conn.begin() as transaction:
+            conn.execute(sa.text("CREATE TEMPORARY TABLE doctor (x INTEGER)"))
+            conn.execute(sa.text("INSERT INTO doctor VALUES (1)"))
+            skew = time.time() - clock(conn)
+            transaction.rollback()
+    except sa_exc.DBAPIError as error:
+        fix = "start the server and check host, user, rights and database of config.log_url"
+        raise UserError(f"{shown}: {first_line(error)}; {fix}") from None
+    finally:
+        engine.dispose()
+    return shown, skew
+
+
 def is_shared(engine: sa.Engine) -> bool:
     """Whether several processes may use the log at once."""
     return engine.dialect.name != "sqlite"
-
-
-def create_or_check(engine: sa.Engine, where: str) -> None:
-    """Creates the tables of a new log and migrates an old one.
-
-    Raises:
-        UserError: not a database, not reachable, or a log of a newer schema version.
-    """
-    try:
-        with engine.connect().execution_options(writes=True) as conn, conn.begin():
-            lock_issuing(conn)  # two processes may open a new log at the same moment
-            db.metadata.create_all(conn)
-            version = sa.select(db.meta.c.value).where(db.meta.c.key == "schema_version")
-            found = int(conn.scalar(version) or 0)
-            if found == 0:
-                row = {"key": "schema_version", "value": str(db.SCHEMA_VERSION)}
-                conn.execute(sa.insert(db.meta).values(row))
-            elif found < db.SCHEMA_VERSION:  # 1 -> 2 added a table, which `create_all` has made
-                conn.execute(sa.update(db.meta).values(value=str(db.SCHEMA_VERSION)))
-    except sa_exc.DBAPIError as err:
-        fix = "start the server and check host, user and database of the URL"
-        if not is_shared(engine):
-            fix = "give the path of an experience.db or of a file that does not exist yet"
-        raise UserError(f"experience log {where}: {first_line(err)}; {fix}") from err
-    if found > db.SCHEMA_VERSION:
-        raise UserError(
-            f"experience log {where} has schema version {found}, this release reads up to "
-            f"{db.SCHEMA_VERSION}; upgrade agentcpm_jax or start a new workdir"
-        )
-
-
-def lock_issuing(conn: sa.Connection) -> None:
-    """Until the transaction ends, nobody else allocates ids."""
-    if conn.dialect.name == "postgresql":
-        conn.execute(sa.select(sa.func.pg_advisory_xact_lock(_ISSUING)))
 
 
 def clock(conn: sa.Connection) -> float:

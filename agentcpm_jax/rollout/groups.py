@@ -1,0 +1,222 @@
+"""Groups: all samples of an issue, run in this process or by whoever claims them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
+from typing import Protocol
+
+from agentcpm_jax.log.experience import ExperienceLog
+from agentcpm_jax.log.schema import Issue
+from agentcpm_jax.log.signals import POLL
+from agentcpm_jax.rollout.config import StreamConfig
+from agentcpm_jax.types import (
+    UNKNOWN_STOPS,
+    StopReason,
+    Task,
+    Trajectory,
+    TrajectoryGroup,
+    Verdict,
+)
+
+#: (task, issue_id, sample, attempt) -> graded trajectory
+RunSample = Callable[[Task, int, int, int], Awaitable[Trajectory]]
+
+
+class Groups(Protocol):
+    """Who runs the groups of a stage.
+
+    stopping: set it before cancelling: an episode that turns its cancellation into a result is then
+        not taken for a finished one.
+    progress: monotonic seconds of the last sign of life.
+    unknown_samples: attempts so far that ended without a verdict.
+    """
+
+    stopping: bool
+    progress: float
+    unknown_samples: int
+
+    async def group(self, issue: Issue, finished: Mapping[int, Trajectory]) -> TrajectoryGroup:
+        """All samples of an issue, every attempt recorded.
+
+        finished: by sample, those in the log that need not be run again.
+        """
+        ...
+
+
+class Records(Protocol):
+    """Where attempts are recorded: the experience log, or a worker's access to it."""
+
+    def record_trajectory(self, traj: Trajectory) -> None: ...
+
+
+class StreamError(RuntimeError):
+    """The stream cannot deliver."""
+
+
+class BreakerOpen(StreamError):
+    """Too many samples in a row ended without a verdict: engine, tools or judge are down."""
+
+
+class StreamStalled(StreamError):
+    """Groups are running but no sample ends."""
+
+
+def is_known(traj: Trajectory) -> bool:
+    """Whether the sample says something about the policy."""
+    return traj.verdict is not Verdict.UNKNOWN and traj.stop not in UNKNOWN_STOPS
+
+
+class OwnGroups:
+    """Groups whose samples are run here, and repaired: one that failed is tried again alone.
+
+    A failed sample says nothing about the policy. Each attempt is one fresh call of `run_sample` (a
+    fresh environment). What cannot be repaired stays `unknown` in its group; N unknown attempts in
+    a row open a breaker. `progress` is when the last attempt ended.
+    """
+
+    def __init__(self, records: Records, run_sample: RunSample, cfg: StreamConfig) -> None:
+        self._records, self._run_sample, self._cfg = records, run_sample, cfg
+        self.stopping = False
+        self.progress = time.monotonic()
+        self.unknown_samples = 0
+        self._unknown_row = 0
+
+    async def group(self, issue: Issue, finished: Mapping[int, Trajectory]) -> TrajectoryGroup:
+        """All samples of an issue, those of `finished` not run again; every attempt is recorded.
+
+        Raises `BreakerOpen`, and whatever the log raises; then no sample is left running.
+        """
+        missing = [s for s in range(self._cfg.group_size) if s not in finished]
+        try:
+            async with asyncio.TaskGroup() as several:
+                tasks = {s: several.create_task(self._sample(issue, s)) for s in missing}
+        except BaseExceptionGroup as failed:
+            raise failed.exceptions[0] from None
+        samples = dict(finished) | {s: task.result() for s, task in tasks.items()}
+        trajectories = tuple(samples[s] for s in sorted(samples))
+        return TrajectoryGroup(issue.issue_id, issue.task, trajectories)
+
+    async def _sample(self, issue: Issue, sample: int) -> Trajectory:
+        attempt = 0
+        while True:
+            traj = await self._attempt(issue, sample, attempt)
+            self._records.record_trajectory(traj)
+            self.progress = time.monotonic()
+            if is_known(traj):
+                self._unknown_row = 0
+                return traj
+            self.unknown_samples += 1
+            self._unknown_row += 1
+            if self._unknown_row >= self._cfg.breaker:
+                raise BreakerOpen(
+                    f"{self._unknown_row} samples in a row ended without a verdict; the last one: "
+                    f"{traj.stop}: {traj.error or 'no message'} (stream.breaker)"
+                )
+            attempt += 1
+            if attempt > self._cfg.retries:
+                return traj
+            if not self._cfg.deterministic:
+                await asyncio.sleep(self._cfg.retry_delay * attempt)
+
+    async def _attempt(self, issue: Issue, sample: int, attempt: int) -> Trajectory:
+        limit = None if self._cfg.deterministic else self._cfg.sample_deadline or None
+        deadline = asyncio.timeout(limit)
+        try:
+            async with deadline:
+                traj = await self._run_sample(issue.task, issue.issue_id, sample, attempt)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if self.stopping or (task is not None and task.cancelling()):
+                raise
+            traj = Trajectory((), (), StopReason.CANCELLED, error="cancelled from within")
+        except Exception as err:
+            error = f"{type(err).__name__}: {err}"
+            if deadline.expired():  # a tool that hangs must not keep its group's slot for ever
+                error = f"no result within {limit:g} s (stream.sample_deadline)"
+            traj = Trajectory((), (), StopReason.INFRA_ERROR, error=error)
+        if self.stopping:
+            raise asyncio.CancelledError
+        return replace(traj, issue_id=issue.issue_id, sample=sample, attempt=attempt)
+
+
+class ClaimedGroups:
+    """Groups of one stage that are run by whoever claims them (`worker`), in any process.
+
+    Issuing, admission, staleness, filters and shipping stay with the trainer; sampling and the
+    repair of failed samples move to workers, one of which usually lives in the trainer's process.
+    `progress` is when a worker last held a claim, or handed one in.
+
+    Args:
+        log: shared by several processes.
+        version: the weights that an issue offered now must at least be sampled with.
+        on_sample: called with every sample of a group that was handed in.
+    """
+
+    def __init__(
+        self,
+        log: ExperienceLog,
+        stage: str,
+        version: Callable[[], int],
+        on_sample: Callable[[Task, Trajectory], None] = lambda task, trajectory: None,
+    ) -> None:
+        self._log, self._stage, self._version = log, stage, version
+        self._on_sample = on_sample
+        self._awaited: dict[int, asyncio.Future[None]] = {}
+        self._watch: asyncio.Task[None] | None = None
+        self.stopping = False
+        self.progress = time.monotonic()
+        self.unknown_samples = 0
+        self.error: BaseException | None = None  # of the worker in this process: it fails everyone
+
+    async def group(self, issue: Issue, finished: Mapping[int, Trajectory]) -> TrajectoryGroup:
+        """Offers an issue and returns its group once a worker handed it in.
+
+        The worker finds `finished` in the log by itself. Cancelled, it leaves the claim as it is:
+        the next run of the trainer finds it there.
+        """
+        self._log.claims.offer(self._stage, issue.issue_id, self._version())
+        done = self._awaited[issue.issue_id] = asyncio.get_running_loop().create_future()
+        if self._watch is None:
+            self._watch = asyncio.create_task(self._wake())
+        try:
+            await done
+        finally:
+            self._awaited.pop(issue.issue_id, None)
+            if not self._awaited and self._watch is not None:
+                self._watch.cancel()
+                self._watch = None
+        self.progress = time.monotonic()
+        group = self._log.load_group(issue.issue_id)
+        for trajectory in group.trajectories:
+            self._on_sample(issue.task, trajectory)
+            self.unknown_samples += not is_known(trajectory)
+        return group
+
+    def fail(self, error: BaseException) -> None:
+        """Whoever waits gets `error`; from any thread."""
+        self.error = error
+        self._log.signals.announce("delivered")
+
+    async def _wake(self) -> None:
+        """Resolves what was handed in. A failure of the log fails everybody who waits."""
+        mark = 0
+        while True:
+            try:
+                if self.error is not None:
+                    raise self.error
+                for issue_id in self._log.claims.delivered(self._stage) & self._awaited.keys():
+                    if not self._awaited[issue_id].done():
+                        self._awaited[issue_id].set_result(None)
+                if self._log.claims.live(self._stage):
+                    self.progress = time.monotonic()
+            except BaseException as err:
+                if isinstance(err, asyncio.CancelledError):
+                    raise
+                for done in self._awaited.values():
+                    if not done.done():
+                        done.set_exception(err)
+                return
+            mark = await asyncio.to_thread(self._log.wait, "delivered", POLL, mark)
