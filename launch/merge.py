@@ -14,8 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from agentcpm_jax.merge.meter import Meter
-from agentcpm_jax.merge.plan import plan_merge
+from agentcpm_jax.merge.plan import ProgressLine, plan_merge
 from agentcpm_jax.merge.recipe import COMPAT, load_recipe
 from agentcpm_jax.merge.streaming import merge_checkpoints
 from agentcpm_jax.types import UserError
@@ -41,8 +40,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.plan:
             print(plan_merge(recipe, roots, out, args.seed).text())
             return 0
-        meter = Meter(sys.stderr)
-        result = merge_checkpoints(recipe, out, roots, progress=meter.show, seed=args.seed)
+        line = ProgressLine(sys.stderr)
+        result = merge_checkpoints(recipe, out, roots, progress=line.show, seed=args.seed)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

@@ -10,15 +10,22 @@ from pathlib import Path
 from typing import Any
 
 from agentcpm_jax.merge.recipe import MergeRecipe
-from agentcpm_jax.merge.resolve import Job
+from agentcpm_jax.merge.resolve import TensorJob
 from agentcpm_jax.merge.shards import Checkpoint, read_json
 from agentcpm_jax.merge.vocabulary import Vocabulary, token_ids
 from agentcpm_jax.types import UserError
 
 FILES = (
-    *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json"),
-    *("merges.txt", "added_tokens.json", "special_tokens_map.json", "tokenizer.model"),
-    *("chat_template.jinja", "chat_template.json"),
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
 )
 #: Spell the vocabulary out a second time; wrong once tokens are added.
 OLD_VOCABULARIES = ("vocab.json", "merges.txt", "added_tokens.json", "tokenizer.model")
@@ -34,7 +41,7 @@ def write_companions(
     directory: Path,
     recipe: MergeRecipe,
     models: Mapping[str, Checkpoint],
-    jobs: Sequence[Job],
+    jobs: Sequence[TensorJob],
     vocabulary: Vocabulary | None,
     template: str | None,
 ) -> None:
@@ -64,7 +71,7 @@ def donor_of(recipe: MergeRecipe) -> str:
 def merged_config(
     recipe: MergeRecipe,
     models: Mapping[str, Checkpoint],
-    jobs: Sequence[Job],
+    jobs: Sequence[TensorJob],
     vocabulary: Vocabulary | None,
 ) -> dict[str, Any]:
     """The donor's config.json with the depth, vocabulary and dtype of the output."""

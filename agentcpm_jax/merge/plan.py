@@ -1,5 +1,7 @@
 """What a merge would do, without doing it: parameters, bytes, memory, time, and where models clash.
 
+And, while one is done, the line that says how far it is.
+
 Conflict map, per layer, over a sample of every tensor's entries d_m = W_m - B:
 
     disagreement  share of entries, among those that at least two models move, that they move in
@@ -16,15 +18,15 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import xxhash
 
+from agentcpm_jax.files import duration_text, nearest_existing, size_text
 from agentcpm_jax.merge.kernels.chunked import FLOATS
-from agentcpm_jax.merge.meter import duration
 from agentcpm_jax.merge.recipe import MergeRecipe
-from agentcpm_jax.merge.resolve import Job
+from agentcpm_jax.merge.resolve import TensorJob
 from agentcpm_jax.merge.shards import Checkpoint
 from agentcpm_jax.merge.streaming import merged_tensor, open_inputs
 from agentcpm_jax.merge.trimming import with_kept_counts
@@ -71,11 +73,11 @@ class MergePlan:
         lines += [f"base     {self.base}"] if self.base else []
         lines += [f"model {i}  {name}" for i, name in enumerate(self.models, 1)]
         lines += [
-            f"reads    {_size(self.read)}",
-            f"writes   {_size(self.written)} in {len(self.tensors)} tensors; "
-            f"{_size(self.free_disk)} are free",
-            f"memory   {_size(self.peak_memory)} at most, besides mapped files",
-            f"time     about {duration(self.seconds)}",
+            f"reads    {size_text(self.read)}",
+            f"writes   {size_text(self.written)} in {len(self.tensors)} tensors; "
+            f"{size_text(self.free_disk)} are free",
+            f"memory   {size_text(self.peak_memory)} at most, besides mapped files",
+            f"time     about {_about(self.seconds)}",
             *(f"note     {note}" for note in self.notes),
             "",
         ]
@@ -99,7 +101,7 @@ def plan_merge(recipe: MergeRecipe, roots: Sequence[Path], out: Path, seed: int 
     """
     with open_inputs(recipe, roots) as opened:
         jobs, models = opened.jobs, opened.models
-        read = sum(models[m].tensors[n].nbytes for j in jobs for m, n in _places(j))
+        read = sum(models[m].tensors[n].nbytes for j in jobs for m, n in j.places)
         return MergePlan(
             method=recipe.merge_method + (" as in mergekit" if recipe.compat else ""),
             models=tuple(model for model, _ in jobs[0].inputs),
@@ -109,14 +111,45 @@ def plan_merge(recipe: MergeRecipe, roots: Sequence[Path], out: Path, seed: int 
             read=read,
             written=opened.nbytes,
             peak_memory=INTERPRETER + max(_memory(recipe, j, models) for j in jobs),
-            free_disk=shutil.disk_usage(_existing(out)).free,
+            free_disk=shutil.disk_usage(nearest_existing(out)).free,
             seconds=_seconds(recipe, jobs, models, seed, read),
             conflicts=tuple(conflicts(jobs, models)),
             notes=opened.notes,
         )
 
 
-def conflicts(jobs: Sequence[Job], models: Mapping[str, Checkpoint]) -> list[Conflict]:
+class ProgressLine:
+    """Rewrites one line of a terminal; silent when the stream is none."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream if stream.isatty() else None
+        self._start = time.monotonic()
+        self._first: int | None = None
+        self._shown = 0.0
+
+    def show(self, done: int, total: int) -> None:
+        """`done` of `total` bytes are written; at most ten lines a second."""
+        now = time.monotonic()
+        if self._first is None:  # what an earlier run left says nothing about the rate
+            self._first, self._start = done, now
+        if self._stream is None or (done < total and now - self._shown < 0.1):
+            return
+        self._shown = now
+        line = progress_line(done, total, done - self._first, now - self._start)
+        self._stream.write(f"\r{line}\x1b[K" + ("\n" if done >= total else ""))
+        self._stream.flush()
+
+
+def progress_line(done: int, total: int, since: int, seconds: float) -> str:
+    """`done` of `total` bytes, of which `since` took `seconds`."""
+    text = f"{done / 1e9:.2f} of {total / 1e9:.2f} GB, {done / max(total, 1):.0%}"
+    if since <= 0 or seconds <= 0:
+        return text
+    rate = since / seconds
+    return f"{text}, {rate / 1e6:,.0f} MB/s, {_about((total - done) / rate)} left"
+
+
+def conflicts(jobs: Sequence[TensorJob], models: Mapping[str, Checkpoint]) -> list[Conflict]:
     """The conflict map; empty without a base or with fewer than two other models."""
     sums: dict[int | None, np.ndarray] = {}  # layer -> clash, moved, and the Gram matrix
     for job in jobs:
@@ -155,7 +188,7 @@ def _sample(x: np.ndarray) -> np.ndarray:
     return flat.astype(np.float64)
 
 
-def _parameters(job: Job) -> str:
+def _parameters(job: TensorJob) -> str:
     shared = [f"{key}={_shown(value)}" for key, value in job.shared.items()]
     own = [
         f"{key}={','.join(_shown(o[key]) for o in job.own)}"
@@ -173,10 +206,10 @@ def _shown(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, int | float) else str(value)
 
 
-def _memory(recipe: MergeRecipe, job: Job, models: Mapping[str, Checkpoint]) -> int:
+def _memory(recipe: MergeRecipe, job: TensorJob, models: Mapping[str, Checkpoint]) -> int:
     """The result, and inputs that are not used where they lie in the file."""
     total = job.info.nbytes
-    for model, name in _places(job):
+    for model, name in job.places:
         info = models[model].tensors[name]
         if recipe.dtype and recipe.dtype != info.dtype:
             total += math.prod(info.shape) * FLOATS[recipe.dtype].itemsize
@@ -189,7 +222,7 @@ def _memory(recipe: MergeRecipe, job: Job, models: Mapping[str, Checkpoint]) -> 
 
 def _seconds(
     recipe: MergeRecipe,
-    jobs: Sequence[Job],
+    jobs: Sequence[TensorJob],
     models: Mapping[str, Checkpoint],
     seed: int,
     read: int,
@@ -206,16 +239,5 @@ def _seconds(
     return merging * sum(j.info.nbytes for j in jobs) + hashing * read
 
 
-def _places(job: Job) -> list[tuple[str, str]]:
-    return [*job.inputs, *([job.base] if job.base else [])]
-
-
-def _existing(path: Path) -> Path:
-    folder = path.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return folder
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"
+def _about(seconds: float) -> str:
+    return duration_text(round(seconds))

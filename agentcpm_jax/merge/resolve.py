@@ -14,18 +14,17 @@ import numpy as np
 
 from agentcpm_jax.merge.kernels.chunked import FLOATS
 from agentcpm_jax.merge.kernels.methods import REQUIRED
-from agentcpm_jax.merge.recipe import MergeRecipe, Slice, Source
-from agentcpm_jax.merge.settings import MISSING, filters, resolve
+from agentcpm_jax.merge.kernels.ops import SMALLEST_SUM
+from agentcpm_jax.merge.recipe import MISSING, MergeRecipe, Slice, Source, filters, value_for
 from agentcpm_jax.merge.shards import Checkpoint, TensorInfo
 from agentcpm_jax.types import UserError
 
 #: Tensors outside the layers that come before them; all others come after.
 BEFORE_LAYERS = ("embed", "wte", "wpe")
-SMALLEST_SUM = 1e-8
 
 
 @dataclass(frozen=True)
-class Job:
+class TensorJob:
     """How one output tensor is made.
 
     Attributes:
@@ -45,15 +44,20 @@ class Job:
     own: tuple[Mapping[str, Any], ...]
     layer: int | None = None
 
+    @property
+    def places(self) -> list[tuple[str, str]]:
+        """(model, tensor name) of all that is read, the base last."""
+        return [*self.inputs, self.base] if self.base else [*self.inputs]
 
-def resolve_jobs(recipe: MergeRecipe, models: Mapping[str, Checkpoint]) -> list[Job]:
+
+def resolve_jobs(recipe: MergeRecipe, models: Mapping[str, Checkpoint]) -> list[TensorJob]:
     """The jobs, sorted by name.
 
     Raises:
       UserError: a tensor, layer or parameter is missing, shapes differ, weights sum to zero.
     """
     layouts = {name: _Layout(model) for name, model in models.items()}
-    jobs: dict[str, Job] = {}
+    jobs: dict[str, TensorJob] = {}
     start, last = 0, len(recipe.slices) - 1
     for number, part in enumerate(recipe.slices):
         base = part.base_model or recipe.base_model
@@ -80,9 +84,9 @@ def resolve_jobs(recipe: MergeRecipe, models: Mapping[str, Checkpoint]) -> list[
     return [jobs[name] for name in sorted(jobs)]
 
 
-def unmatched_filters(recipe: MergeRecipe, jobs: Sequence[Job]) -> list[str]:
+def unmatched_filters(recipe: MergeRecipe, jobs: Sequence[TensorJob]) -> list[str]:
     """A note for every filter that fits no tensor."""
-    names = {j.name for j in jobs} | {n for j in jobs for _, n in (*j.inputs, j.base or ("", ""))}
+    names = {j.name for j in jobs} | {name for j in jobs for _, name in j.places}
     scopes = [*recipe.scopes]
     for part in recipe.slices:
         scopes += [part.parameters, *(s.parameters for s in part.sources)]
@@ -155,7 +159,7 @@ def _job(
     place: _Place,
     models: Mapping[str, Checkpoint],
     used: Sequence[_Layout],
-) -> Job:
+) -> TensorJob:
     infos = []
     for source, name in zip(sources, names, strict=True):
         if name not in models[source.model].tensors:
@@ -199,7 +203,7 @@ def _job(
             raise UserError(f"{key} is missing for tensor {place.name}; add it to `parameters`")
     _check_sum(recipe, place.name, shared, own)
     at = next((n for s, n in zip(sources, names, strict=True) if s.model == base), None)
-    return Job(
+    return TensorJob(
         name=place.name,
         info=TensorInfo(infos[0].shape, _out_dtype(recipe, place.name, infos)),
         inputs=tuple(inputs),
@@ -250,7 +254,7 @@ def _union(lists: Any) -> list[str]:
 def _value(
     key: str, tensor: str, t: float, scopes: Sequence[Mapping[str, Any]], default: Any
 ) -> Any:
-    value = resolve(key, tensor, t, scopes)
+    value = value_for(key, tensor, t, scopes)
     if value is MISSING:
         return default
     return bool(value) if isinstance(default, bool) and not isinstance(value, str) else value

@@ -17,8 +17,9 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from agentcpm_jax.files import sync_directory
 from agentcpm_jax.types import UserError
 
 JOURNAL = "journal.json"
@@ -27,7 +28,7 @@ JOURNAL = "journal.json"
 class Staging:
     """An open staging directory; `done` tensors are in it already."""
 
-    def __init__(self, path: Path, journal: Any, done: int):
+    def __init__(self, path: Path, journal: IO[bytes], done: int):
         self.path, self.done = path, done
         self._journal = journal
         self._executor = ThreadPoolExecutor(1, "journal")
@@ -86,7 +87,7 @@ def staging(out: Path, key: str) -> Iterator[Staging]:
             grown.close()
             (path / JOURNAL).unlink()
             os.replace(path, out)
-            _sync_directory(out.absolute().parent)
+            sync_directory(out.absolute().parent)
         except KeyboardInterrupt:
             grown.close()
             raise  # the same command goes on
@@ -117,7 +118,7 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _continued(journal: Any, key: str) -> int | None:
+def _continued(journal: IO[bytes], key: str) -> int | None:
     """Tensors done, if the journal is of the same merge; None otherwise."""
     journal.seek(0)
     lines = journal.read().split(b"\n")[:-1]  # what follows the last newline was cut short
@@ -127,18 +128,10 @@ def _continued(journal: Any, key: str) -> int | None:
     return None
 
 
-def _restart(path: Path, journal: Any, key: str) -> None:
+def _restart(path: Path, journal: IO[bytes], key: str) -> None:
     for child in path.iterdir():
         if child.name != JOURNAL:
             shutil.rmtree(child) if child.is_dir() else child.unlink()
     journal.truncate(0)
     journal.write(json.dumps({"key": key}).encode() + b"\n")
     journal.flush()
-
-
-def _sync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

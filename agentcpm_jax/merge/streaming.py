@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from agentcpm_jax.files import nearest_existing
 from agentcpm_jax.merge.adapters import AdaptedCheckpoint
 from agentcpm_jax.merge.card import model_card
 from agentcpm_jax.merge.companions import chat_template, donor_of, write_companions
@@ -20,7 +21,7 @@ from agentcpm_jax.merge.kernels.chunked import FLOATS
 from agentcpm_jax.merge.kernels.methods import merge_tensors
 from agentcpm_jax.merge.locate import locate
 from agentcpm_jax.merge.recipe import MergeRecipe
-from agentcpm_jax.merge.resolve import Job, resolve_jobs, unmatched_filters
+from agentcpm_jax.merge.resolve import TensorJob, resolve_jobs, unmatched_filters
 from agentcpm_jax.merge.shards import Checkpoint, plan_files, write_files, write_index
 from agentcpm_jax.merge.staging import check_free, digest, staging, staging_path
 from agentcpm_jax.merge.trained import TrainingStep, is_training_step
@@ -30,8 +31,14 @@ from agentcpm_jax.types import UserError
 
 #: Equal shapes do not make equal models: these must agree where both configs name them.
 ARCHITECTURE = (
-    *("model_type", "num_attention_heads", "num_key_value_heads", "head_dim"),
-    *("tie_word_embeddings", "rope_theta", "rope_scaling", "rms_norm_eps"),
+    "model_type",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "tie_word_embeddings",
+    "rope_theta",
+    "rope_scaling",
+    "rms_norm_eps",
 )
 #: Written bytes between two entries of the journal.
 SAVE_EVERY = 256_000_000
@@ -62,7 +69,7 @@ class Opened:
     """The inputs of a merge, checked, and what is to be done with them."""
 
     models: Mapping[str, Checkpoint]
-    jobs: Sequence[Job]
+    jobs: Sequence[TensorJob]
     vocabulary: Vocabulary | None
     template: str | None
     notes: tuple[str, ...]
@@ -119,7 +126,11 @@ def merge_checkpoints(
             write_files(grown.path, files, values, resumed, written.note)
             write_index(grown.path, files, tensors)
             write_companions(
-                *(grown.path, recipe, opened.models, opened.jobs, opened.vocabulary),
+                grown.path,
+                recipe,
+                opened.models,
+                opened.jobs,
+                opened.vocabulary,
                 opened.template,
             )
             card = model_card(recipe, seed, hashes(), opened.notes)
@@ -159,11 +170,10 @@ def open_inputs(recipe: MergeRecipe, roots: Sequence[Path]) -> Iterator[Opened]:
 
 
 def merged_tensor(
-    recipe: MergeRecipe, job: Job, models: Mapping[str, Checkpoint], seed: int
+    recipe: MergeRecipe, job: TensorJob, models: Mapping[str, Checkpoint], seed: int
 ) -> np.ndarray:
     """Reads the inputs of one job and merges them."""
-    places = [*job.inputs, *([job.base] if job.base else [])]
-    arrays = [_cast(models[model].read(name), recipe) for model, name in places]
+    arrays = [_cast(models[model].read(name), recipe) for model, name in job.places]
     merged = merge_tensors(
         recipe.merge_method,
         arrays[: len(job.inputs)],
@@ -175,9 +185,9 @@ def merged_tensor(
         compat=recipe.compat,
         # mergekit rounds to the dtype of the inputs before it rounds to that of the output
         dtype=None if recipe.compat else FLOATS[job.info.dtype],
-        labels=[model for model, _ in places],
+        labels=[model for model, _ in job.places],
     )
-    for model, name in places:
+    for model, name in job.places:
         models[model].release(name)
     return merged.astype(FLOATS[job.info.dtype], copy=False)
 
@@ -219,12 +229,9 @@ def _flat(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_space(out: Path, nbytes: int) -> None:
-    folder = out.absolute()
-    while not folder.exists():
-        folder = folder.parent
     partial = staging_path(out)
     there = sum(p.stat().st_size for p in partial.glob("*.safetensors")) if partial.is_dir() else 0
-    free = shutil.disk_usage(folder).free + there
+    free = shutil.disk_usage(nearest_existing(out)).free + there
     if free < nbytes:
         raise UserError(
             f"output {out} needs {nbytes / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free; "

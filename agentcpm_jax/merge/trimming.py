@@ -14,7 +14,7 @@ import numpy as np
 
 from agentcpm_jax.merge.kernels.selection import keep_counts
 from agentcpm_jax.merge.recipe import MergeRecipe
-from agentcpm_jax.merge.resolve import Job
+from agentcpm_jax.merge.resolve import TensorJob
 from agentcpm_jax.merge.shards import Checkpoint
 from agentcpm_jax.types import UserError
 
@@ -22,17 +22,15 @@ PIECE = 1 << 20  # elements
 
 
 def with_kept_counts(
-    recipe: MergeRecipe, jobs: Sequence[Job], models: Mapping[str, Checkpoint]
-) -> Sequence[Job]:
+    recipe: MergeRecipe, jobs: Sequence[TensorJob], models: Mapping[str, Checkpoint]
+) -> Sequence[TensorJob]:
     """The jobs with `keep` set where the recipe trims by model.
 
     Raises UserError if a model's density differs between tensors: one vector has one density.
     """
     if all(job.shared.get("trim_scope", "tensor") == "tensor" for job in jobs):
         return jobs
-    kept = [
-        _counts(jobs, models, i) for i in range(len(recipe.slices[0].sources)) if i < _width(jobs)
-    ]
+    kept = [_counts(jobs, models, i) for i in range(len(jobs[0].own))]
     return [
         dataclasses.replace(
             job,
@@ -42,11 +40,9 @@ def with_kept_counts(
     ]
 
 
-def _width(jobs: Sequence[Job]) -> int:
-    return len(jobs[0].own)
-
-
-def _counts(jobs: Sequence[Job], models: Mapping[str, Checkpoint], index: int) -> dict[str, int]:
+def _counts(
+    jobs: Sequence[TensorJob], models: Mapping[str, Checkpoint], index: int
+) -> dict[str, int]:
     densities = {float(job.own[index]["density"]) for job in jobs}
     name = jobs[0].inputs[index][0]
     if len(densities) > 1:

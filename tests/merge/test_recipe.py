@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from agentcpm_jax.merge.recipe import load_recipe, parse_recipe
-from agentcpm_jax.merge.settings import MISSING, resolve
+from agentcpm_jax.merge.recipe import MISSING, load_recipe, parse_recipe, value_for
 from agentcpm_jax.types import UserError
 
 CASES = Path(__file__).parents[1] / "golden" / "merging" / "cases"
@@ -41,7 +40,7 @@ def test_reads_mergekit_yaml():
     assert recipe.models == ("sft", "rl", "base")
     assert part.sources[0].parameters == {"weight": 0.6, "density": 0.5}
     assert (recipe.dtype, recipe.out_dtype, recipe.compat) == ("float32", "bfloat16", False)
-    assert resolve("weight", "x", 0.0, recipe.scopes) == 0.1
+    assert value_for("weight", "x", 0.0, recipe.scopes) == 0.1
     assert parse_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
 
 
@@ -78,7 +77,7 @@ def test_modules_are_one_more_scope():
         "parameters": {"weight": 5},
     }
     recipe = parse_recipe(data)
-    assert resolve("weight", "x", 0.0, recipe.scopes) == 3
+    assert value_for("weight", "x", 0.0, recipe.scopes) == 3
 
 
 def test_compat_ignores_what_mergekit_ignores_and_says_so():
@@ -98,12 +97,12 @@ def test_int8_mask_has_no_effect_anywhere():
     ("t", "value"), [(0.0, 0.0), (0.25, 0.5), (0.5, 1.0), (0.75, 0.6), (1.0, 0.2)]
 )
 def test_a_gradient_interpolates_between_equal_knots(t, value):
-    assert resolve("t", "x", t, [{"t": [0.0, 1.0, 0.2]}]) == pytest.approx(value)
+    assert value_for("t", "x", t, [{"t": [0.0, 1.0, 0.2]}]) == pytest.approx(value)
 
 
 def test_gradients_of_switches_take_the_knot_below():
     scopes = [{"normalize": [True, False, True]}]
-    assert [resolve("normalize", "x", t, scopes) for t in (0.0, 0.49, 0.5, 0.99, 1.0)] == [
+    assert [value_for("normalize", "x", t, scopes) for t in (0.0, 0.49, 0.5, 0.99, 1.0)] == [
         *(True, True, False, False, True)
     ]
 
@@ -111,11 +110,11 @@ def test_gradients_of_switches_take_the_knot_below():
 def test_the_first_filter_that_fits_counts_and_no_fit_falls_through():
     narrow = {"w": [{"filter": "attn", "value": [1, 2]}, {"filter": "attn.q", "value": 9}]}
     wide = {"w": [{"filter": "mlp", "value": 3}, {"value": 4}]}
-    assert resolve("w", "layers.0.attn.q", 0.5, [narrow, wide]) == 1.5
-    assert resolve("w", "layers.0.mlp.up", 0.5, [narrow, wide]) == 3
-    assert resolve("w", "norm", 0.5, [narrow, wide]) == 4
-    assert resolve("w", "norm", 0.5, [narrow]) is MISSING
-    assert resolve("w", "norm", 0.0, [{"w": [{"filter": "*", "value": "1e-3"}]}]) == 1e-3
+    assert value_for("w", "layers.0.attn.q", 0.5, [narrow, wide]) == 1.5
+    assert value_for("w", "layers.0.mlp.up", 0.5, [narrow, wide]) == 3
+    assert value_for("w", "norm", 0.5, [narrow, wide]) == 4
+    assert value_for("w", "norm", 0.5, [narrow]) is MISSING
+    assert value_for("w", "norm", 0.0, [{"w": [{"filter": "*", "value": "1e-3"}]}]) == 1e-3
 
 
 @pytest.mark.parametrize(

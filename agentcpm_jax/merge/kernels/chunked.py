@@ -1,8 +1,8 @@
 """The operations that merge methods are made of, in numpy, a few rows in cache at a time.
 
-A method sees each tensor as [rows, R] (a vector is one row) and says what to do with a chunk of
-rows in the compute dtype; nothing as large as a tensor is made but the result. Sums are taken row
-by row in float64 and the rows' sums are added exactly, so that the size of a chunk has no effect.
+A method sees each tensor as [rows, R] (a vector is one row), a chunk of rows at a time; nothing as
+large as a tensor is made but the result. Sums are taken row by row in float64 and the rows' sums
+are added exactly, so that the size of a chunk has no effect.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
 from typing import Any
 
 import ml_dtypes  # registers bfloat16 with numpy
 import numpy as np
 
+from agentcpm_jax.merge.kernels.ops import Array, Kernel, Scalar
 from agentcpm_jax.merge.kernels.random_bits import Key, bits_at, stream_key
 from agentcpm_jax.merge.kernels.selection import SAMPLE, find_cut
 from agentcpm_jax.types import UserError
@@ -28,11 +30,10 @@ FLOATS = {
 }
 # All ones in NaN and infinities: a quarter of the time of np.isfinite, on half the bytes.
 EXPONENT = {FLOATS["float16"]: np.uint16(0x7C00), FLOATS["bfloat16"]: np.uint16(0x7F80)}
-Kernel = Callable[..., Any]
 
 
 class Chunked:
-    """Operations on numpy arrays of one tensor; see the module.
+    """The operations `ops.Ops` on numpy arrays; see the module.
 
     Args:
       name: of the tensor, for messages and randomness.
@@ -43,7 +44,7 @@ class Chunked:
       compat: reproduce mergekit where a method differs.
     """
 
-    xp: Any = np
+    xp: ModuleType = np
     traced = False
 
     def __init__(
@@ -64,38 +65,40 @@ class Chunked:
         self.row = shape[-1] if shape else 1
         self.rows = self.size // self.row if self.row else 0
 
-    def number(self, x: Any) -> Any:
-        """A coefficient in the compute dtype, which does not widen what it multiplies."""
+    def number(self, x: Scalar) -> Scalar:
         return self.compute.type(x)
 
-    def numbers(self, x: Any) -> Any:
-        """An array of coefficients in the compute dtype."""
+    def numbers(self, x: Array) -> Array:
         return x.astype(self.compute)
 
-    def sum(self, parts: Sequence[Any]) -> Any:
-        """Sum of arrays of one shape; of 16-bit ones in float32, rounded once."""
+    def sum(self, parts: Sequence[Array]) -> Array:
+        """Of 16-bit arrays in float32, rounded once."""
         total = parts[0].astype(np.float32) if self.native else parts[0]
         for part in parts[1:]:
             total = total + part
         return total.astype(self.compute, copy=False)
 
-    def repeat(self, count: int, step: Kernel, state: Any) -> Any:
-        """`step` applied `count` times to a tuple."""
+    def repeat(self, count: int, step: Callable[..., Any], state: Any) -> Any:
         for _ in range(count):
             state = step(*state)
         return state
 
     def turned(self) -> Chunked:
-        """The same operations for arrays with the first and the last axis exchanged."""
         shape = (self.shape[-1], *self.shape[1:-1], self.shape[0])
         labels, seed, compat = self.labels, self.seed, self.compat
         return Chunked(self.name, shape, labels, self.dtype, self.compute, seed, compat)
 
-    def values(
-        self, kernel: Kernel, arrays: Sequence[Any], dtype: Any = None, propagates: bool = False
-    ) -> Any:
-        """As `map`, in the compute dtype or another."""
-        out = np.empty((self.rows, self.row), self.compute if dtype is None else dtype)
+    def map(self, kernel: Kernel, arrays: Sequence[Array], propagates: bool = False) -> np.ndarray:
+        """Raises UserError for inputs that are not finite; with `propagates`, for a result."""
+        return self._mapped(kernel, arrays, self.dtype, propagates)
+
+    def values(self, kernel: Kernel, arrays: Sequence[Array]) -> np.ndarray:
+        return self._mapped(kernel, arrays, self.compute, propagates=False)
+
+    def _mapped(
+        self, kernel: Kernel, arrays: Sequence[Array], dtype: np.dtype, propagates: bool
+    ) -> np.ndarray:
+        out = np.empty((self.rows, self.row), dtype)
         broken = self._what_is_not_finite
         for at, chunks in self._chunks(arrays, None if propagates else broken):
             first = at // max(self.row, 1)
@@ -106,8 +109,7 @@ class Chunked:
             out[first : first + chunks[0].shape[0]] = value
         return out.reshape(self.shape)
 
-    def pick(self, kernel: Kernel, arrays: Sequence[Any], index: np.ndarray) -> np.ndarray:
-        """The elements of `kernel(at, *chunks)` at sorted flat indices."""
+    def pick(self, kernel: Kernel, arrays: Sequence[Array], index: np.ndarray) -> np.ndarray:
         parts = []
         for at, chunks in self._chunks(arrays):
             start, end = np.searchsorted(index, (at, at + chunks[0].size))
@@ -115,17 +117,8 @@ class Chunked:
                 parts.append(kernel(at, *chunks).reshape(-1)[index[start:end] - at])
         return np.concatenate(parts)
 
-    def map(self, kernel: Kernel, arrays: Sequence[Any], propagates: bool = False) -> Any:
-        """`kernel(at, *chunks)` everywhere, rounded to the result's dtype.
-
-        `at` is the flat index of a chunk's first element. Raises UserError for inputs that are
-        not finite; with `propagates`, what is not finite in an input is not so in the kernel's
-        result either, and that alone is looked at.
-        """
-        return self.values(kernel, arrays, self.dtype, propagates)
-
-    def totals(self, kernel: Kernel, arrays: Sequence[Any]) -> list[float]:
-        """Sums over the tensor of every array of the tuple `kernel(at, *chunks)`."""
+    def totals(self, kernel: Kernel, arrays: Sequence[Array]) -> list[float]:
+        """Raises UserError for inputs that are not finite."""
         parts: list[list[float]] | None = None
         for at, chunks in self._chunks(arrays):
             with np.errstate(over="ignore", invalid="ignore"):
@@ -136,13 +129,10 @@ class Chunked:
             raise UserError(self._what_is_not_finite(arrays))
         return sums
 
-    def row_total(self, x: Any) -> Any:
-        """Sums over the last axis, which stays with size 1."""
+    def row_total(self, x: Array) -> Array:
         return x.sum(axis=-1, dtype=np.float64, keepdims=True)
 
-    def largest(self, kernel: Kernel, arrays: Sequence[Any], k: Any) -> Kernel:
-        """The mask function (at, chunk) of the `k` largest of `kernel(at, *chunks)` >= 0."""
-
+    def largest(self, kernel: Kernel, arrays: Sequence[Array], k: Scalar) -> Kernel:
         def pieces() -> Iterator[tuple[int, np.ndarray]]:
             for at, chunks in self._chunks(arrays):
                 yield at, kernel(at, *chunks).astype(wide, copy=False)
@@ -156,17 +146,15 @@ class Chunked:
         return find_cut(pieces, kernel(0, *sample).astype(wide, copy=False), self.size, k)
 
     def key(self, model: int) -> Key:
-        """Of the randomness of one input."""
         return stream_key(self.seed, self.name, model)
 
-    def draws(self, at: int, like: Any, key: Key) -> Any:
-        """uint32 random bits for a chunk; a function of the key and the element's index."""
+    def draws(self, at: int, like: Array, key: Key) -> np.ndarray:
         index = _counting(like.size, np.uint32).copy()
         return self._bits(at, index, key).reshape(like.shape)
 
-    def kept_by_rank(self, at: int, magnitude: Any, key: Key, limits: Any, values: Any) -> Any:
-        """values[r] where the element's draw is below limits[r], else 0; r is the element's rank
-        in its row, ascending, ties by index."""
+    def kept_by_rank(
+        self, at: int, magnitude: Array, key: Key, limits: np.ndarray, values: np.ndarray
+    ) -> np.ndarray:
         # A float's pattern orders as its magnitude does; below it in one 64-bit word, the index.
         bits = magnitude.astype(np.float32, copy=False).view(np.uint32)
         words = bits.astype(np.int64)
@@ -188,7 +176,7 @@ class Chunked:
         return bits_at(index, block)
 
     def _chunks(
-        self, arrays: Sequence[Any], broken: Callable[[Sequence[Any]], str] | None = None
+        self, arrays: Sequence[Array], broken: Callable[[Sequence[Array]], str] | None = None
     ) -> Iterator[tuple[int, list[np.ndarray]]]:
         """(index of the first element, chunks in the compute dtype); UserError(broken(arrays))
         for what is not finite."""
@@ -200,7 +188,7 @@ class Chunked:
                 raise UserError(broken(arrays))
             yield first * self.row, [a.astype(self.compute, copy=False) for a in part]
 
-    def _what_is_not_finite(self, arrays: Sequence[Any]) -> str:
+    def _what_is_not_finite(self, arrays: Sequence[Array]) -> str:
         for array in arrays:
             for _, (chunk,) in self._chunks([array]):
                 if not np.isfinite(chunk).all():
@@ -230,7 +218,7 @@ def _sums_to_a_number(x: np.ndarray) -> bool:
 
 
 @functools.lru_cache(maxsize=8)
-def _counting(size: int, dtype: Any) -> np.ndarray:
+def _counting(size: int, dtype: type) -> np.ndarray:
     """0, 1, 2, ...: read-only, made once for each size of chunk."""
     numbers = np.arange(size, dtype=dtype)
     numbers.setflags(write=False)

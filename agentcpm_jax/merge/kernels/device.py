@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -23,39 +24,38 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from agentcpm_jax.merge.kernels.ops import Array, Kernel, Ops, Scalar
 from agentcpm_jax.merge.kernels.random_bits import Key, bits_at, stream_key
-
-Kernel = Callable[..., Any]
 
 
 def on_device(
-    fn: Callable[..., Any],
+    fn: Callable[..., Array],
+    tensors: Sequence[Array],
+    arguments: Mapping[str, Any],
+    *,
     name: str,
-    tensors: Sequence[Any],
-    base: Any,
-    shared: Mapping[str, Any],
-    own: Sequence[Mapping[str, Any]],
     dtype: np.dtype,
     compute: np.dtype,
     seed: int,
     compat: bool,
     keys: Any,
-) -> Any:
+) -> Array:
     """`fn` on JAX arrays or tracers of one shape; see `methods.merge_tensors`."""
     tensors = [jnp.asarray(x) for x in tensors]
-    base = None if base is None else jnp.asarray(base)
+    if arguments.get("base") is not None:
+        arguments = {**arguments, "base": jnp.asarray(arguments["base"])}
     # Scalars are float64 and counts int64; the tensors stay what they are.
     with jax.enable_x64(True):
         if keys is None:
             keys = [stream_key(seed, name, model) for model in range(len(tensors))]
-        ops = Sharded(name, tensors[0].shape, dtype, compute, keys, compat)
-        return fn(ops, tensors, base, shared, own)
+        ops: Ops = Sharded(name, tensors[0].shape, dtype, compute, keys, compat)
+        return fn(ops, tensors, **arguments)
 
 
 class Sharded:
-    """Operations on JAX arrays of one tensor; the counterparts of `chunked.Chunked`."""
+    """The operations `ops.Ops` on JAX arrays."""
 
-    xp: Any = jnp
+    xp: ModuleType = jnp
     native = False
     traced = True
 
@@ -74,52 +74,41 @@ class Sharded:
         self.size = math.prod(shape)
         self.row = shape[-1] if shape else 1
 
-    def number(self, x: Any) -> Any:
-        """A coefficient in the compute dtype, which does not widen what it multiplies."""
+    def number(self, x: Scalar) -> Scalar:
         return jnp.asarray(x).astype(self.compute)
 
-    def numbers(self, x: Any) -> Any:
-        """An array of coefficients in the compute dtype."""
+    def numbers(self, x: Array) -> Array:
         return x.astype(self.compute)
 
-    def sum(self, parts: Sequence[Any]) -> Any:
-        """Sum of arrays of one shape."""
+    def sum(self, parts: Sequence[Array]) -> Array:
         total = parts[0]
         for part in parts[1:]:
             total = total + part
         return total
 
-    def repeat(self, count: int, step: Kernel, state: Any) -> Any:
-        """`step` applied `count` times to a tuple."""
+    def repeat(self, count: int, step: Callable[..., Any], state: Any) -> Any:
         return lax.fori_loop(0, count, lambda _, s: step(*s), state)
 
     def turned(self) -> Sharded:
-        """The same operations for arrays with the first and the last axis exchanged."""
         shape = (self.shape[-1], *self.shape[1:-1], self.shape[0])
         return Sharded(self.name, shape, self.dtype, self.compute, self.keys, self.compat)
 
-    def values(self, kernel: Kernel, arrays: Sequence[Any]) -> Any:
-        """`kernel(at, *arrays)` in the compute dtype."""
+    def values(self, kernel: Kernel, arrays: Sequence[Array]) -> Array:
         return kernel(0, *(x.astype(self.compute) for x in arrays))
 
-    def pick(self, kernel: Kernel, arrays: Sequence[Any], index: Any) -> Any:
-        """The elements of `kernel(at, *arrays)` at flat indices."""
+    def pick(self, kernel: Kernel, arrays: Sequence[Array], index: Array) -> Array:
         return self.values(kernel, arrays).reshape(-1)[index]
 
-    def map(self, kernel: Kernel, arrays: Sequence[Any], propagates: bool = False) -> Any:
-        """`kernel(at, *arrays)`, rounded to the result's dtype."""
+    def map(self, kernel: Kernel, arrays: Sequence[Array], propagates: bool = False) -> Array:
         return self.values(kernel, arrays).astype(self.dtype)
 
-    def totals(self, kernel: Kernel, arrays: Sequence[Any]) -> list[Any]:
-        """Sums over the tensor of every array of the tuple `kernel(at, *arrays)`, in float64."""
+    def totals(self, kernel: Kernel, arrays: Sequence[Array]) -> list[Scalar]:
         return [exact_sum(x, None) for x in self.values(kernel, arrays)]
 
-    def row_total(self, x: Any) -> Any:
-        """Sums over the last axis, which stays with size 1."""
+    def row_total(self, x: Array) -> Array:
         return exact_sum(x, -1)
 
-    def largest(self, kernel: Kernel, arrays: Sequence[Any], k: Any) -> Kernel:
-        """The mask function (at, array) of the `k` largest of `kernel(at, *arrays)` >= 0."""
+    def largest(self, kernel: Kernel, arrays: Sequence[Array], k: Scalar) -> Kernel:
         if not isinstance(k, jax.Array) and k >= self.size:
             return lambda at, m: m >= 0
         bits, index = _pattern(self.values(kernel, arrays)), _index(self.shape)
@@ -130,26 +119,24 @@ class Sharded:
         width = max(1, (self.size - 1).bit_length())
         last = _largest_that(lambda i: _count(equal & (index < i)) < quota, width, index.dtype)
 
-        def cut(at: Any, magnitude: Any) -> Any:
+        def cut(at: int, magnitude: Array) -> Array:
             pattern = _pattern(magnitude)
             return (pattern > value) | ((pattern == value) & (index <= last))
 
         return cut
 
     def key(self, model: int) -> Key:
-        """Of the randomness of one input."""
         return self.keys[model][0], self.keys[model][1]
 
-    def draws(self, at: int, like: Any, key: Key) -> Any:
-        """uint32 random bits; a function of the key and the element's index."""
+    def draws(self, at: int, like: Array, key: Key) -> Array:
         index = _index(like.shape)
         block = (index >> np.uint64(32)).astype(np.uint32)
         second = jnp.asarray(key[1], jnp.uint32) + block
         return bits_at(index.astype(np.uint32), (key[0], second))
 
-    def kept_by_rank(self, at: int, magnitude: Any, key: Key, limits: Any, values: Any) -> Any:
-        """values[r] where the element's draw is below limits[r], else 0; r is the element's rank
-        in its row, ascending, ties by index."""
+    def kept_by_rank(
+        self, at: int, magnitude: Array, key: Key, limits: np.ndarray, values: np.ndarray
+    ) -> Array:
         order = jnp.argsort(_pattern(magnitude), axis=-1, stable=True)
         rank = jnp.argsort(order, axis=-1)
         kept = self.draws(at, magnitude, key) < jnp.asarray(limits)[rank]
@@ -157,27 +144,27 @@ class Sharded:
 
 
 @jax.custom_jvp
-def _exact_total(x: Any) -> Any:
+def _exact_total(x: Array) -> Array:
     return _integer_sum(x, None)
 
 
 @jax.custom_jvp
-def _exact_rows(x: Any) -> Any:
+def _exact_rows(x: Array) -> Array:
     return _integer_sum(x, -1)
 
 
 @_exact_total.defjvp
-def _exact_total_jvp(primals: Any, tangents: Any) -> Any:
+def _exact_total_jvp(primals: Any, tangents: Any) -> Array:
     return _exact_total(*primals), jnp.sum(tangents[0].astype(np.float64))
 
 
 @_exact_rows.defjvp
-def _exact_rows_jvp(primals: Any, tangents: Any) -> Any:
+def _exact_rows_jvp(primals: Any, tangents: Any) -> Array:
     (t,) = tangents
     return _exact_rows(*primals), jnp.sum(t.astype(np.float64), axis=-1, keepdims=True)
 
 
-def exact_sum(x: Any, axis: int | None) -> Any:
+def exact_sum(x: Array, axis: int | None) -> Array:
     """float64 sum over everything (axis None) or over the last axis, which stays with size 1.
 
     The result has the same bits for every sharding of `x`. Call it under `jax.enable_x64`.
@@ -185,7 +172,7 @@ def exact_sum(x: Any, axis: int | None) -> Any:
     return _exact_total(x) if axis is None else _exact_rows(x)
 
 
-def _integer_sum(x: Any, axis: int | None) -> Any:
+def _integer_sum(x: Array, axis: int | None) -> Array:
     keep = axis is not None
     count = x.size if axis is None else x.shape[axis]
     bits = min(50, 61 - max(count - 1, 1).bit_length())
@@ -201,12 +188,12 @@ def _integer_sum(x: Any, axis: int | None) -> Any:
     return total * (power * 2.0**-bits)
 
 
-def _pattern(x: Any) -> Any:
+def _pattern(x: Array) -> Array:
     """The bits of non-negative numbers, which order as the numbers do."""
     return lax.bitcast_convert_type(x.astype(np.float32), np.uint32)
 
 
-def _index(shape: tuple[int, ...]) -> Any:
+def _index(shape: tuple[int, ...]) -> Array:
     """Each element's flat index, made in place on every device."""
     word = np.uint32 if math.prod(shape) <= 2**32 else np.uint64
     index = jnp.zeros(shape, word)
@@ -217,7 +204,7 @@ def _index(shape: tuple[int, ...]) -> Any:
     return index
 
 
-def _largest_that(holds: Callable[[Any], Any], bits: int, dtype: Any) -> Any:
+def _largest_that(holds: Callable[[Any], Any], bits: int, dtype: Any) -> Array:
     """The largest number of so many bits for which `holds`; it holds for 0 and is monotone.
 
     Four bits a round: fewer passes over the array, and fewer times that devices wait for each
@@ -225,7 +212,7 @@ def _largest_that(holds: Callable[[Any], Any], bits: int, dtype: Any) -> Any:
     """
     rounds = -(-bits // 4)
 
-    def step(i: Any, value: Any) -> Any:
+    def step(i: Any, value: Any) -> Array:
         shift = (4 * (rounds - 1 - i)).astype(dtype)
         candidates = value | (jnp.arange(1, 16, dtype=dtype) << shift)
         return value | (jnp.sum(jax.vmap(holds)(candidates), dtype=dtype) << shift)
@@ -233,5 +220,5 @@ def _largest_that(holds: Callable[[Any], Any], bits: int, dtype: Any) -> Any:
     return lax.fori_loop(0, rounds, step, jnp.asarray(0, dtype))
 
 
-def _count(mask: Any) -> Any:
+def _count(mask: Any) -> Array:
     return jnp.sum(mask, dtype=np.int64)

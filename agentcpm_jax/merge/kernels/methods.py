@@ -1,8 +1,7 @@
 """The merge methods by mergekit's names, and `merge_tensors`, which runs any of them on one tensor.
 
-The formulas are in `task_vectors`, `spherical` and `consensus`. Each is written once, over the
-operations that `chunked` (numpy: a few rows in cache at a time) and `device` (JAX: sharded,
-traceable) both offer. `trees` has the two simplest methods as arithmetic on nested dicts.
+The formulas are in `means`, `pairs`, `spherical` and `task_vectors`, each written once over the
+operations of `ops`. `trees` has the two simplest methods as arithmetic on nested dicts.
 
 Deviations from the common tool, mergekit 0.1.5; 1 to 3 are undone by `compat`:
 1. Arithmetic is in float32 (float64 if an input is), rounded once at the end. mergekit rounds
@@ -21,6 +20,7 @@ Deviations from the common tool, mergekit 0.1.5; 1 to 3 are undone by `compat`:
 from __future__ import annotations
 
 import functools
+import keyword
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -28,15 +28,9 @@ from typing import Any, Literal
 import numpy as np
 
 from agentcpm_jax.merge.kernels.chunked import Chunked
-from agentcpm_jax.merge.kernels.consensus import (
-    arcee_fusion,
-    model_stock,
-    nearswap,
-    passthrough,
-    ram,
-    sce,
-    weighted_mean,
-)
+from agentcpm_jax.merge.kernels.means import model_stock, ram, sce, weighted_mean
+from agentcpm_jax.merge.kernels.ops import Array, Ops
+from agentcpm_jax.merge.kernels.pairs import arcee_fusion, nearswap, passthrough
 from agentcpm_jax.merge.kernels.spherical import karcher, multislerp, nuslerp, slerp
 from agentcpm_jax.merge.kernels.task_vectors import merge_task_vectors
 from agentcpm_jax.merge.kernels.trees import check_leaves, linear, task_arithmetic
@@ -52,14 +46,20 @@ __all__ = [
     "task_arithmetic",
 ]
 REQUIRED = object()  # of a parameter without a default
+#: Switches of mergekit that change its use of memory, never a result.
+WITHOUT_EFFECT = ("int8_mask",)
+#: Parameters that no kernel takes: the scope of trimming reaches it as each model's `keep`.
+NOT_OF_KERNELS = (*WITHOUT_EFFECT, "trim_scope")
 
 
 @dataclass(frozen=True)
 class MethodSpec:
-    """What a method is called with.
+    """What a method is called with: the one place that says which parameters it takes.
 
     Attributes:
-      fn: (operations, tensors, base, shared, own) -> tensor; called through `merge_tensors`.
+      fn: (operations, tensors, *, parameters...) -> tensor; called through `merge_tensors`.
+        Parameters come by their names: `base` if it can have one, shared ones as they are, those of
+        the models as sequences with one entry per tensor.
       global_params: shared parameters with their defaults, or REQUIRED.
       model_params: parameters of each input other than the base, likewise.
       needs_base: True; False (a base is an input like any other, without rights); or "optional".
@@ -76,53 +76,70 @@ class MethodSpec:
 
 
 def _task_vector_method(
-    name: str, sparsify: str, elected: bool, normalize: bool, rescale: bool, **own: float
+    name: str,
+    sparsify: str,
+    *,
+    elected: bool = False,
+    normalize: bool = False,
+    rescale: bool = False,
+    **own: float,
 ) -> MethodSpec:
     fn = functools.partial(merge_task_vectors, sparsify=sparsify, elected=elected)
     shared: dict[str, Any] = {"normalize": normalize, "rescale": rescale, "lambda": 1.0}
-    shared["int8_mask"] = False  # changes the dtype of a temporary of mergekit, never a result
+    shared["int8_mask"] = False
     if elected:
         shared["elect"] = "weighted"
     per_model = {"weight": REQUIRED} if sparsify == "none" else {"weight": REQUIRED, "density": 1.0}
     if sparsify == "magnitude":
         shared["trim_scope"] = "tensor"
         per_model["keep"] = None
-    return MethodSpec(name, fn, shared, {**per_model, **own}, True)
+    return MethodSpec(name, fn, shared, {**per_model, **own}, needs_base=True)
 
 
 WEIGHT = {"weight": REQUIRED}
 METHODS: dict[str, MethodSpec] = {
     spec.name: spec
     for spec in (
-        MethodSpec("linear", weighted_mean, {"normalize": True}, WEIGHT, False),
-        MethodSpec("slerp", slerp, {"t": REQUIRED}, {}, True, 1, 1),
+        MethodSpec("linear", weighted_mean, {"normalize": True}, WEIGHT, needs_base=False),
+        MethodSpec("slerp", slerp, {"t": REQUIRED}, {}, needs_base=True, max_models=1),
         MethodSpec(
-            *("nuslerp", nuslerp, {"nuslerp_flatten": True, "nuslerp_row_wise": False}),
-            *(WEIGHT, "optional", 2, 2),
+            "nuslerp",
+            nuslerp,
+            {"nuslerp_flatten": True, "nuslerp_row_wise": False},
+            WEIGHT,
+            needs_base="optional",
+            min_models=2,
+            max_models=2,
         ),
         MethodSpec(
-            *("multislerp", multislerp, {"normalize_weights": True, "eps": 1e-8}),
-            *(WEIGHT, "optional"),
+            "multislerp",
+            multislerp,
+            {"normalize_weights": True, "eps": 1e-8},
+            WEIGHT,
+            needs_base="optional",
         ),
-        MethodSpec("karcher", karcher, {"max_iter": 10, "tol": 1e-5}, {}, False),
-        _task_vector_method("task_arithmetic", "none", False, False, False),
-        _task_vector_method("ties", "magnitude", True, True, False),
-        _task_vector_method("breadcrumbs", "outliers", False, False, False, gamma=0.01),
-        _task_vector_method("breadcrumbs_ties", "outliers", True, False, False, gamma=0.01),
-        _task_vector_method("dare_linear", "bernoulli", False, False, True),
-        _task_vector_method("dare_ties", "bernoulli", True, False, True),
-        _task_vector_method("della_linear", "della", False, False, True, epsilon=0.15),
-        _task_vector_method("della", "della", True, True, True, epsilon=0.15),
-        MethodSpec("model_stock", model_stock, {"filter_wise": False}, {}, True, 2),
-        MethodSpec("sce", sce, {"select_topk": 1.0, "int8_mask": False}, {}, True),
-        MethodSpec("ram", ram, {"epsilon": 1e-5}, {}, True),
+        MethodSpec("karcher", karcher, {"max_iter": 10, "tol": 1e-5}, {}, needs_base=False),
+        _task_vector_method("task_arithmetic", "none"),
+        _task_vector_method("ties", "magnitude", elected=True, normalize=True),
+        _task_vector_method("breadcrumbs", "outliers", gamma=0.01),
+        _task_vector_method("breadcrumbs_ties", "outliers", elected=True, gamma=0.01),
+        _task_vector_method("dare_linear", "bernoulli", rescale=True),
+        _task_vector_method("dare_ties", "bernoulli", elected=True, rescale=True),
+        _task_vector_method("della_linear", "della", rescale=True, epsilon=0.15),
+        _task_vector_method(
+            "della", "della", elected=True, normalize=True, rescale=True, epsilon=0.15
+        ),
         MethodSpec(
-            *("ramplus_tl", functools.partial(ram, amplify=True)),
-            *({"epsilon": 1e-5, "r": 0.1, "alpha": 0.2}, {}, True),
+            "model_stock", model_stock, {"filter_wise": False}, {}, needs_base=True, min_models=2
         ),
-        MethodSpec("nearswap", nearswap, {"t": REQUIRED}, {}, True, 1, 1),
-        MethodSpec("arcee_fusion", arcee_fusion, {}, {}, True, 1, 1),
-        MethodSpec("passthrough", passthrough, {}, {"scale": None}, False, 1, 1),
+        MethodSpec("sce", sce, {"select_topk": 1.0, "int8_mask": False}, {}, needs_base=True),
+        MethodSpec("ram", ram, {"epsilon": 1e-5}, {}, needs_base=True),
+        MethodSpec(
+            "ramplus_tl", ram, {"epsilon": 1e-5, "r": 0.1, "alpha": 0.2}, {}, needs_base=True
+        ),
+        MethodSpec("nearswap", nearswap, {"t": REQUIRED}, {}, needs_base=True, max_models=1),
+        MethodSpec("arcee_fusion", arcee_fusion, {}, {}, needs_base=True, max_models=1),
+        MethodSpec("passthrough", passthrough, {}, {"scale": None}, needs_base=False, max_models=1),
     )
 }
 #: Methods that mergekit computes in float32 whatever the inputs are.
@@ -131,9 +148,9 @@ FLOAT32_IN_MERGEKIT = ("linear", "slerp", "karcher", "arcee_fusion", "passthroug
 
 def merge_tensors(
     method: str,
-    tensors: Sequence[Any],
+    tensors: Sequence[Array],
     *,
-    base: Any = None,
+    base: Array | None = None,
     global_params: Mapping[str, Any] | None = None,
     model_params: Sequence[Mapping[str, Any]] = (),
     name: str = "tensor",
@@ -142,7 +159,7 @@ def merge_tensors(
     dtype: Any = None,
     labels: Sequence[str] = (),
     keys: Any = None,
-) -> Any:
+) -> Array:
     """Merges one tensor of several models.
 
     Args:
@@ -167,12 +184,7 @@ def merge_tensors(
     if len(own) != len(tensors):
         raise UserError(f"{len(own)} sets of parameters for {len(tensors)} models; give one each")
     _check_inputs(spec, len(tensors), base is not None)
-    shared = _complete(spec, spec.global_params, global_params or {}, name)
-    own = [_complete(spec, spec.model_params, p, name) for p in own]
-    if shared.get("trim_scope", "tensor") not in ("tensor", "model"):
-        raise UserError(f"trim_scope {shared['trim_scope']!r} is not tensor or model")
-    if shared.get("trim_scope") == "model" and any(p["keep"] is None for p in own):
-        raise UserError(f"trim_scope model of {name} needs `keep`; see selection.keep_counts")
+    arguments = _arguments(spec, global_params or {}, own, name)
     arrays = list(tensors) if base is None else [*tensors, base]
     names = list(labels) or [f"model {i + 1}" for i in range(len(tensors))] + ["the base"]
     check_leaves(arrays, name)
@@ -182,14 +194,24 @@ def merge_tensors(
     on_host = all(isinstance(x, np.ndarray) for x in arrays)
     compute = promoted if native and on_host else np.result_type(np.float32, promoted)
     out = np.dtype(result_dtype(method, stored, compat) if dtype is None else dtype)
-    rest = (tuple(arrays[0].shape), dict(zip(map(id, arrays), names, strict=False)))
+    if spec.needs_base is not False:
+        arguments["base"] = base
     if on_host:
-        ops: Any = Chunked(name, *rest, out, compute, seed, compat)
-        return spec.fn(ops, list(tensors), base, shared, own)
+        labelled = dict(zip(map(id, arrays), names, strict=False))
+        ops: Ops = Chunked(name, arrays[0].shape, labelled, out, compute, seed, compat)
+        return spec.fn(ops, list(tensors), **arguments)
     from agentcpm_jax.merge.kernels.device import on_device
 
     return on_device(
-        *(spec.fn, name, list(tensors), base, shared, own, out, compute, seed, compat, keys)
+        spec.fn,
+        tensors,
+        arguments,
+        name=name,
+        dtype=out,
+        compute=compute,
+        seed=seed,
+        compat=compat,
+        keys=keys,
     )
 
 
@@ -220,6 +242,23 @@ def _check_inputs(spec: MethodSpec, count: int, has_base: bool) -> None:
         )
         besides = " besides the base" if has_base else ""
         raise UserError(f"{spec.name} merges {limit} models{besides}, not {count}")
+
+
+def _arguments(
+    spec: MethodSpec, given: Mapping[str, Any], own: Sequence[Mapping[str, Any]], name: str
+) -> dict[str, Any]:
+    """What the kernel takes by keyword, but for the base."""
+    shared = _complete(spec, spec.global_params, given, name)
+    own = [_complete(spec, spec.model_params, p, name) for p in own]
+    scope = shared.get("trim_scope", "tensor")
+    if scope not in ("tensor", "model"):
+        raise UserError(f"trim_scope {scope!r} is not tensor or model")
+    if scope == "model" and any(p["keep"] is None for p in own):
+        raise UserError(f"trim_scope model of {name} needs `keep`; see selection.keep_counts")
+    of_kernel = {k: v for k, v in shared.items() if k not in NOT_OF_KERNELS}
+    of_kernel |= {k: [p[k] for p in own] for k in spec.model_params}
+    # `lambda` is a word of Python's
+    return {f"{k}_" if keyword.iskeyword(k) else k: v for k, v in of_kernel.items()}
 
 
 def _complete(

@@ -19,11 +19,10 @@ Deviations from the papers:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
+from agentcpm_jax.merge.kernels.ops import Array, Kernel, Ops, Scalar
 from agentcpm_jax.merge.kernels.random_bits import Key, probability_bits
 from agentcpm_jax.types import UserError
 
@@ -31,25 +30,35 @@ SMALLEST_L1 = 1e-7
 
 
 def sparsifier(
-    kind: str, ops: Any, base: Any, tensor: Any, own: Mapping[str, Any], rescale: str, model: int
-) -> Any:
-    """A function (at, d) -> s for the chunks d of tensor - base; see `chunked.Chunked.map`.
+    ops: Ops,
+    base: Array,
+    tensor: Array,
+    model: int,
+    kind: str,
+    rescale: str,
+    *,
+    density: Scalar = 1.0,
+    keep: int | None = None,
+    gamma: Scalar = 0.0,
+    epsilon: Scalar = 0.0,
+) -> Kernel:
+    """A function (at, d) -> s for the chunks d of tensor - base; see `ops.Ops.map`.
 
     Args:
-      kind: none, magnitude, outliers, bernoulli or della.
-      ops: the operations, with the tensor's name and the seed.
       base, tensor: [...] of equal shape.
-      own: density, and gamma or epsilon; `keep` overrides the density of `magnitude`.
-      rescale: none, l1 or inverse_prob.
       model: which input this is, for the randomness.
+      kind: none, magnitude, outliers, bernoulli or della.
+      rescale: none, l1 or inverse_prob.
+      density: share of entries that are kept; `keep`: their number, of `magnitude`.
+      gamma: share of outliers.
+      epsilon: half the range of DELLA's probabilities.
 
     Raises:
       UserError: a density, gamma or epsilon that is impossible.
     """
-    density = float(own.get("density", 1.0))
+    density = float(density)
     if not math.isfinite(density):
         raise UserError(f"density {density} of {ops.name} is not a number; use 0 to 1")
-    keep = own.get("keep")
     if kind == "none" or (density >= 1.0 and keep is None):
         return lambda at, d: d
     if density <= 0.0 and keep is None:
@@ -58,29 +67,29 @@ def sparsifier(
         count = max(1, math.floor(density * ops.size)) if keep is None else int(keep)
         sparse = _magnitude(ops, base, tensor, count)
     elif kind == "outliers":
-        sparse = _without_outliers(ops, base, tensor, density, float(own.get("gamma", 0.01)))
+        sparse = _without_outliers(ops, base, tensor, density, float(gamma))
     else:
         key = ops.key(model)
         unbiased = rescale == "inverse_prob"
         if kind == "bernoulli":
             sparse = _bernoulli(ops, density, key, unbiased)
         else:
-            sparse = _della(ops, density, float(own.get("epsilon", 0.15)), key, unbiased)
+            sparse = _della(ops, density, float(epsilon), key, unbiased)
         if unbiased:
             return sparse
     return sparse if rescale == "none" else _l1_matched(ops, base, tensor, sparse)
 
 
-def _magnitude(ops: Any, base: Any, tensor: Any, count: int) -> Any:
+def _magnitude(ops: Ops, base: Array, tensor: Array, count: int) -> Kernel:
     cut = _largest(ops, base, tensor, count)
     return lambda at, d: d * cut(at, abs(d))
 
 
-def _largest(ops: Any, base: Any, tensor: Any, count: int) -> Any:
+def _largest(ops: Ops, base: Array, tensor: Array, count: int) -> Kernel:
     return ops.largest(lambda at, b, w: abs(w - b), [base, tensor], count)
 
 
-def _without_outliers(ops: Any, base: Any, tensor: Any, density: float, gamma: float) -> Any:
+def _without_outliers(ops: Ops, base: Array, tensor: Array, density: float, gamma: float) -> Kernel:
     if not 0.0 <= gamma <= 1.0:
         raise UserError(f"gamma {gamma:g} of {ops.name} is not a share; use 0 to 1")
     keep = math.floor(density * ops.size)
@@ -88,14 +97,14 @@ def _without_outliers(ops: Any, base: Any, tensor: Any, density: float, gamma: f
     wide = _largest(ops, base, tensor, keep + top)
     outliers = _largest(ops, base, tensor, top)
 
-    def sparse(at: Any, d: Any) -> Any:
+    def sparse(at: int, d: Array) -> Array:
         m = abs(d)
         return d * (wide(at, m) ^ outliers(at, m))
 
     return sparse
 
 
-def _bernoulli(ops: Any, density: float, key: Key, unbiased: bool) -> Any:
+def _bernoulli(ops: Ops, density: float, key: Key, unbiased: bool) -> Kernel:
     limit = np.uint32(probability_bits(density))
     factor = ops.number(2.0**32 / float(limit) if unbiased else 1.0)
     if not unbiased:
@@ -103,7 +112,7 @@ def _bernoulli(ops: Any, density: float, key: Key, unbiased: bool) -> Any:
     return lambda at, d: (d * factor) * (ops.draws(at, d, key) < limit)
 
 
-def _della(ops: Any, density: float, epsilon: float, key: Key, unbiased: bool) -> Any:
+def _della(ops: Ops, density: float, epsilon: float, key: Key, unbiased: bool) -> Kernel:
     low, high = density - epsilon, density + epsilon
     if not (0.0 < low <= 1.0 and 0.0 < high < 1.0):
         raise UserError(
@@ -121,8 +130,8 @@ def _della(ops: Any, density: float, epsilon: float, key: Key, unbiased: bool) -
     return lambda at, d: d * ops.kept_by_rank(at, abs(d), key, limits, values)
 
 
-def _l1_matched(ops: Any, base: Any, tensor: Any, sparse: Any) -> Any:
-    def norms(at: Any, b: Any, w: Any) -> tuple[Any, Any]:
+def _l1_matched(ops: Ops, base: Array, tensor: Array, sparse: Kernel) -> Kernel:
+    def norms(at: int, b: Array, w: Array) -> tuple[Array, Array]:
         d = w - b
         return abs(d), abs(sparse(at, d))
 

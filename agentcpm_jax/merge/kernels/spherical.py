@@ -13,10 +13,10 @@ Deviations from mergekit: none but accuracy; its norms are float32 (or bfloat16)
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from types import ModuleType
 
-from agentcpm_jax.merge.kernels.task_vectors import nonzero_sum
+from agentcpm_jax.merge.kernels.ops import Array, Ops, Scalar, nonzero_sum
 from agentcpm_jax.types import UserError
 
 PARALLEL = 0.9995  # slerp: above this cosine, interpolate linearly
@@ -26,32 +26,34 @@ SMALLEST_SINE2 = 1e-16
 SMALLEST_SUM = 1e-6
 
 
-def slerp(
-    ops: Any, tensors: Sequence[Any], base: Any, shared: Mapping[str, Any], own: Sequence[Any]
-) -> Any:
+def slerp(ops: Ops, tensors: Sequence[Array], *, base: Array, t: Scalar) -> Array:
     """From the base (t = 0) to the model (t = 1)."""
-    del own
-    t = shared["t"]
     bb, bw, ww = _products(ops, [base, tensors[0]])
     a, b = _arc(ops.xp, bb, bw, ww, t, SMALLEST_NORM, parallel=PARALLEL)
     return _combined(ops, [a, b], [base, tensors[0]])
 
 
 def nuslerp(
-    ops: Any, tensors: Sequence[Any], base: Any, shared: Mapping[str, Any], own: Sequence[Any]
-) -> Any:
+    ops: Ops,
+    tensors: Sequence[Array],
+    *,
+    base: Array | None,
+    weight: Sequence[Scalar],
+    nuslerp_flatten: bool,
+    nuslerp_row_wise: bool,
+) -> Array:
     """Between two models, or from the base along two task vectors."""
     xp = ops.xp
-    w1, w2 = (p["weight"] for p in own)
+    w1, w2 = weight
     small = abs(w1 + w2) < SMALLEST_SUM
     t = xp.where(small, 0.5, w2 / xp.where(small, 1.0, w1 + w2))
-    if shared["nuslerp_flatten"]:
+    if nuslerp_flatten:
         xx, xy, yy = _products(ops, tensors, base)
         a, b = _arc(xp, xx, xy, yy, t, SMALLEST_ROW_NORM)
         return _combined(ops, [a, b], tensors, base)
-    by_column = shared["nuslerp_row_wise"] and len(ops.shape) > 1
+    by_column = nuslerp_row_wise and len(ops.shape) > 1
 
-    def row(at: Any, *chunks: Any) -> Any:
+    def row(at: int, *chunks: Array) -> Array:
         x, y = chunks[:2] if base is None else (chunks[1] - chunks[0], chunks[2] - chunks[0])
         xx, xy, yy = (ops.row_total(p) for p in (x * x, x * y, y * y))
         a, b = _arc(xp, xx, xy, yy, t, SMALLEST_ROW_NORM)
@@ -66,15 +68,20 @@ def nuslerp(
 
 
 def multislerp(
-    ops: Any, tensors: Sequence[Any], base: Any, shared: Mapping[str, Any], own: Sequence[Any]
-) -> Any:
+    ops: Ops,
+    tensors: Sequence[Array],
+    *,
+    base: Array | None,
+    weight: Sequence[Scalar],
+    normalize_weights: bool,
+    eps: Scalar,
+) -> Array:
     """Weighted mean on the sphere of the models, or of their task vectors if there is a base."""
     if len(tensors) == 1:
         return ops.map(lambda at, x: x, tensors)
-    xp, eps = ops.xp, shared["eps"]
-    weights = [p["weight"] for p in own]
-    total = nonzero_sum(ops, weights) if shared["normalize_weights"] else 1.0
-    a = xp.stack([xp.asarray(w / total, float) for w in weights])
+    xp = ops.xp
+    total = nonzero_sum(ops, weight) if normalize_weights else 1.0
+    a = xp.stack([xp.asarray(w / total, float) for w in weight])
     gram = _matrix(xp, _products(ops, tensors, base), len(tensors))
     norms = xp.sqrt(xp.diagonal(gram))
     units = gram / ((norms + eps)[:, None] * (norms + eps)[None, :])  # <u_i, u_j>
@@ -95,12 +102,9 @@ def multislerp(
     return _combined(ops, list(point * scale / (norms + eps)), tensors, base)
 
 
-def karcher(
-    ops: Any, tensors: Sequence[Any], base: Any, shared: Mapping[str, Any], own: Sequence[Any]
-) -> Any:
+def karcher(ops: Ops, tensors: Sequence[Array], *, max_iter: Scalar, tol: Scalar) -> Array:
     """The Riemannian mean of the directions, as long as the inputs are on average."""
-    del base, own
-    xp, tol = ops.xp, shared["tol"]
+    xp = ops.xp
     if len(tensors) == 1:
         return ops.map(lambda at, x: x, tensors)
     count = len(tensors)
@@ -114,7 +118,7 @@ def karcher(
     first = (xp.cumsum(used) == 1) & used
     mu = xp.where(length < tol, first * 1.0, share / xp.where(length < tol, 1.0, length))
 
-    def descend(mu: Any, moving: Any) -> tuple[Any, Any]:
+    def descend(mu: Array, moving: Array) -> tuple[Array, Array]:
         cosine = xp.clip(units @ mu, -1.0, 1.0)
         theta = xp.arccos(cosine)
         far = used & (theta >= tol)
@@ -127,14 +131,20 @@ def karcher(
         step = step / xp.maximum(_norm(xp, step, units), 1e-30)
         return xp.where(moving, step, mu), moving
 
-    mu, _ = ops.repeat(int(shared["max_iter"]), descend, (mu, xp.asarray(True)))
+    mu, _ = ops.repeat(int(max_iter), descend, (mu, xp.asarray(True)))
     mean = xp.sum(norms * used) / xp.maximum(xp.sum(used), 1)
     return _combined(ops, list(mu * mean / safe), tensors)
 
 
 def _arc(
-    xp: Any, xx: Any, xy: Any, yy: Any, t: Any, smallest: float, parallel: float | None = None
-) -> tuple[Any, Any]:
+    xp: ModuleType,
+    xx: Array,
+    xy: Array,
+    yy: Array,
+    t: Scalar,
+    smallest: float,
+    parallel: float | None = None,
+) -> tuple[Array, Array]:
     """Coefficients of x and y at t, from their inner products; scalars or one per row."""
     if parallel is None:
         c = xy / (xp.maximum(xp.sqrt(xx), smallest) * xp.maximum(xp.sqrt(yy), smallest))
@@ -152,17 +162,17 @@ def _arc(
     return a, b
 
 
-def _products(ops: Any, tensors: Sequence[Any], base: Any = None) -> list[Any]:
+def _products(ops: Ops, tensors: Sequence[Array], base: Array = None) -> Sequence[Scalar]:
     """The upper triangle of <x_i, x_j>, row by row; x are models or, given a base, deltas."""
 
-    def products(at: Any, *chunks: Any) -> tuple[Any, ...]:
+    def products(at: int, *chunks: Array) -> tuple[Array, ...]:
         x = chunks if base is None else [c - chunks[0] for c in chunks[1:]]
         return tuple(x[i] * x[j] for i in range(len(x)) for j in range(i, len(x)))
 
     return ops.totals(products, list(tensors) if base is None else [base, *tensors])
 
 
-def _matrix(xp: Any, upper: Sequence[Any], count: int) -> Any:
+def _matrix(xp: ModuleType, upper: Sequence[Array], count: int) -> Array:
     rows = [[xp.asarray(0.0)] * count for _ in range(count)]
     values = iter(upper)
     for i in range(count):
@@ -171,18 +181,18 @@ def _matrix(xp: Any, upper: Sequence[Any], count: int) -> Any:
     return xp.stack([xp.stack([xp.asarray(v) for v in row]) for row in rows])
 
 
-def _norm(xp: Any, c: Any, units: Any) -> Any:
+def _norm(xp: ModuleType, c: Array, units: Array) -> Array:
     """Length of sum_m c_m u_m."""
     return xp.sqrt(xp.maximum(c @ units @ c, 0.0))
 
 
 def _combined(
-    ops: Any, coefficients: Sequence[Any], tensors: Sequence[Any], base: Any = None
-) -> Any:
+    ops: Ops, coefficients: Sequence[Array], tensors: Sequence[Array], base: Array = None
+) -> Array:
     """sum_m c_m x_m; x are the tensors or, given a base, deltas added to it."""
     c = [ops.number(x) for x in coefficients]
 
-    def combine(at: Any, *chunks: Any) -> Any:
+    def combine(at: int, *chunks: Array) -> Array:
         x = chunks if base is None else [m - chunks[0] for m in chunks[1:]]
         out = x[0] * c[0]
         for xm, cm in zip(x[1:], c[1:], strict=True):

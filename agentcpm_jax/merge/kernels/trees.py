@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from agentcpm_jax.merge.kernels.chunked import FLOATS
-from agentcpm_jax.merge.kernels.task_vectors import SMALLEST_SUM
+from agentcpm_jax.merge.kernels.ops import SMALLEST_SUM
 from agentcpm_jax.types import UserError
 
 Tree = Any  # a nested dict of arrays, or one array

@@ -48,7 +48,7 @@ import jax, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from agentcpm_jax.merge.kernels.mesh import merge_tree
 from agentcpm_jax.merge.soups import merged_tree
-from tests.test_merge_mesh import CASES, inputs
+from tests.merge.kernels.test_mesh import CASES, inputs
 
 SOME = ("ties", "della", "model_stock")
 digests = []

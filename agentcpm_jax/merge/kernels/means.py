@@ -1,0 +1,181 @@
+"""Means of models: with given weights, or with weights from the tensors themselves.
+
+    linear        sum_m w_m W_m / Z, Z = sum_m w_m if `normalize`     Wortsman et al. 2022
+    model_stock   t mean(W) + (1 - t) B, t = N c / (1 + (N-1) c), c the mean cosine of the task
+                  vectors                                            Jang et al. 2024
+    sce           select by variance, weigh by mean square, elect     Wan et al. 2024 (FuseChat-3)
+    ram, ram+     unique entries of sparse task vectors undiluted, shared ones averaged
+                                                                     arXiv 2601.13572
+
+Deviation from mergekit, undone by `compat`: the guards of model_stock and sce against division by
+zero are relative to the tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from agentcpm_jax.merge.kernels.ops import Array, Ops, Scalar, is_zero, nonzero_sum
+
+SMALLEST = 1e-6
+
+
+def weighted_mean(
+    ops: Ops, tensors: Sequence[Array], *, weight: Sequence[Scalar], normalize: bool
+) -> Array:
+    """sum_m w_m W_m, over sum_m w_m if `normalize`."""
+    total = nonzero_sum(ops, weight) if normalize else 1.0
+    used = [i for i, w in enumerate(weight) if not is_zero(w)]
+    if not used:
+        return ops.map(lambda at, x: x * ops.number(0.0), tensors[:1])
+    c = [ops.number(weight[i] / total) for i in used]
+
+    def mixed(at: int, *chunks: Array) -> Array:
+        return ops.sum([x * w for x, w in zip(chunks, c, strict=True)])
+
+    return ops.map(mixed, [tensors[i] for i in used], propagates=True)
+
+
+def model_stock(ops: Ops, tensors: Sequence[Array], *, base: Array, filter_wise: bool) -> Array:
+    """Between the base and the mean of the models, as near the latter as they agree."""
+    xp, n = ops.xp, len(tensors)
+
+    def ratio(products: Mapping[tuple[int, int], Array]) -> Array:
+        norms = [xp.sqrt(products[i, i]) for i in range(n)]
+        total: Array = 0.0
+        for i in range(n):
+            for j in range(i + 1, n):
+                scale = norms[i] * norms[j]
+                guard = SMALLEST if ops.compat else 0.0
+                scale = xp.maximum(scale, guard)
+                cosine = products[i, j] / xp.where(scale > 0, scale, 1.0)
+                total = total + xp.clip(cosine, -1.0, 1.0)
+        c = total / (n * (n - 1) / 2)
+        below = 1.0 + (n - 1) * c
+        small = abs(below) < SMALLEST
+        return xp.where(small, 0.0, n * c / xp.where(small, 1.0, below))
+
+    def products(b: Array, models: Sequence[Array]) -> dict[tuple[int, int], Array]:
+        d = [m - b for m in models]
+        return {(i, j): d[i] * d[j] for i in range(n) for j in range(i, n)}
+
+    if filter_wise:
+
+        def mixed(at: int, b: Array, *models: Array) -> Array:
+            t = ratio({k: ops.row_total(v) for k, v in products(b, models).items()})
+            return _mean(models, ops) * ops.numbers(t) + b * ops.numbers(1.0 - t)
+
+    else:
+        keys = [(i, j) for i in range(n) for j in range(i, n)]
+        sums = ops.totals(lambda at, b, *m: tuple(products(b, m).values()), [base, *tensors])
+        t = ratio(dict(zip(keys, sums, strict=True)))
+        ahead, back = ops.number(t), ops.number(1.0 - t)
+
+        def mixed(at: int, b: Array, *models: Array) -> Array:
+            return _mean(models, ops) * ahead + b * back
+
+    return ops.map(mixed, [base, *tensors])
+
+
+def sce(ops: Ops, tensors: Sequence[Array], *, base: Array, select_topk: Scalar) -> Array:
+    """Task vectors where they vary most, weighted by their mean squares, signs elected."""
+    xp, share = ops.xp, float(select_topk)
+    arrays = [base, *tensors]
+
+    def variance(at: int, b: Array, *models: Array) -> Array:
+        d = [m - b for m in models]
+        mean = _mean(d, ops)
+        return _mean([(x - mean) * (x - mean) for x in d], ops)
+
+    if share >= 1.0:
+        select = None
+    else:
+        varied = ops.totals(lambda at, *c: ((variance(at, *c) > 0) * ops.number(1.0),), arrays)[0]
+        select = ops.largest(variance, arrays, xp.floor(varied * share))
+
+    def selected(at: int, b: Array, *models: Array) -> list[Array]:
+        d = [m - b for m in models]
+        if select is None:
+            return d
+        mask = select(at, variance(at, b, *models))
+        return [x * mask for x in d]
+
+    energy = ops.totals(lambda at, *c: tuple(x * x for x in selected(at, *c)), arrays)
+    if ops.compat:
+        energy = [e / ops.size for e in energy]
+    total = sum(energy[1:], start=energy[0])
+    small = total < (SMALLEST if ops.compat else 1e-300)
+    weights = [
+        ops.number(xp.where(small, 1.0 / len(energy), e / xp.where(small, 1.0, total)))
+        for e in energy
+    ]
+    guard = ops.number(SMALLEST)
+
+    def mixed(at: int, b: Array, *models: Array) -> Array:
+        d = selected(at, b, *models)
+        share = [m * a for m, a in zip(_agreeing(ops, d), weights, strict=True)]
+        z = ops.sum(share)
+        mix = ops.sum([x * a for x, a in zip(d, share, strict=True)])
+        return b + mix / (xp.maximum(z, guard) if ops.compat else z + (z == 0))
+
+    return ops.map(mixed, arrays)
+
+
+def ram(
+    ops: Ops,
+    tensors: Sequence[Array],
+    *,
+    base: Array,
+    epsilon: Scalar,
+    r: Scalar | None = None,
+    alpha: Scalar | None = None,
+) -> Array:
+    """Entries that one model moved as it moved them, entries of several as their mean.
+
+    Given `r` and `alpha` (RAM+), what a model alone moved is amplified by 1 + r times the share of
+    what it moved together with others, at most `alpha`.
+    """
+    xp, threshold, amplify = ops.xp, ops.number(epsilon), r is not None
+    arrays = [base, *tensors]
+    one = ops.number(1.0)
+
+    def moved(b: Array, models: Sequence[Array]) -> tuple[list[Array], list[Array], Array]:
+        d = [m - b for m in models]
+        z = [(abs(x) > threshold) * one for x in d]
+        return d, z, ops.sum(z)
+
+    gains = [one] * len(tensors)
+    if amplify:
+
+        def counts(at: int, b: Array, *models: Array) -> tuple[Array, ...]:
+            _, z, count = moved(b, models)
+            return (*(m * (count == 1) for m in z), *(m * (count > 1) for m in z))
+
+        sums = ops.totals(counts, arrays)
+        unique, both = sums[: len(tensors)], sums[len(tensors) :]
+        gains = [
+            ops.number(1.0 + r * xp.clip(s / xp.maximum(u, epsilon), 0.0, alpha))
+            for u, s in zip(unique, both, strict=True)
+        ]
+
+    def mixed(at: int, b: Array, *models: Array) -> Array:
+        d, z, count = moved(b, models)
+        alone = count == 1
+        divisor = xp.maximum(count, one)
+        kept = [x * m for x, m in zip(d, z, strict=True)]
+        if amplify:
+            kept = [x * (alone * g + ~alone) for x, g in zip(kept, gains, strict=True)]
+        return b + ops.sum(kept) / divisor
+
+    return ops.map(mixed, arrays)
+
+
+def _mean(x: Sequence[Array], ops: Ops) -> Array:
+    return ops.sum(x) / ops.number(len(x))
+
+
+def _agreeing(ops: Ops, x: Sequence[Array]) -> list[Array]:
+    """Masks of the entries of each x whose sign is that of the sum; 0 never agrees."""
+    positive = ops.sum(x) >= 0
+    negative = ~positive
+    return [((a > 0) & positive) | ((a < 0) & negative) for a in x]
