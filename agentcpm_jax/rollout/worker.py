@@ -68,7 +68,7 @@ class ClaimWorker:
         self._running: dict[int, asyncio.Task[None]] = {}
         self._look = asyncio.Event()
 
-    def look(self) -> None:
+    def wake(self) -> None:
         """Makes `run` look round at once; from any thread."""
         self._log.signals.announce("offered")
 

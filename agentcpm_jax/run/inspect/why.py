@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from agentcpm_jax.chat.format import ChatFormat
 from agentcpm_jax.config import RLStage
 from agentcpm_jax.evaluate.report.page import Cell, Table
 from agentcpm_jax.evaluate.report.why import SampleView, SegmentView, WhyPage, render_why
+from agentcpm_jax.files import write_atomically
 from agentcpm_jax.log import schema as db
 from agentcpm_jax.log.codec import decode_credit
 from agentcpm_jax.log.schema import CreditLike, Issue
@@ -49,14 +49,7 @@ def write_why(
         page = gather(run, issue, sample)
     suffix = "" if sample is None else f"-{sample}"
     path = Path(out) if out is not None else Path(workdir) / f"why-{issue_id}{suffix}.html"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        # lone surrogates, which models can sample, have no UTF-8
-        temporary.write_bytes(render_why(page).encode("utf-8", "replace"))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, render_why(page))
     return path
 
 
