@@ -26,7 +26,7 @@ from agentcpm_jax.log.experience import ExperienceLog
 from agentcpm_jax.run import loop, stages
 from agentcpm_jax.run import worker as run_worker
 from agentcpm_jax.run.observe.metrics import MetricsWriter
-from agentcpm_jax.weights.store import Draft
+from agentcpm_jax.weights.store import VersionWriter
 from tests.log.postgres_server import PostgresServer, kill_server
 
 POINTS: dict[str, tuple[Any, str]] = {
@@ -34,8 +34,8 @@ POINTS: dict[str, tuple[Any, str]] = {
     "record": (ExperienceLog, "record_trajectory"),
     "settle": (ExperienceLog, "finish_group"),
     "ship": (ExperienceLog, "ship"),
-    "publish": (loop._Circle, "publish"),
-    "weights": (Draft, "commit"),
+    "publish": (loop.RLTrainer, "publish"),
+    "weights": (VersionWriter, "commit"),
     "metrics": (MetricsWriter, "write"),
     "save": (Checkpointer, "save"),
     "snapshot": (ExperienceLog, "snapshot"),
@@ -195,17 +195,17 @@ def crash(spec: str, server: int = 0) -> None:
 
 def witness(path: Path) -> None:
     """Writes (version, SHA-256 of the parameters) whenever a version is about to be published."""
-    publish = loop._Circle.publish
+    publish = loop.RLTrainer.publish
 
-    def witnessed(circle: Any, version: int) -> None:
+    def witnessed(trainer: Any, version: int) -> None:
         sha = hashlib.sha256()
-        for leaf in jax.tree.leaves(jax.device_get(circle.state.params)):
+        for leaf in jax.tree.leaves(jax.device_get(trainer.state.params)):
             sha.update(np.asarray(leaf).tobytes())
         with path.open("a") as file:
             file.write(json.dumps([version, sha.hexdigest()]) + "\n")
-        publish(circle, version)
+        publish(trainer, version)
 
-    loop._Circle.publish = witnessed
+    loop.RLTrainer.publish = witnessed
 
 
 def _wait(pid: int) -> int:

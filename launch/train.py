@@ -27,14 +27,13 @@ def main(argv: list[str]) -> int:
     try:
         from agentcpm_jax.rollout.stream import StreamError
         from agentcpm_jax.run.commandline import explained, parse
-        from agentcpm_jax.run.doctor import consult
-        from agentcpm_jax.run.interrupt import Interrupted
-        from agentcpm_jax.run.multihost import join
+        from agentcpm_jax.run.doctor import check
+        from agentcpm_jax.run.multihost import Interrupted, join
         from agentcpm_jax.run.stages import run_experiment
 
         command = parse(argv)
         join(announce=tqdm.write)
-        if explained(command, announce=print) or consult(command, announce=tqdm.write):
+        if explained(command, announce=print) or check(command, announce=tqdm.write):
             return 0
         report = run_experiment(*command[:2], progress=progress, announce=tqdm.write)
     except UserError as error:

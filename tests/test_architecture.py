@@ -194,6 +194,22 @@ def test_nobody_but_the_log_knows_its_tables() -> None:
     assert wrong == []
 
 
+def test_the_agent_of_a_gpu_host_needs_no_arrays() -> None:
+    """It runs in SGLang's environment, which has no jax."""
+    weights = ROOT / PACKAGE / "weights"
+    files = [weights / f"{name}.py" for name in ("store", "mirror", "agent")]
+    below = [ROOT / PACKAGE / f"{name}.py" for name in ("types", "files")]
+    allowed = [".".join(p.relative_to(ROOT).with_suffix("").parts) for p in (*files, *below)]
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for path in (*files, *below)
+        for name, line, _ in imports_of(path)
+        if name.split(".")[0] in ARRAY_LIBRARIES
+        or (imported_unit(name) is not None and not name.startswith(tuple(allowed)))
+    ]
+    assert wrong == []
+
+
 def test_every_imported_library_is_a_direct_requirement() -> None:
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

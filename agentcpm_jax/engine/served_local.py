@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from agentcpm_jax.engine.local import EngineConfig, LocalEngine
-from agentcpm_jax.model.config import ModelConfig
 from agentcpm_jax.model.hf import load_hf
-from agentcpm_jax.rollout.policy import Completion, SampleRequest
 from agentcpm_jax.types import UserError
 
 
-class ServedLocal:
-    """A `ServedEngine` over `LocalEngine`, with the weights of a directory.
+class ServedLocal(LocalEngine):
+    """A `LocalEngine` with the weights of a directory: the `ServedEngine` of our server.
 
     Args:
       path: config.json and safetensors. Raises `UserError` when they are not a Qwen3 checkpoint.
@@ -25,24 +23,14 @@ class ServedLocal:
         params, model = load_hf(path, param_dtype=dtype)
         if dtype is not None:
             model = replace(model, dtype=dtype)
-        self._model: ModelConfig = model
-        self._engine = LocalEngine(params, model, cfg, version=0)
+        super().__init__(params, model, cfg)
         self.capacity, self.vocab_size = cfg.capacity, model.vocab_size
-
-    async def sample(self, request: SampleRequest) -> Completion:
-        return await self._engine.sample(request)
 
     def load(self, path: str, version: int) -> None:
         if not (Path(path) / "config.json").is_file():
             raise UserError(f"{path} holds no config.json; name a Hugging Face directory")
-        params, _ = load_hf(path, self._model)
-        self._engine.set_params(params, version)
-
-    def flush(self) -> bool:
-        return self._engine.flush()
-
-    def close(self) -> None:
-        self._engine.close()
+        params, _ = load_hf(path, self.model)
+        self.set_params(params, version)
 
     def describe(self, path: str) -> dict[str, Any]:
         """What `/model_info` says beside the version."""
@@ -51,5 +39,5 @@ class ServedLocal:
             "tokenizer_path": path,
             "model_type": "qwen3",
             "architectures": ["Qwen3ForCausalLM"],
-            "dtype": self._model.param_dtype,
+            "dtype": self.model.param_dtype,
         }

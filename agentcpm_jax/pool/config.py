@@ -40,7 +40,7 @@ class PoolConfig:
     backoff: float = 0.2  # s after the first failure; doubles up to `backoff_max`
     backoff_max: float = 8.0
     start_timeout: float = 300.0  # s until a worker must be ready
-    request_timeout: float = 1800.0  # s for a completion that brings no deadline, all legs together
+    request_timeout: float = 1800.0  # s for a completion without a deadline, all chunks together
     attempt_timeout: float = 900.0  # s for one HTTP request: what hangs is given up
     control_timeout: float = 60.0  # s for pause, continue, information
     prefetch_timeout: float = 900.0  # s for an agent to copy weights; workers generate meanwhile

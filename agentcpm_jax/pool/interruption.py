@@ -1,19 +1,19 @@
-"""One completion out of as many legs as it takes; the agent above never sees the seams.
+"""One completion out of as many chunks as it takes; the agent above never sees the seams.
 
     kept = []
     while the completion is not finished:
-        leg = generate(prompt + kept, budget - len(kept))      under a rid of its own
-        kept += leg                                            ids, log-probabilities, versions
+        chunk = generate(prompt + kept, budget - len(kept))      under a rid of its own
+        kept += chunk                                            ids, log-probabilities, versions
 
 A weight update that aborts generation, a worker that dies and a server that is busy are all the
 same here: what was answered is kept, the prefix is sent again. The prefix is computed anew under
-the weights of the new leg, so each token's log-probability is that of the version stamped on it.
+the weights of the new chunk, so each token's log-probability is that of the version stamped on it.
 After AReaL (arXiv 2505.24298, section 4.1, interruptible rollout workers). Deviations:
 1. versions are those that the server reports for each token, not the client's belief on arrival;
-2. a stop string whose beginning is in one leg and whose end is in the next, which no server sees,
+2. a stop string whose beginning is in one chunk and whose end is in the next, which no server sees,
    is found over the joined text: what was sampled after it is cut off;
 3. the budget shrinks by what is kept; a remainder of zero is a completion of finish `length`;
-4. legs that bring no token are bounded, so a server that only aborts is an error and not a loop.
+4. chunks that bring no token are bounded, so a server that only aborts is an error and not a loop.
 """
 
 from __future__ import annotations
@@ -25,44 +25,44 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from agentcpm_jax.pool.protocol import FINAL, Leg, PoolError, Trouble
+from agentcpm_jax.pool.protocol import FINAL, Chunk, PoolError, PoolErrorKind
 from agentcpm_jax.rollout.policy import Completion, Finish, SampleRequest
 
 #: ids -> text
 Decode = Callable[[Sequence[int]], str]
-#: (prefix i32[P], budget, leg number) -> the leg; raises `PoolError`.
-SendLeg = Callable[[np.ndarray, int, int], Awaitable[Leg]]
+#: (prefix i32[P], budget, chunk number) -> the chunk; raises `PoolError`.
+SendChunk = Callable[[np.ndarray, int, int], Awaitable[Chunk]]
 
 
 @dataclass(frozen=True)
-class Limits:
+class RetryLimits:
     """When to stop trying."""
 
-    timeout: float  # s for all legs together
+    timeout: float  # s for all chunks together
     failures: int  # attempts in a row that bring nothing
     backoff: float  # s; doubles up to `backoff_max`
     backoff_max: float
 
 
 @dataclass
-class Tally:
+class PoolCounters:
     """What happened below the agents, for metrics."""
 
-    legs: int = 0
-    aborted: int = 0  # legs that ended by an interruption
+    chunks: int = 0
+    aborted: int = 0  # chunks that ended by an interruption
     uncertain_tokens: int = 0
     tokens: int = 0
-    troubles: dict[str, int] = field(default_factory=dict)
+    errors: dict[str, int] = field(default_factory=dict)
 
     def count(self, error: PoolError) -> None:
-        self.troubles[error.kind] = self.troubles.get(error.kind, 0) + 1
+        self.errors[error.kind] = self.errors.get(error.kind, 0) + 1
 
 
 async def complete(
     request: SampleRequest,
-    send: SendLeg,
-    limits: Limits,
-    tally: Tally,
+    send: SendChunk,
+    limits: RetryLimits,
+    counters: PoolCounters,
     decode: Decode | None = None,
 ) -> Completion:
     """The whole completion. Failure is data: `finish` is `error` or `abort`, `error` says why.
@@ -71,38 +71,38 @@ async def complete(
     stop strings are left to the server.
     """
     kept = _Kept()
-    trouble = "no worker took the request"
+    reason = "no worker took the request"
     try:
         async with asyncio.timeout(limits.timeout):
-            failures = leg_number = 0
+            failures = number = 0
             while len(kept.ids) < request.max_new_tokens:
                 prefix = np.concatenate([np.asarray(request.prompt_ids, np.int32), kept.array()])
                 budget = request.max_new_tokens - len(kept.ids)
-                leg_number += 1
+                number += 1
                 try:
-                    leg = await send(prefix, budget, leg_number)
+                    chunk = await send(prefix, budget, number)
                 except PoolError as error:
-                    tally.count(error)
-                    trouble, failures = str(error), failures + 1
+                    counters.count(error)
+                    reason, failures = str(error), failures + 1
                     if error.kind in FINAL or failures >= limits.failures:
-                        return kept.completion(Finish.ERROR, trouble)
+                        return kept.completion(Finish.ERROR, reason)
                     await asyncio.sleep(_pause(limits, failures))
                     continue
                 seam = len(kept.ids)
-                kept.add(leg, tally)
+                kept.add(chunk, counters)
                 if seam and decode is not None and kept.cut(request.params.stop_strings, decode):
                     return kept.completion(Finish.STOP)
-                if leg.finish is not Finish.ABORT:
-                    return kept.completion(leg.finish)
-                trouble = f"aborted: {leg.message or 'by the server'}"
-                failures = 0 if len(leg.ids) else failures + 1
+                if chunk.finish is not Finish.ABORT:
+                    return kept.completion(chunk.finish)
+                reason = f"aborted: {chunk.message or 'by the server'}"
+                failures = 0 if len(chunk.ids) else failures + 1
                 if failures >= limits.failures:
-                    return kept.completion(Finish.ERROR, f"{trouble}, {failures} times in a row")
+                    return kept.completion(Finish.ERROR, f"{reason}, {failures} times in a row")
                 if failures > 1:
                     await asyncio.sleep(_pause(limits, failures - 1))
             return kept.completion(Finish.LENGTH)
     except TimeoutError:
-        late = f"{Trouble.TIMEOUT}: not complete within {limits.timeout:g} s; last: {trouble}"
+        late = f"{PoolErrorKind.TIMEOUT}: not complete within {limits.timeout:g} s; last: {reason}"
         return kept.completion(Finish.ABORT, late)
 
 
@@ -117,14 +117,14 @@ class _Kept:
     def array(self) -> np.ndarray:
         return np.asarray(self.ids, np.int32)
 
-    def add(self, leg: Leg, tally: Tally) -> None:
-        self.ids += leg.ids.tolist()
-        self._logprobs += leg.logprobs.tolist()
-        self._versions += leg.versions.tolist()
-        tally.legs += 1
-        tally.tokens += len(leg.ids)
-        tally.aborted += leg.finish is Finish.ABORT
-        tally.uncertain_tokens += len(leg.ids) * leg.uncertain
+    def add(self, chunk: Chunk, counters: PoolCounters) -> None:
+        self.ids += chunk.ids.tolist()
+        self._logprobs += chunk.logprobs.tolist()
+        self._versions += chunk.versions.tolist()
+        counters.chunks += 1
+        counters.tokens += len(chunk.ids)
+        counters.aborted += chunk.finish is Finish.ABORT
+        counters.uncertain_tokens += len(chunk.ids) * chunk.uncertain
 
     def cut(self, strings: Sequence[str], decode: Decode) -> bool:
         """Ends with the id that completes one of `strings`, if any does."""
@@ -150,5 +150,5 @@ class _Kept:
         )
 
 
-def _pause(limits: Limits, failures: int) -> float:
+def _pause(limits: RetryLimits, failures: int) -> float:
     return min(limits.backoff * 2 ** (failures - 1), limits.backoff_max)

@@ -35,7 +35,7 @@ from agentcpm_jax.pool.probe import (
 from agentcpm_jax.pool.protocol import (
     Expected,
     PoolError,
-    Trouble,
+    PoolErrorKind,
     generate_body,
     read_generate,
 )
@@ -174,7 +174,7 @@ class Members:
             await self._path(worker, self.target)
         except PoolError as error:
             self.lost(worker, str(error))
-            worker.drop_legs()
+            worker.drop_requests()
 
     async def _update_ready(self, worker: Worker) -> None:
         target = self.target
@@ -194,8 +194,10 @@ class Members:
             healthy = await worker.server.healthy()
             worker.missed = 0 if healthy else worker.missed + 1
             if worker.missed >= 2:
-                self.lost(worker, f"{Trouble.UNREACHABLE}: {worker.url}: two health checks failed")
-                worker.drop_legs()
+                self.lost(
+                    worker, f"{PoolErrorKind.UNREACHABLE}: {worker.url}: two health checks failed"
+                )
+                worker.drop_requests()
 
     async def _join(self, worker: Worker) -> None:
         """Bring a worker to the published weights and let it in; else `reason` says why not."""
@@ -220,19 +222,19 @@ class Members:
         except Mismatch as error:
             self._set(worker, State.REFUSED, str(error))
         except PoolError as error:
-            if error.kind is Trouble.UPDATE_REFUSED:
+            if error.kind is PoolErrorKind.UPDATE_REFUSED:
                 said = f"wrong model on {worker.url}: it does not take the run's weights: "
                 self._set(worker, State.REFUSED, said + error.detail)
-            elif error.kind is Trouble.DIED_LOADING and worker.version < 0:
+            elif error.kind is PoolErrorKind.DIED_LOADING and worker.version < 0:
                 said = f"wrong model on {worker.url}? It ended while it loaded the run's first "
                 said += "weights; serve the run's model, and read the server's log"
                 self._set(worker, State.REFUSED, said)
-            elif error.kind is Trouble.FORBIDDEN:
+            elif error.kind is PoolErrorKind.FORBIDDEN:
                 names = f"{self.cfg.api_key_env} and {self.cfg.admin_key_env}"
                 self._set(worker, State.REFUSED, f"{error}; set {names}")
             else:
                 worker.reason = str(error)
-                worker.drop_legs()
+                worker.drop_requests()
 
     async def _inform(self, worker: Worker) -> None:
         info = worker.info = await worker.server.model_info()
@@ -275,7 +277,7 @@ class Members:
         except TimeoutError:
             found = {"reason": f"not copied within {self.cfg.prefetch_timeout:g} s"}
         if found.get("state") != "ready":
-            raise PoolError(Trouble.NO_WEIGHTS, url, f"{target.name}: {found.get('reason')}")
+            raise PoolError(PoolErrorKind.NO_WEIGHTS, url, f"{target.name}: {found.get('reason')}")
         return str(found["path"])
 
     async def _verify(self, worker: Worker, target: Weights) -> None:
@@ -284,7 +286,7 @@ class Members:
         announced = str(info.get("weight_version"))
         if announced != target.name and not self.cfg.allow_unversioned:
             raise PoolError(
-                Trouble.WRONG_VERSION,
+                PoolErrorKind.WRONG_VERSION,
                 worker.url,
                 f"announces weights {announced!r} after loading {target.name!r}",
             )

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from agentcpm_jax.chat.format import ChatFormat
-from agentcpm_jax.pool.protocol import Leg
+from agentcpm_jax.pool.protocol import Chunk
 from agentcpm_jax.pool.worker import Server
 
 PROMPTS, TOKENS = 4, 8  # of a fingerprint: prompts, and greedy tokens of each
@@ -60,7 +60,7 @@ class Answer:
     """A probe prompt and what a server made of it."""
 
     prompt: np.ndarray  # i32[P]
-    leg: Leg
+    chunk: Chunk
 
 
 def probe_prompts(vocab_size: int) -> list[np.ndarray]:
@@ -74,7 +74,9 @@ def probe_prompts(vocab_size: int) -> list[np.ndarray]:
 def gap_to_trainer(answers: Sequence[Answer], logprobs: Logprobs) -> float:
     """Mean |log-prob of the server - of the trainer| over all tokens of the answers (nats)."""
     gaps = [
-        np.abs(a.leg.logprobs - logprobs(np.concatenate([a.prompt, a.leg.ids]))[len(a.prompt) :])
+        np.abs(
+            a.chunk.logprobs - logprobs(np.concatenate([a.prompt, a.chunk.ids]))[len(a.prompt) :]
+        )
         for a in answers
     ]
     flat = np.concatenate(gaps)
@@ -88,11 +90,11 @@ def gap_between(first: Sequence[Answer], second: Sequence[Answer]) -> float:
     """
     gaps, total = [], 0
     for a, b in zip(first, second, strict=True):
-        shortest = min(len(a.leg.ids), len(b.leg.ids))
-        differ = np.flatnonzero(a.leg.ids[:shortest] != b.leg.ids[:shortest])
+        shortest = min(len(a.chunk.ids), len(b.chunk.ids))
+        differ = np.flatnonzero(a.chunk.ids[:shortest] != b.chunk.ids[:shortest])
         common = int(differ[0]) if len(differ) else shortest
-        gaps.append(np.abs(a.leg.logprobs[:common] - b.leg.logprobs[:common]))
-        total += len(a.leg.ids)
+        gaps.append(np.abs(a.chunk.logprobs[:common] - b.chunk.logprobs[:common]))
+        total += len(a.chunk.ids)
     flat = np.concatenate(gaps)
     return float(flat.mean()) if len(flat) and 4 * len(flat) >= total else float("inf")
 

@@ -24,7 +24,7 @@ import numpy as np
 from agentcpm_jax.rollout.policy import Finish, SamplingParams
 
 
-class Trouble(enum.StrEnum):
+class PoolErrorKind(enum.StrEnum):
     """Why an attempt failed; the key of every count and message."""
 
     UNREACHABLE = "unreachable"  # no connection, or it broke
@@ -43,19 +43,19 @@ class Trouble(enum.StrEnum):
 
 
 #: Repeating these changes nothing: a human has to.
-FINAL = frozenset({Trouble.BAD_REQUEST, Trouble.FORBIDDEN, Trouble.VOCABULARY})
+FINAL = frozenset({PoolErrorKind.BAD_REQUEST, PoolErrorKind.FORBIDDEN, PoolErrorKind.VOCABULARY})
 
 
 class PoolError(Exception):
     """A named failure of one attempt. `str` is one line: kind, server, what it said."""
 
-    def __init__(self, kind: Trouble, url: str, detail: str) -> None:
+    def __init__(self, kind: PoolErrorKind, url: str, detail: str) -> None:
         self.kind, self.url, self.detail = kind, url, " ".join(str(detail).split())[:400]
         super().__init__(f"{kind}: {url}: {self.detail}")
 
 
 @dataclass(frozen=True)
-class Leg:
+class Chunk:
     """One answer: ids i32[N], logprobs f32[N], versions i32[N]; `uncertain`: see the tiers."""
 
     ids: np.ndarray
@@ -89,7 +89,7 @@ def generate_body(
     seed: int | None = None,
     extra_key: str = "",
 ) -> dict[str, Any]:
-    """The JSON body of one leg. `seed`: sent only to servers that honour it."""
+    """The JSON body of one chunk. `seed`: sent only to servers that honour it."""
     # Defaults are said, too: servers have defaults of their own (--preferred-sampling-params), and
     # a sample from a distribution that was cut off is not what the trainer computes.
     sampling: dict[str, Any] = {
@@ -122,8 +122,8 @@ def generate_body(
     return body | ({"extra_key": extra_key} if extra_key else {})
 
 
-def read_generate(status: int, payload: bytes, expected: Expected) -> Leg:
-    """The leg in an answer to `/generate`.
+def read_generate(status: int, payload: bytes, expected: Expected) -> Chunk:
+    """The chunk in an answer to `/generate`.
 
     Raises:
       PoolError: whatever makes the answer unusable; nothing of it may be trained on.
@@ -132,20 +132,20 @@ def read_generate(status: int, payload: bytes, expected: Expected) -> Leg:
     body = read_body(status, payload, url)
     meta = body.get("meta_info") if isinstance(body, dict) else None
     if not isinstance(meta, dict):
-        raise PoolError(Trouble.BAD_ANSWER, url, f"no meta_info in {str(body)[:200]}")
+        raise PoolError(PoolErrorKind.BAD_ANSWER, url, f"no meta_info in {str(body)[:200]}")
     if meta.get("id", expected.rid) != expected.rid:
         said = f"the answer of request {meta['id']}, not of {expected.rid}"
-        raise PoolError(Trouble.BAD_ANSWER, url, said)
+        raise PoolError(PoolErrorKind.BAD_ANSWER, url, said)
     reason = meta.get("finish_reason")
     kind = reason.get("type") if isinstance(reason, dict) else None
     if kind not in ("stop", "length", "abort"):
-        raise PoolError(Trouble.BAD_ANSWER, url, f"finish_reason {reason!r}")
+        raise PoolError(PoolErrorKind.BAD_ANSWER, url, f"finish_reason {reason!r}")
     assert isinstance(reason, dict)
     if kind == "abort" and reason.get("status_code") in _STATUS:
         raise PoolError(_STATUS[reason["status_code"]], url, reason.get("message", "aborted"))
     ids, logprobs = _tokens(body, meta, expected)
     versions, uncertain = _versions(meta, len(ids), expected)
-    return Leg(
+    return Chunk(
         ids=ids,
         logprobs=logprobs,
         versions=versions,
@@ -168,33 +168,35 @@ def read_body(status: int, payload: bytes, url: str) -> Any:
         body = None
         if status == 200:
             said = f"no JSON: {payload[:80]!r}"
-            raise PoolError(Trouble.BAD_ANSWER, url, said) from None
+            raise PoolError(PoolErrorKind.BAD_ANSWER, url, said) from None
     if isinstance(body, dict):
         if "meta_info" in body:
             return body  # finish_reason says more than the status
         if body.get("success") is False:
-            raise PoolError(Trouble.UPDATE_REFUSED, url, body.get("message", "no reason given"))
+            raise PoolError(
+                PoolErrorKind.UPDATE_REFUSED, url, body.get("message", "no reason given")
+            )
         if body.get("error") is not None and status == 200:
-            raise PoolError(Trouble.SERVER_ERROR, url, _message(body))
+            raise PoolError(PoolErrorKind.SERVER_ERROR, url, _message(body))
     if status != 200:
         kind = _STATUS.get(status)
         if kind is None:
-            kind = Trouble.BAD_REQUEST if 400 <= status < 500 else Trouble.SERVER_ERROR
+            kind = PoolErrorKind.BAD_REQUEST if 400 <= status < 500 else PoolErrorKind.SERVER_ERROR
         said = _message(body) if body is not None else payload[:200].decode(errors="replace")
         raise PoolError(kind, url, f"status {status}: {said or 'no message'}")
     return body
 
 
 _STATUS = {
-    400: Trouble.BAD_REQUEST,
-    401: Trouble.FORBIDDEN,
-    403: Trouble.FORBIDDEN,
-    408: Trouble.BUSY,
-    429: Trouble.BUSY,
-    500: Trouble.SERVER_ERROR,
-    502: Trouble.SERVER_ERROR,
-    503: Trouble.BUSY,
-    504: Trouble.TIMEOUT,
+    400: PoolErrorKind.BAD_REQUEST,
+    401: PoolErrorKind.FORBIDDEN,
+    403: PoolErrorKind.FORBIDDEN,
+    408: PoolErrorKind.BUSY,
+    429: PoolErrorKind.BUSY,
+    500: PoolErrorKind.SERVER_ERROR,
+    502: PoolErrorKind.SERVER_ERROR,
+    503: PoolErrorKind.BUSY,
+    504: PoolErrorKind.TIMEOUT,
 }
 
 
@@ -215,21 +217,23 @@ def _tokens(
         ids = np.asarray([row[1] for row in rows], np.int64)
         logprobs = np.asarray([_number(row[0]) for row in rows], np.float32)
     except (TypeError, ValueError, IndexError):
-        raise PoolError(Trouble.BAD_ANSWER, url, "output_token_logprobs are no rows") from None
+        raise PoolError(
+            PoolErrorKind.BAD_ANSWER, url, "output_token_logprobs are no rows"
+        ) from None
     output = body.get("output_ids")
     if output is not None and list(output) != ids.tolist():
         said = f"{len(output)} output_ids, {len(ids)} log-probabilities, or other ids in them"
-        raise PoolError(Trouble.BAD_ANSWER, url, said)
+        raise PoolError(PoolErrorKind.BAD_ANSWER, url, said)
     if len(ids) > expected.budget:
         said = f"{len(ids)} tokens where {expected.budget} were allowed"
-        raise PoolError(Trouble.BAD_ANSWER, url, said)
+        raise PoolError(PoolErrorKind.BAD_ANSWER, url, said)
     if len(ids) and not 0 <= ids.min() <= ids.max() < expected.vocab_size:
         said = f"sampled id {ids.max()}; the trainer has ids 0..{expected.vocab_size - 1}"
-        raise PoolError(Trouble.VOCABULARY, url, said)
+        raise PoolError(PoolErrorKind.VOCABULARY, url, said)
     if not np.isfinite(logprobs).all():
         where = int(np.flatnonzero(~np.isfinite(logprobs))[0])
         said = f"log-probability {logprobs[where]} at token {where} of {len(ids)}"
-        raise PoolError(Trouble.NON_FINITE, url, said)
+        raise PoolError(PoolErrorKind.NON_FINITE, url, said)
     return ids.astype(np.int32), logprobs
 
 
@@ -252,7 +256,7 @@ def _versions(meta: Mapping[str, Any], count: int, expected: Expected) -> tuple[
         return np.full(count, sent, np.int32), version != sent
     if not expected.allow_unversioned:
         said = "the answer names no weight version; update SGLang or set pool.allow_unversioned"
-        raise PoolError(Trouble.WRONG_VERSION, expected.url, said)
+        raise PoolError(PoolErrorKind.WRONG_VERSION, expected.url, said)
     return np.full(count, max(expected.oldest, 0), np.int32), True
 
 
@@ -271,7 +275,7 @@ def _from_spans(spans: Any, count: int, expected: Expected) -> np.ndarray:
             raise ValueError
     except (KeyError, TypeError, ValueError):
         said = f"version spans {spans} of {count} tokens"
-        raise PoolError(Trouble.BAD_ANSWER, expected.url, said) from None
+        raise PoolError(PoolErrorKind.BAD_ANSWER, expected.url, said) from None
     return versions
 
 
@@ -281,5 +285,5 @@ def _known(name: Any, expected: Expected) -> int:
     if version < max(expected.oldest, 0):
         at_send = next((n for n, v in expected.versions.items() if v == expected.oldest), "any")
         said = f"weights {name!r}, {at_send!r} or newer expected"
-        raise PoolError(Trouble.WRONG_VERSION, expected.url, said)
+        raise PoolError(PoolErrorKind.WRONG_VERSION, expected.url, said)
     return version

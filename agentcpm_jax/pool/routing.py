@@ -34,16 +34,16 @@ class Worker:
     probed: bool = False
     missed: int = 0  # health checks in a row
     info: dict[str, Any] = field(default_factory=dict)
-    legs: set[asyncio.Task[Any]] = field(default_factory=set)  # requests it has not answered
+    in_flight: set[asyncio.Task[Any]] = field(default_factory=set)  # requests it has not answered
 
     @property
     def url(self) -> str:
         return self.server.url
 
-    def drop_legs(self) -> None:
+    def drop_requests(self) -> None:
         """End the requests that wait for a worker which will not answer; they go elsewhere."""
-        for leg in list(self.legs):
-            leg.cancel()
+        for request in list(self.in_flight):
+            request.cancel()
 
 
 def trajectory_key(rid: str) -> str:
@@ -63,9 +63,11 @@ class Routes:
         ready = {w.url: w for w in workers if w.state is State.READY}
         if not ready:
             return None
-        least = min(ready.values(), key=lambda w: len(w.legs))
+        least = min(ready.values(), key=lambda w: len(w.in_flight))
         home = ready.get(self._homes.get(key, ""))
-        chosen = home if home and len(home.legs) <= len(least.legs) + self._slack else least
+        chosen = (
+            home if home and len(home.in_flight) <= len(least.in_flight) + self._slack else least
+        )
         self._homes[key] = chosen.url
         self._homes.move_to_end(key)
         while len(self._homes) > self._remembered:

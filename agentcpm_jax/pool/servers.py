@@ -16,14 +16,14 @@ from typing import Any, TypeVar
 import numpy as np
 
 from agentcpm_jax.pool.config import Keys, PoolConfig, check_url
-from agentcpm_jax.pool.interruption import Limits, Tally, complete
+from agentcpm_jax.pool.interruption import PoolCounters, RetryLimits, complete
 from agentcpm_jax.pool.members import Members, Weights
 from agentcpm_jax.pool.probe import Logprobs, Trainer
 from agentcpm_jax.pool.protocol import (
+    Chunk,
     Expected,
-    Leg,
     PoolError,
-    Trouble,
+    PoolErrorKind,
     generate_body,
     read_generate,
 )
@@ -32,15 +32,22 @@ from agentcpm_jax.pool.worker import Server, open_client
 from agentcpm_jax.rollout.policy import Completion, Finish, SampleRequest
 from agentcpm_jax.types import UserError
 
-__all__ = ["PoolConfig", "PoolError", "SGLangPool", "Trainer", "Trouble"]
+__all__ = ["PoolConfig", "PoolError", "PoolErrorKind", "SGLangPool", "Trainer"]
 
 T = TypeVar("T")
 #: Answers that cannot be used; a worker that gives several in a row is taken out.
-_UNUSABLE = frozenset({Trouble.BAD_ANSWER, Trouble.NON_FINITE, Trouble.VOCABULARY})
+_UNUSABLE = frozenset(
+    {PoolErrorKind.BAD_ANSWER, PoolErrorKind.NON_FINITE, PoolErrorKind.VOCABULARY}
+)
 _STRIKES = 3
 #: Reasons to look at a worker again, from its version up, before it gets another request.
 _SUSPECT = frozenset(
-    {Trouble.UNREACHABLE, Trouble.TIMEOUT, Trouble.WRONG_VERSION, Trouble.FORBIDDEN}
+    {
+        PoolErrorKind.UNREACHABLE,
+        PoolErrorKind.TIMEOUT,
+        PoolErrorKind.WRONG_VERSION,
+        PoolErrorKind.FORBIDDEN,
+    }
 )
 
 
@@ -61,7 +68,7 @@ class SGLangPool:
         self._nonce = secrets.token_hex(4)
         self._routes = Routes(cfg.affinity_slack)
         self._strikes: dict[str, int] = {}
-        self.tally = Tally()
+        self.counters = PoolCounters()
         self._closing = False
         self._members: Members | None = None
         self._router: Server | None = None
@@ -114,17 +121,17 @@ class SGLangPool:
         self._loop.call_soon_threadsafe(self._get().add, check_url(url))
 
     def snapshot(self) -> dict[str, float]:
-        """`pool/...` figures: workers by state, legs, interruptions, troubles by kind."""
+        """`pool/...` figures: workers by state, chunks, interruptions, errors by kind."""
         workers = list(self._members.workers.values()) if self._members else []
         figures = {f"pool/{s}": sum(w.state is s for w in workers) for s in State}
         figures |= {
-            "pool/inflight": sum(len(w.legs) for w in workers),
-            "pool/tokens": self.tally.tokens,
-            "pool/legs": self.tally.legs,
-            "pool/aborted_legs": self.tally.aborted,
-            "pool/uncertain_tokens": self.tally.uncertain_tokens,
+            "pool/inflight": sum(len(w.in_flight) for w in workers),
+            "pool/tokens": self.counters.tokens,
+            "pool/legs": self.counters.chunks,
+            "pool/aborted_legs": self.counters.aborted,
+            "pool/uncertain_tokens": self.counters.uncertain_tokens,
         }
-        figures |= {f"pool/trouble_{k}": n for k, n in list(self.tally.troubles.items())}
+        figures |= {f"pool/trouble_{k}": n for k, n in list(self.counters.errors.items())}
         return {name: float(value) for name, value in figures.items()}
 
     def workers(self) -> dict[str, str]:
@@ -181,17 +188,17 @@ class SGLangPool:
     async def _sample(self, request: SampleRequest) -> Completion:
         avoid = ""
 
-        async def send(prefix: np.ndarray, budget: int, leg: int) -> Leg:
+        async def send(prefix: np.ndarray, budget: int, number: int) -> Chunk:
             nonlocal avoid
             try:
-                found = await self._send(request, prefix, budget, leg, avoid)
+                found = await self._send(request, prefix, budget, number, avoid)
             except PoolError as error:
                 avoid = error.url
                 raise
             avoid = ""
             return found
 
-        limits = Limits(
+        limits = RetryLimits(
             timeout=request.deadline or self.cfg.request_timeout,
             failures=self.cfg.max_failures,
             backoff=self.cfg.backoff,
@@ -200,33 +207,33 @@ class SGLangPool:
         try:
             chat = self._get().trainer.chat
             decode = None if chat is None else chat.decode
-            return await complete(request, send, limits, self.tally, decode)
+            return await complete(request, send, limits, self.counters, decode)
         except asyncio.CancelledError:
             if self._closing:
                 return _closed()
             raise
 
     async def _send(
-        self, request: SampleRequest, prefix: np.ndarray, budget: int, leg: int, avoid: str
-    ) -> Leg:
-        """One leg on one worker, its answer checked; the worker bears what went wrong."""
+        self, request: SampleRequest, prefix: np.ndarray, budget: int, number: int, avoid: str
+    ) -> Chunk:
+        """One chunk on one worker, its answer checked; the worker bears what went wrong."""
         members = self._get()
         if len(prefix) and not 0 <= prefix.min() <= prefix.max() < members.trainer.vocab_size:
             last = members.trainer.vocab_size - 1
             said = f"the prompt holds ids up to {prefix.max()}; the model's end at {last}"
-            raise PoolError(Trouble.VOCABULARY, "pool", said)
+            raise PoolError(PoolErrorKind.VOCABULARY, "pool", said)
         worker = await self._ready(trajectory_key(request.rid), avoid)
         if worker.context:
             room = worker.context - len(prefix)
             budget = min(budget, room)
         if budget <= 0:
             raise PoolError(
-                Trouble.BAD_REQUEST,
+                PoolErrorKind.BAD_REQUEST,
                 worker.url,
                 f"prompt of {len(prefix)} tokens leaves no room in a context of {worker.context}; "
                 "shorten the prompt or raise the server's context length",
             )
-        rid = f"{self._nonce}/{request.rid}{leg}/"
+        rid = f"{self._nonce}/{request.rid}{number}/"
         seed = _seed(request, len(prefix)) if worker.seeded and not self._router else None
         salt = f"v{worker.version}" if self.cfg.pause == "in_place" else ""
         body = generate_body(rid, prefix, budget, request.params, seed=seed, extra_key=salt)
@@ -256,20 +263,22 @@ class SGLangPool:
         server = self._router or worker.server
         headers = {"X-SMG-Routing-Key": key} if self._router else None
         post = asyncio.create_task(server.generate(body, self.cfg.attempt_timeout, headers))
-        worker.legs.add(post)
+        worker.in_flight.add(post)
         try:
             return await post
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 raise
-            raise PoolError(Trouble.UNREACHABLE, worker.url, "lost while it answered") from None
+            raise PoolError(
+                PoolErrorKind.UNREACHABLE, worker.url, "lost while it answered"
+            ) from None
         finally:
             post.cancel()
-            worker.legs.discard(post)
+            worker.in_flight.discard(post)
 
     async def _ready(self, key: str, avoid: str) -> Worker:
-        """The worker for this leg; waits while weights are loaded, and a while for lost workers."""
+        """The worker for a chunk; waits while weights are loaded, and a while for lost workers."""
         members = self._get()
         clock = asyncio.get_running_loop().time
         patience = clock() + self.cfg.control_timeout
@@ -282,7 +291,9 @@ class SGLangPool:
             if any(w.state is State.UPDATING for w in workers):
                 patience = clock() + self.cfg.control_timeout
             elif clock() > patience or all(w.state is State.REFUSED for w in workers):
-                raise PoolError(Trouble.UNREACHABLE, "pool", f"no worker: {members.describe()}")
+                raise PoolError(
+                    PoolErrorKind.UNREACHABLE, "pool", f"no worker: {members.describe()}"
+                )
             members.changed.clear()
             try:
                 async with asyncio.timeout(self.cfg.control_timeout):
@@ -292,13 +303,13 @@ class SGLangPool:
 
     def _blame(self, worker: Worker, error: PoolError) -> None:
         members = self._get()
-        if self._router is not None and error.kind is not Trouble.WRONG_VERSION:
+        if self._router is not None and error.kind is not PoolErrorKind.WRONG_VERSION:
             return  # it is not known which worker it was
         if error.kind in _SUSPECT:
             members.lost(worker, str(error))
         elif error.kind in _UNUSABLE:
             strikes = self._strikes[worker.url] = self._strikes.get(worker.url, 0) + 1
-            if strikes >= _STRIKES or error.kind is Trouble.VOCABULARY:
+            if strikes >= _STRIKES or error.kind is PoolErrorKind.VOCABULARY:
                 members.refuse(worker, str(error))
 
     def _get(self) -> Members:
@@ -311,7 +322,7 @@ class SGLangPool:
 
 
 def _seed(request: SampleRequest, position: int) -> int:
-    """63 bits of the request's seed and where in the text the leg begins."""
+    """63 bits of the request's seed and where in the text the chunk begins."""
     words = [s % 2**32 for s in (*request.params.seed, position)]
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)
 

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 
 from agentcpm_jax.pool.config import Keys, PoolConfig
-from agentcpm_jax.pool.protocol import PoolError, Trouble, read_body
+from agentcpm_jax.pool.protocol import PoolError, PoolErrorKind, read_body
 from agentcpm_jax.types import UserError
 
 
@@ -47,7 +47,7 @@ class Server:
     async def generate(
         self, body: Mapping[str, Any], timeout: float, headers: Mapping[str, str] | None = None
     ) -> tuple[int, bytes]:
-        """Status and body of `/generate`, unread: `sglang_protocol.read_generate` judges them."""
+        """Status and body of `/generate`, unread: `protocol.read_generate` judges them."""
         return await self._send("POST", "/generate", body, timeout, headers or {})
 
     async def model_info(self) -> dict[str, Any]:
@@ -73,7 +73,9 @@ class Server:
             return None
         body = read_body(status, payload, self.url)
         if not isinstance(body, dict) or not isinstance(body.get("tokens"), list):
-            raise PoolError(Trouble.BAD_ANSWER, self.url, f"/tokenize: no tokens in {body!r:.200}")
+            raise PoolError(
+                PoolErrorKind.BAD_ANSWER, self.url, f"/tokenize: no tokens in {body!r:.200}"
+            )
         return body["tokens"]
 
     async def pause(self, mode: str) -> None:
@@ -91,8 +93,8 @@ class Server:
         try:
             await self._control("/update_weights_from_disk", body, self._cfg.update_timeout)
         except PoolError as error:
-            if error.kind is Trouble.UNREACHABLE:
-                raise PoolError(Trouble.DIED_LOADING, self.url, error.detail) from None
+            if error.kind is PoolErrorKind.UNREACHABLE:
+                raise PoolError(PoolErrorKind.DIED_LOADING, self.url, error.detail) from None
             raise
 
     async def pull(self, run: str, version: int) -> dict[str, Any]:
@@ -100,7 +102,7 @@ class Server:
         body = {"name": run, "version": version}
         found = await self._control("/pull", body, self._cfg.control_timeout)
         if not isinstance(found, dict) or "state" not in found:
-            raise PoolError(Trouble.BAD_ANSWER, self.url, f"/pull: {found!r:.200}")
+            raise PoolError(PoolErrorKind.BAD_ANSWER, self.url, f"/pull: {found!r:.200}")
         return found
 
     async def abort(self, rid: str) -> None:
@@ -114,7 +116,7 @@ class Server:
                 break
         body = read_body(status, payload, self.url)
         if not isinstance(body, dict):
-            raise PoolError(Trouble.BAD_ANSWER, self.url, f"{paths[0]} is no object")
+            raise PoolError(PoolErrorKind.BAD_ANSWER, self.url, f"{paths[0]} is no object")
         return body
 
     async def _control(self, path: str, body: Mapping[str, Any], timeout: float) -> Any:
@@ -149,8 +151,8 @@ class Server:
             )
         except httpx.TimeoutException:
             said = f"{path}: no answer within {timeout:g} s"
-            raise PoolError(Trouble.TIMEOUT, self.url, said) from None
+            raise PoolError(PoolErrorKind.TIMEOUT, self.url, said) from None
         except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
             said = f"{path}: {type(error).__name__} {error}"
-            raise PoolError(Trouble.UNREACHABLE, self.url, said) from None
+            raise PoolError(PoolErrorKind.UNREACHABLE, self.url, said) from None
         return answer.status_code, answer.content

@@ -1,7 +1,8 @@
-"""The two protocols behind which every model hides, and the scripted policy.
+"""The protocols behind which every model hides, and the scripted policy.
 
 `TokenPolicy` takes ids and returns ids with log-probabilities and versions: only its output can be
-trained on. `ChatPolicy` takes messages and returns a message: evaluation, judges and summarisers.
+trained on. `Engine` is one whose weights the trainer replaces. `ChatPolicy` takes messages and
+returns a message: evaluation, judges and summarisers.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -65,6 +66,37 @@ class TokenPolicy(Protocol):
     """Token in, token out."""
 
     async def sample(self, request: SampleRequest) -> Completion: ...
+
+
+@runtime_checkable
+class Engine(TokenPolicy, Protocol):
+    """A `TokenPolicy` that a trainer feeds with weights.
+
+    Three implementations: the engine in this process (`engine.local.LocalEngine`), the pool of
+    servers (`run.engines.PoolEngine`) and the engine behind our own server
+    (`engine.served_local.ServedLocal`).
+    """
+
+    @property
+    def version(self) -> int:
+        """Of the weights that the next token is sampled with."""
+        ...
+
+    @property
+    def tokens_sampled(self) -> int: ...
+
+    @property
+    def tokens_prefilled(self) -> int:
+        """Prompt tokens computed; 0 where nobody tells."""
+        ...
+
+    def set_params(self, params: Any, version: int) -> None:
+        """Sample with `params` from now on. They are copied: the trainer may reuse its own."""
+        ...
+
+    def close(self) -> None:
+        """End what runs; nothing is sampled afterwards."""
+        ...
 
 
 @dataclass(frozen=True)

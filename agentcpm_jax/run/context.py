@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -17,18 +16,18 @@ import jax
 from jax.sharding import Mesh
 
 from agentcpm_jax.chat.format import ChatFormat, template_text
+from agentcpm_jax.checkpoint import newest_snapshot
 from agentcpm_jax.config import ExperimentConfig, Stage, to_json
-from agentcpm_jax.files import SHIPPED
+from agentcpm_jax.files import SHIPPED, write_atomically
 from agentcpm_jax.log.experience import ExperienceLog
+from agentcpm_jax.log.snapshots import locate_log, restore_snapshot
 from agentcpm_jax.model import params as model_params
 from agentcpm_jax.model.attention.choice import fit_to_device
 from agentcpm_jax.model.config import from_hf_config
 from agentcpm_jax.model.hf import load_hf, save_hf
 from agentcpm_jax.model.hf_files import read_json
 from agentcpm_jax.model.lora import PEFT_WEIGHTS, save_peft
-from agentcpm_jax.run.interrupt import StopSignal
-from agentcpm_jax.run.log import open_log
-from agentcpm_jax.run.multihost import gathered, is_main, main_first
+from agentcpm_jax.run.multihost import StopSignal, gathered, is_main, main_first
 from agentcpm_jax.run.observe.card import describe
 from agentcpm_jax.run.observe.metrics import Progress, silent
 from agentcpm_jax.run.observe.watchdog import Watchdog
@@ -161,11 +160,25 @@ def open_context(
     return RunContext(cfg, workdir, tokenizer, chat, log, progress, stop, mesh, announce, watchdog)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """The file appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+def open_log(
+    cfg: ExperimentConfig, workdir: Path, announce: Callable[[str], None] = lambda line: None
+) -> ExperienceLog:
+    """The live log; from the newest checkpoint's snapshot when the file is not there.
+
+    Raises:
+      UserError: the log cannot be opened.
+    """
+    place = locate_log(workdir, cfg.log_url)
+    if place.note:
+        announce(place.note)
+    live = Path(place.url)
+    if not cfg.log_url and not live.exists():
+        stages = [workdir / stage.name / "checkpoints" for stage in reversed(cfg.stages)]
+        snapshot = newest_snapshot(stages)
+        if snapshot is not None:
+            restore_snapshot(snapshot, live)
+            announce(f"{live} was not there: restored from {snapshot}")
+    return ExperienceLog.open(place.url)
 
 
 def _no_log() -> ExperienceLog:
@@ -187,7 +200,6 @@ def _check_config(cfg: ExperimentConfig, path: Path) -> None:
                 "differ); use another --workdir or remove it"
             )
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(new, indent=2) + "\n")
 
 

@@ -28,6 +28,7 @@ from agentcpm_jax import tree
 from agentcpm_jax.chat.format import ChatFormat, template_text
 from agentcpm_jax.config import ExperimentConfig, RLStage, Stage
 from agentcpm_jax.database import try_writing
+from agentcpm_jax.files import nearest_existing, size_text
 from agentcpm_jax.log.snapshots import locate_log
 from agentcpm_jax.model import params as model_params
 from agentcpm_jax.model.config import to_hf_config
@@ -41,13 +42,13 @@ from agentcpm_jax.rollout.endpoint import ChatEndpoint, EndpointConfig
 from agentcpm_jax.rollout.policy import Finish
 from agentcpm_jax.run.commandline import Command
 from agentcpm_jax.run.custom import make_tools
-from agentcpm_jax.run.engines import probe_logprobs, version_path, weights_name, weights_place
+from agentcpm_jax.run.engines import probe_logprobs, weights_name, weights_place
 from agentcpm_jax.run.multihost import is_main
 from agentcpm_jax.run.sampling import task_sequence
 from agentcpm_jax.sharding import make_mesh, param_shardings
 from agentcpm_jax.types import Task, ToolStatus, UserError
-from agentcpm_jax.weights import publish as weight_sync
-from agentcpm_jax.weights.store import remove_roots
+from agentcpm_jax.weights.publish import publish_version
+from agentcpm_jax.weights.store import remove_roots, version_path
 from agentcpm_jax.world.vocabulary import write_tokenizer
 
 LOCK_SECONDS = 5.0  # that another writer may take
@@ -69,7 +70,7 @@ class Finding:
         return f"{'ok  ' if self.ok else 'FAIL'}  {self.part}: {self.text}"
 
 
-def consult(command: Command, announce: Callable[[str], None]) -> bool:
+def check(command: Command, announce: Callable[[str], None]) -> bool:
     """Examines as the command line asks; True when that was all it asked for.
 
     A launch announces only what is wrong. Raises `UserError` when something is that matters.
@@ -161,9 +162,9 @@ def _disk(cfg: ExperimentConfig, todo: list[Stage], workdir: Path) -> str:
     model = sum(math.prod(spec.shape) for spec in shapes) * width
     trained = sum(stage.kind in ("pretrain", "sft", "rl") for stage in todo)
     needed = model * (9 * trained + len(todo))
-    place = _existing(workdir)
+    place = nearest_existing(workdir)
     free = shutil.disk_usage(place).free
-    said = f"{free / 1e9:.1f} GB free at {place}, about {needed / 1e9:.1f} GB needed"
+    said = f"{size_text(free)} free at {place}, about {size_text(needed)} needed"
     if free < needed:
         raise UserError(f"{said}; free some space or choose another --workdir")
     return said
@@ -198,7 +199,7 @@ def _database(cfg: ExperimentConfig, workdir: Path) -> str:
 def _sqlite(path: Path) -> str:
     new = not path.exists()
     with (
-        tempfile.TemporaryDirectory(dir=_existing(path.parent))
+        tempfile.TemporaryDirectory(dir=nearest_existing(path.parent))
         if new
         else contextlib.nullcontext(path.parent) as folder
     ):
@@ -242,13 +243,13 @@ def _pool(
     name = f"{weights_name('doctor', cfg.name)}.{secrets.token_hex(4)}"
     pool = SGLangPool(replace(rl.pool, start_timeout=timeout), name)
     try:
-        where = weights_place(rl.pool, _existing(workdir) / f".{pool.run}")
+        where = weights_place(rl.pool, nearest_existing(workdir) / f".{pool.run}")
         root = f"{where}/{pool.run}"
         try:
             _start(cfg, rl.pool, pool, root)
         finally:
             remove_roots(where, pool.run)
-            shutil.rmtree(_existing(workdir) / f".{pool.run}", ignore_errors=True)
+            shutil.rmtree(nearest_existing(workdir) / f".{pool.run}", ignore_errors=True)
         for url, state in pool.workers().items():
             ready = state == "ready"
             text = "took weights and version, log-probs are the trainer's" if ready else state
@@ -270,7 +271,7 @@ def _start(cfg: ExperimentConfig, where: PoolConfig, pool: SGLangPool, root: str
         spread = param_shardings(param_specs(cfg.model), mesh) if mesh.size > 1 else None
         init = jax.jit(model_params.init, static_argnums=1, out_shardings=spread)
         params = init(jax.random.key(cfg.seed), cfg.model)
-        weight_sync.publish(
+        publish_version(
             root, 0, params, cfg.model, dtype=where.weights_dtype, tokenizer_from=tokenizer
         )
         trainer = Trainer(
@@ -303,9 +304,3 @@ def _check_skew(what: str, skew: float) -> str:
     if abs(skew) > MAX_SKEW:
         raise UserError(f"{what} and this machine differ by {skew:.0f} s; set both clocks (NTP)")
     return f"clock within {max(1.0, abs(skew)):.0f} s"
-
-
-def _existing(path: Path) -> Path:
-    """The nearest directory that is there."""
-    path = path.absolute()
-    return next(p for p in (path, *path.parents) if p.is_dir())

@@ -15,21 +15,20 @@ import numpy as np
 
 from agentcpm_jax.config import RLStage, Stage
 from agentcpm_jax.engine.local import LocalEngine, check_capacity
+from agentcpm_jax.files import write_atomically
 from agentcpm_jax.model.config import ModelConfig, to_hf_config
 from agentcpm_jax.model.logprobs import token_logprobs
 from agentcpm_jax.pool.config import PoolConfig
 from agentcpm_jax.pool.probe import Trainer
 from agentcpm_jax.pool.servers import SGLangPool
-from agentcpm_jax.rollout.policy import Completion, SampleRequest
-from agentcpm_jax.run.context import RunContext, write_atomically
+from agentcpm_jax.rollout.policy import Completion, Engine, SampleRequest
+from agentcpm_jax.run.context import RunContext
 from agentcpm_jax.types import UserError
-from agentcpm_jax.weights import publish as weight_sync
-from agentcpm_jax.weights.store import open_place, remove_roots
+from agentcpm_jax.weights.publish import publish_version
+from agentcpm_jax.weights.store import collect_garbage, open_root, remove_roots, version_path
 
 
-def open_engine(
-    ctx: RunContext, stage: Stage, rl: RLStage, params: Any, version: int
-) -> LocalEngine | PoolEngine:
+def open_engine(ctx: RunContext, stage: Stage, rl: RLStage, params: Any, version: int) -> Engine:
     """The stage's engine with `params` as `version`; `pool.urls` chooses which.
 
     Raises `UserError`: contexts that do not fit, a pool that is unreachable or not the trainer's.
@@ -46,7 +45,7 @@ def open_engine(
     return PoolEngine(ctx, stage, rl, params, version)
 
 
-def engine_metrics(engine: LocalEngine | PoolEngine) -> dict[str, float]:
+def engine_metrics(engine: Engine) -> dict[str, float]:
     """`engine/...`, and of a pool `pool/...`."""
     figures = {
         "engine/tokens_sampled": engine.tokens_sampled,
@@ -56,7 +55,7 @@ def engine_metrics(engine: LocalEngine | PoolEngine) -> dict[str, float]:
 
 
 class PoolEngine:
-    """A pool with the face of `LocalEngine`: `set_params` publishes a Hugging Face directory.
+    """A pool as an `Engine`: `set_params` publishes a Hugging Face directory.
 
     Every start of the trainer publishes below a name of its own, which the versions that servers
     announce begin with: no name ever stands for two sets of weights, also when a resumed run
@@ -92,7 +91,7 @@ class PoolEngine:
 
     @property
     def tokens_sampled(self) -> int:
-        return self.pool.tally.tokens
+        return self.pool.counters.tokens
 
     async def sample(self, request: SampleRequest) -> Completion:
         return await self.pool.sample(request)
@@ -102,13 +101,13 @@ class PoolEngine:
         path = self._publish(params, version)
         self.pool.update_weights(version, path, probe_logprobs(params, self._model))
         self.version = version
-        weight_sync.collect_garbage(self._root, version + 1 - self._cfg.keep_versions)
+        collect_garbage(self._root, version + 1 - self._cfg.keep_versions)
 
     def close(self) -> None:
         self.pool.close()
 
     def _publish(self, params: Any, version: int) -> str:
-        weight_sync.publish(
+        publish_version(
             self._root,
             version,
             params,
@@ -126,7 +125,7 @@ def weights_place(pool: PoolConfig, default: Path) -> str:
     Raises `UserError`: workers could not read from there.
     """
     where = pool.weights_dir.rstrip("/") or str(default)
-    place = open_place(where)
+    place = open_root(where)
     if place.local:
         return place.path  # absolute
     if not pool.agent_port:
@@ -140,12 +139,6 @@ def weights_place(pool: PoolConfig, default: Path) -> str:
 def weights_name(*parts: str) -> str:
     """The parts as a name for directories and versions."""
     return re.sub(r"[^A-Za-z0-9_]+", "-", "-".join(parts)).strip("-")
-
-
-def version_path(root: str, version: int) -> str:
-    """What a worker, or its agent, reads a version from."""
-    place = open_place(root)
-    return place.version(version) if place.local else f"{root}/weights/v{version:06d}"
 
 
 def probe_logprobs(params: Any, model: ModelConfig, length: int = 32):
@@ -166,6 +159,5 @@ def probe_logprobs(params: Any, model: ModelConfig, length: int = 32):
 def _run_id(path: Path) -> str:
     """Made once per stage directory: two runs of one name must not take each other's weights."""
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, secrets.token_hex(4))
     return path.read_text().strip()

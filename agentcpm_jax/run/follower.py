@@ -13,13 +13,13 @@ from agentcpm_jax.data.batch import Batch
 from agentcpm_jax.run.context import RunContext
 from agentcpm_jax.run.learner import Learner, make_learner
 from agentcpm_jax.run.multihost import on_main
-from agentcpm_jax.run.observe.nonfinite import stop_if_not_finite
+from agentcpm_jax.run.observe.health import stop_if_not_finite
 from agentcpm_jax.train.state import TrainState
 
 
 @dataclass
 class Follower:
-    """The face of the circle that `loop.train` turns: what needs every process, and no more."""
+    """`loop.RLTrainer` for the other processes: what needs every one of them, and no more."""
 
     ctx: RunContext
     stage: str

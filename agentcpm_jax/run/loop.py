@@ -1,4 +1,4 @@
-"""The circle on one page: tasks become trajectories, gradients, weights, and tasks again."""
+"""The RL loop on one page: tasks become trajectories, gradients, weights, and tasks again."""
 
 from __future__ import annotations
 
@@ -19,25 +19,23 @@ from agentcpm_jax.data.batch import Batch
 from agentcpm_jax.data.loader import StepIterator
 from agentcpm_jax.data.pack import forward_fill
 from agentcpm_jax.data.rows import Row, RowStats, count_rows, merge_prefixes, rows_from_segment
-from agentcpm_jax.engine.local import LocalEngine
 from agentcpm_jax.log.schema import ShippedSegment
 from agentcpm_jax.rewards.advantages import for_loss
 from agentcpm_jax.rollout.episode import check_prompt
 from agentcpm_jax.rollout.groups import ClaimedGroups
+from agentcpm_jax.rollout.policy import Engine
 from agentcpm_jax.rollout.stream import Stream
 from agentcpm_jax.run.context import RunContext
 from agentcpm_jax.run.custom import make_reward, make_tools
-from agentcpm_jax.run.engines import PoolEngine, engine_metrics, open_engine
+from agentcpm_jax.run.engines import engine_metrics, open_engine
 from agentcpm_jax.run.follower import follow
-from agentcpm_jax.run.interrupt import Interrupted
 from agentcpm_jax.run.learner import Learner, make_batches, make_learner
-from agentcpm_jax.run.multihost import any_process, is_main, on_main, share_batch
+from agentcpm_jax.run.multihost import Interrupted, any_process, is_main, on_main, share_batch
 from agentcpm_jax.run.observe import machine
-from agentcpm_jax.run.observe.alerts import Adviser
-from agentcpm_jax.run.observe.health import is_lockstep
-from agentcpm_jax.run.observe.meter import Meter
+from agentcpm_jax.run.observe.alerts import Alerts
+from agentcpm_jax.run.observe.health import is_lockstep, stop_if_not_finite
+from agentcpm_jax.run.observe.meter import RolloutMeter
 from agentcpm_jax.run.observe.metrics import MetricsWriter
-from agentcpm_jax.run.observe.nonfinite import stop_if_not_finite
 from agentcpm_jax.run.observe.profile import watched
 from agentcpm_jax.run.observe.staleness import age_metrics, drop_metrics, stale_drops
 from agentcpm_jax.run.sampling import make_finish, make_run_sample, task_sequence
@@ -51,35 +49,35 @@ def train(ctx: RunContext, stage: Stage) -> None:
 
     Batch n is recorded in the experience log before step n runs, so a killed run recomputes its
     steps bit for bit. Version v = number of completed batches. Of several processes the first one
-    turns the circle; the others follow it through the same steps on the batches that it sends.
+    holds log, engine and stream; the others take the same steps on the batches that it sends.
     """
     rl = _section(stage)
     opened = _open(ctx, stage, rl) if is_main() else follow(ctx, stage, rl)
-    with opened as circle, _watched(ctx, stage, rl, circle.version) as begins:
-        for version in range(circle.version, rl.shape.steps):
+    with opened as trainer, _watched(ctx, stage, rl, trainer.version) as on_phase:
+        for version in range(trainer.version, rl.shape.steps):
             step, started = version + 1, time.monotonic()
-            begins(step, "waiting for the batch")
+            on_phase(step, "waiting for the batch")
             name = f"{stage.name}/batch/{step}"
-            batch = share_batch(name, lambda: next(circle.batches))
+            batch = share_batch(name, lambda: next(trainer.batches))
             waited = time.monotonic() - started
-            begins(step, "train step")
-            circle.state, values = circle.learner.step(circle.state, batch, jnp.int32(version))
+            on_phase(step, "train step")
+            trainer.state, values = trainer.learner.step(trainer.state, batch, jnp.int32(version))
             jax.block_until_ready(values)  # so that its time is its own; publishing needs it
-            begins(step, "publishing the weights")
-            circle.publish(step)
-            circle.record(step, values, batch, waited, time.monotonic() - started)
+            on_phase(step, "publishing the weights")
+            trainer.publish(step)
+            trainer.record(step, values, batch, waited, time.monotonic() - started)
             last, stopping = step == rl.shape.steps, any_process(ctx.stop.requested)
             if step % rl.shape.checkpoint_every == 0 or last or stopping:
-                begins(step, "saving the checkpoint")
-                circle.save(step)
+                on_phase(step, "saving the checkpoint")
+                trainer.save(step)
             if stopping and not last:
                 raise Interrupted(
                     f"stopped after step {step} of {stage.name}; same command resumes"
                 )
-        ctx.save_model(ctx.directory(stage) / "hf", circle.learner.plain(circle.state))
+        ctx.save_model(ctx.directory(stage) / "hf", trainer.learner.plain(trainer.state))
         if ctx.cfg.model.lora_rank:
             adapters = ctx.directory(stage) / "adapter"
-            ctx.save_adapters(adapters, circle.state.params, stage.init_from)
+            ctx.save_adapters(adapters, trainer.state.params, stage.init_from)
 
 
 def shipped_rows(shipped: Sequence[ShippedSegment]) -> list[Row]:
@@ -111,8 +109,8 @@ def _watched(ctx: RunContext, stage: Stage, rl: RLStage, start: int) -> Abstract
 
 
 @dataclass
-class _Circle:
-    """The parts that `train` turns: made by `_open`, closed by it on every exit path."""
+class RLTrainer:
+    """What `train` works with: made by `_open`, closed by it on every exit path."""
 
     ctx: RunContext
     stage: str
@@ -122,19 +120,19 @@ class _Circle:
     learner: Learner
     batches: StepIterator
     stream: Stream
-    engine: LocalEngine | PoolEngine
+    engine: Engine
     store: VersionStore
     checkpoints: Checkpointer
     metrics: MetricsWriter
     bar: Any
-    meter: Meter
-    adviser: Adviser
+    meter: RolloutMeter
+    alerts: Alerts
     shipped: dict[int, list[ShippedSegment]]
 
     def publish(self, version: int) -> None:
         """Hand the new weights to the engine and the new version to admission."""
         params = on_main(self.learner.plain(self.state))
-        self.store.publish(version, params)
+        self.store.put(version, params)
         if self.ctx.log.shared:
             self.ctx.log.announce("version")
         if not self.rl.stream.deterministic:  # there the stream asks for versions itself
@@ -159,7 +157,7 @@ class _Circle:
             "time/trainer_idle": waited / seconds,
         }
         values |= engine_metrics(self.engine)
-        self.adviser.hear(self.metrics.write(step, values))
+        self.alerts.observe(self.metrics.write(step, values))
         reward = values.get("reward/mean")
         shown = "" if reward is None else f"reward {reward:.2f}  "
         self.bar.set_postfix_str(f"{shown}age {values['stale/age_mean']:.1f}")
@@ -179,7 +177,7 @@ class _Circle:
 
 
 @contextmanager
-def _open(ctx: RunContext, stage: Stage, rl: RLStage) -> Iterator[_Circle]:
+def _open(ctx: RunContext, stage: Stage, rl: RLStage) -> Iterator[RLTrainer]:
     """Restore, start the engine and the stream; stop them whatever happens."""
     directory = ctx.directory(stage)
     learner = make_learner(ctx, stage, rl)
@@ -202,12 +200,12 @@ def _open(ctx: RunContext, stage: Stage, rl: RLStage) -> Iterator[_Circle]:
     engine = open_engine(ctx, stage, rl, params, version)
     deterministic = rl.stream.deterministic
     store = VersionStore(directory, ctx.cfg.model, enabled=deterministic or ctx.log.shared)
-    store.publish(version, params)
+    store.put(version, params)
 
     async def use_version(wanted: int) -> None:
         engine.set_params(await store.wait(wanted), wanted)
 
-    meter = Meter()
+    meter = RolloutMeter()
     run_sample = make_run_sample(
         meter.watching_policy(engine),
         ctx.chat,
@@ -219,10 +217,10 @@ def _open(ctx: RunContext, stage: Stage, rl: RLStage) -> Iterator[_Circle]:
     )
     groups = worker = None
     if ctx.log.shared and not deterministic:  # others may claim, and so does this process
-        groups = ClaimedGroups(ctx.log, stage.name, lambda: engine.version, meter.see)
+        groups = ClaimedGroups(ctx.log, stage.name, lambda: engine.version, meter.on_sample)
         own = rl.workers.trainer_groups
         own = rl.stream.max_concurrent_groups if own < 0 else own
-        claims = make_worker(ctx, stage, rl, engine, own, run_sample)  # type: ignore[arg-type]
+        claims = make_worker(ctx, stage, rl, engine, own, run_sample)
         worker = WorkerThread(claims, groups.fail)
     stream = Stream(
         ctx.log,
@@ -235,8 +233,8 @@ def _open(ctx: RunContext, stage: Stage, rl: RLStage) -> Iterator[_Circle]:
         groups=groups,
     )
     metrics = MetricsWriter(directory / "metrics.jsonl", version)
-    machine.note(directory, version)
-    circle = _Circle(
+    machine.record(directory, version)
+    trainer = RLTrainer(
         ctx=ctx,
         stage=stage.name,
         rl=rl,
@@ -251,18 +249,18 @@ def _open(ctx: RunContext, stage: Stage, rl: RLStage) -> Iterator[_Circle]:
         metrics=metrics,
         bar=ctx.progress(stage.name, rl.shape.steps, version),
         meter=meter,
-        adviser=Adviser(ctx.announce, metrics.kept, lockstep=is_lockstep(stage)),
+        alerts=Alerts(ctx.announce, metrics.kept, lockstep=is_lockstep(stage)),
         shipped=shipped,
     )
     with ExitStack() as closing:  # whatever fails to close, the rest is closed; last one first
-        for close in (circle.bar.close, checkpoints.close, engine.close):
+        for close in (trainer.bar.close, checkpoints.close, engine.close):
             closing.callback(close)
         if worker is not None:
             closing.callback(worker.stop)
             worker.start()
         closing.callback(stream.stop)
         stream.start(version)
-        yield circle
+        yield trainer
 
 
 def _section(stage: Stage) -> RLStage:

@@ -16,6 +16,7 @@ from agentcpm_jax.engine.local import LocalEngine
 from agentcpm_jax.evaluate.passk import estimate, mean_at_k
 from agentcpm_jax.evaluate.runner import evaluate
 from agentcpm_jax.evaluate.skills import skill_documents, skill_scores
+from agentcpm_jax.files import write_atomically
 from agentcpm_jax.log.experience import ExperienceLog
 from agentcpm_jax.merge.kernels.methods import METHODS, linear
 from agentcpm_jax.merge.search import (
@@ -29,7 +30,7 @@ from agentcpm_jax.merge.search import (
     sweep,
 )
 from agentcpm_jax.merge.soups import merged_tree
-from agentcpm_jax.run.context import RunContext, write_atomically
+from agentcpm_jax.run.context import RunContext
 from agentcpm_jax.run.custom import make_reward, make_tools
 from agentcpm_jax.run.sampling import evaluation_tasks, make_run_sample
 from agentcpm_jax.types import UserError

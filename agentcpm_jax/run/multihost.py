@@ -1,4 +1,4 @@
-"""Several processes, one job: joining it, deciding together, sharing batches and weights.
+"""Several processes, one job: joining it, stopping and deciding together, sharing batches, weights.
 
 Process 0 owns the workdir, the experience log and the stream of rollouts; the others take part in
 every step. What must be the same everywhere (whether a stage is done, when to stop, the batch of a
@@ -10,10 +10,12 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import signal
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
 import jax
@@ -22,7 +24,6 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from agentcpm_jax.data.batch import Batch
-from agentcpm_jax.run.interrupt import Interrupted
 from agentcpm_jax.types import UserError
 
 T = TypeVar("T")
@@ -30,6 +31,43 @@ T = TypeVar("T")
 EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
 _FOREVER_MS = 1000 * 3600 * 24 * 30  # rollouts and evaluations of process 0 take their time
+
+
+class Interrupted(Exception):
+    """The run was asked to stop and left a resumable workdir."""
+
+
+class StopSignal:
+    """While entered, the first SIGINT or SIGTERM sets `requested`; a second one acts at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._on_signal)
+        except ValueError:  # not the main thread (notebooks, tests): there is nothing to catch
+            self._previous = {}
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._restore()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
 
 
 def join(

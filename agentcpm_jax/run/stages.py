@@ -8,14 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from agentcpm_jax.config import ExperimentConfig, Stage
+from agentcpm_jax.files import write_atomically
 from agentcpm_jax.plan.explain import naming_what_is_too_large
-from agentcpm_jax.run.context import RunContext, open_context, write_atomically
+from agentcpm_jax.run.context import RunContext, open_context
 from agentcpm_jax.run.custom import check_custom
 from agentcpm_jax.run.evaluation import run_eval
-from agentcpm_jax.run.interrupt import StopSignal
 from agentcpm_jax.run.loop import train
 from agentcpm_jax.run.merging import run_merge
-from agentcpm_jax.run.multihost import decide, is_main
+from agentcpm_jax.run.multihost import StopSignal, decide, is_main
 from agentcpm_jax.run.observe.metrics import Progress, silent
 from agentcpm_jax.run.observe.summary import write_summary
 from agentcpm_jax.run.sampling import check_held_out

@@ -23,11 +23,10 @@ from agentcpm_jax.data.loader import EpochBatches, StepBatches
 from agentcpm_jax.data.rows import Row, text_row
 from agentcpm_jax.data.sft import Conversation, conversation_rows, read_conversations
 from agentcpm_jax.run.context import RunContext
-from agentcpm_jax.run.interrupt import Interrupted
 from agentcpm_jax.run.learner import first_state, make_cut, plain
-from agentcpm_jax.run.multihost import any_process, is_main, local_rows, on_devices
+from agentcpm_jax.run.multihost import Interrupted, any_process, is_main, local_rows, on_devices
+from agentcpm_jax.run.observe.health import stop_if_not_finite
 from agentcpm_jax.run.observe.metrics import MetricsWriter, NoMetrics
-from agentcpm_jax.run.observe.nonfinite import stop_if_not_finite
 from agentcpm_jax.run.observe.profile import watched
 from agentcpm_jax.sharding import batch_sharding
 from agentcpm_jax.train.optimizer import OptimizerConfig, make_optimizer
@@ -186,11 +185,11 @@ def _train(
     unread: list[tuple[int, Batch, Any]] = []  # steps whose loss nobody has looked at
 
     watching = watched(ctx, directory, start, shape.rows, shape.row_length)
-    with closing(checkpoints), closing(bar), watching as begins:
+    with closing(checkpoints), closing(bar), watching as on_phase:
         for step in range(start + 1, shape.steps + 1):
-            begins(step, "reading the batch")
+            on_phase(step, "reading the batch")
             batch: Batch = next(iterator)
-            begins(step, "train step")
+            on_phase(step, "train step")
             placed = on_devices(cut(batch), shardings and shardings.batch, shape.rows)
             state, values = step_fn(state, placed, *others)
             if ctx.cfg.profile:
@@ -210,7 +209,7 @@ def _train(
                 _check_finite(values, name, step)
             bar.update(1)
             if saves:
-                begins(step, "saving the checkpoint")
+                on_phase(step, "saving the checkpoint")
                 where = iterator.get_state()
                 config = to_json(ctx.cfg)
                 checkpoints.save(step, state=state, loader_state=where, config=config)

@@ -16,14 +16,16 @@ from agentcpm_jax.engine.local import LocalEngine, check_capacity
 from agentcpm_jax.log.experience import ExperienceLog
 from agentcpm_jax.log.signals import POLL
 from agentcpm_jax.rollout.groups import RunSample
+from agentcpm_jax.rollout.policy import Engine, TokenPolicy
 from agentcpm_jax.rollout.worker import ClaimWorker
 from agentcpm_jax.run.context import RunContext, open_context
 from agentcpm_jax.run.custom import make_reward, make_tools
-from agentcpm_jax.run.interrupt import StopSignal
+from agentcpm_jax.run.multihost import StopSignal
 from agentcpm_jax.run.observe.metrics import silent
 from agentcpm_jax.run.sampling import make_run_sample
 from agentcpm_jax.types import UserError
-from agentcpm_jax.weights import publish as weight_sync
+from agentcpm_jax.weights.publish import load_version
+from agentcpm_jax.weights.store import versions
 
 PATIENCE = 120  # times POLL seconds that a worker waits for a database that went away
 
@@ -82,7 +84,7 @@ def _check(cfg: ExperimentConfig, workdir: Path) -> None:
 def _first_weights(ctx: RunContext, stage: Stage) -> bool:
     """Waits until the stage has weights; False when it ends, or the worker, without."""
     mark = 0
-    while not weight_sync.versions(ctx.directory(stage)):
+    while not versions(ctx.directory(stage)):
         if ctx.stop.requested or (ctx.directory(stage) / "DONE").exists():
             return False
         mark = ctx.log.wait("version", POLL, mark)
@@ -117,7 +119,7 @@ def _work(ctx: RunContext, stage: Stage, rl: RLStage, groups: int) -> int:
 
 
 def make_worker(
-    ctx: RunContext, stage: Stage, rl: RLStage, engine: LocalEngine, groups: int, run: RunSample
+    ctx: RunContext, stage: Stage, rl: RLStage, engine: Engine, groups: int, run: RunSample
 ) -> ClaimWorker:
     """A worker around an engine whose weights someone else keeps up to date."""
 
@@ -136,10 +138,10 @@ def make_worker(
     )
 
 
-def _run_sample(ctx: RunContext, rl: RLStage, engine: LocalEngine) -> RunSample:
+def _run_sample(ctx: RunContext, rl: RLStage, policy: TokenPolicy) -> RunSample:
     open_tools, _ = make_tools(ctx.cfg.tools)
     return make_run_sample(
-        engine,
+        policy,
         ctx.chat,
         ctx.cfg.episode,
         open_tools,
@@ -199,18 +201,18 @@ class PublishedWeights:
     def newest(self) -> tuple[int, Any]:
         """(version, parameters) of the newest version."""
         while True:
-            version = weight_sync.versions(self._directory)[-1]
+            version = versions(self._directory)[-1]
             try:
-                return version, weight_sync.load(self._directory, version)
+                return version, load_version(self._directory, version)
             except (UserError, OSError):  # collected while it was read: then there is a newer one
-                if weight_sync.versions(self._directory)[-1] == version:
+                if versions(self._directory)[-1] == version:
                     raise
 
-    async def follow(self, engine: LocalEngine) -> None:
+    async def follow(self, engine: Engine) -> None:
         """Loads every new version into the engine, for ever."""
         loaded, mark = engine.version, 0
         while True:
-            if weight_sync.versions(self._directory)[-1] > loaded:
+            if versions(self._directory)[-1] > loaded:
                 loaded, params = await asyncio.to_thread(self.newest)
                 engine.set_params(params, loaded)
             mark = await asyncio.to_thread(self._log.wait, "version", POLL, mark)

@@ -17,15 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from agentcpm_jax.files import size_text
 from agentcpm_jax.types import UserError
 from agentcpm_jax.weights.store import (
     CHECKSUM,
     MANIFEST,
     STABLE,
-    Place,
+    WeightsRoot,
     checksum,
     manifest,
-    open_place,
+    open_root,
+    version_folder,
 )
 
 T = TypeVar("T")
@@ -58,7 +60,7 @@ class Mirror:
     def __init__(
         self, source: str | Path, directory: str | Path, quota: int = 0, pause: float = 0.5
     ) -> None:
-        open_place(source)
+        open_root(source)
         self.source, self.directory = str(source).rstrip("/"), Path(directory).absolute()
         self._quota, self._pause = quota, pause
         self._pulls: dict[tuple[str, int], Pull] = {}
@@ -108,7 +110,7 @@ class Mirror:
 
     def _copy(self, name: str, version: int, pull: Pull) -> Path:
         root = f"{self.source}/{name}"
-        target = self.directory / name / "weights" / f"v{version:06d}"
+        target = self.directory / name / version_folder(version)
         if (target / STABLE).exists():
             return target
         content = self._patiently(root, lambda: manifest(root, version))
@@ -118,7 +120,7 @@ class Mirror:
         with self._room:
             self._make_room(pull.total - _size(work), (name, version))
             work.mkdir(parents=True, exist_ok=True)
-        place = open_place(root)
+        place = open_root(root)
         for file, expected in files.items():
 
             def count(size: int) -> None:
@@ -134,7 +136,7 @@ class Mirror:
 
     def _fetch(
         self,
-        place: Place,
+        place: WeightsRoot,
         remote: str,
         path: Path,
         expected: dict[str, Any],
@@ -167,7 +169,7 @@ class Mirror:
             "the next version of the run replaces it"
         )
 
-    def _read(self, place: Place, remote: str, start: int, end: int) -> bytes:
+    def _read(self, place: WeightsRoot, remote: str, start: int, end: int) -> bytes:
         """A range of a remote file, whole."""
 
         def read() -> bytes:
@@ -205,8 +207,8 @@ class Mirror:
         if not self._fits(needed):
             free = shutil.disk_usage(self.directory).free
             raise UserError(
-                f"{needed / 1e9:.1f} GB of weights do not fit in {self.directory}: quota "
-                f"{self._quota / 1e9:.1f} GB, {free / 1e9:.1f} GB free on the disk; raise "
+                f"{size_text(needed)} of weights do not fit in {self.directory}: quota "
+                f"{size_text(self._quota)}, {size_text(free)} free on the disk; raise "
                 "--quota-gb or free the disk"
             )
 

@@ -1,6 +1,6 @@
 """Parameters on their way back to the engines, and back from disk: Hugging Face directories.
 
-One format for every reader: SGLang, our server and `load` take the same files (`weight_store` has
+One format for every reader: SGLang, our server and `load_version` take the same files (`store` has
 the layout and the rules of publication). Conversion streams: a piece of one layer's tensor goes
 from the devices to the host, into the file and away; no host ever holds the model.
 """
@@ -30,15 +30,12 @@ from agentcpm_jax.model.hf import TOKENIZER_FILES, hf_shapes, load_hf
 from agentcpm_jax.model.params import ParamSpec, param_specs
 from agentcpm_jax.types import UserError
 from agentcpm_jax.weights.store import (
-    Draft,
+    VersionWriter,
     check_file,
-    collect_garbage,
     manifest,
-    open_place,
+    open_root,
     versions,
 )
-
-__all__ = ["collect_garbage", "load", "publish", "versions"]
 
 MAX_FILE_BYTES = 4 << 30
 PIECE_BYTES = 32 << 20  # of a tensor, on its way through the host
@@ -46,7 +43,7 @@ TILE = (128, 1024)  # rows and columns
 AHEAD = 3  # pieces that are ready before they are written
 
 
-def publish(
+def publish_version(
     root: str | Path,
     version: int,
     params: Mapping[str, Any],
@@ -85,22 +82,22 @@ def publish(
     _check_shapes(flat, cfg)
     shapes = hf_shapes(cfg)
     layouts = plan_files({k: TensorInfo(shapes[k], saved) for k in sources}, max_file_bytes)
-    draft = Draft(root, version)
+    writer = VersionWriter(root, version)
     try:
         for layout in layouts:
-            draft.write(layout.name, _file(layout, flat, sources, saved))
+            writer.write(layout.name, _file(layout, flat, sources, saved))
         if len(layouts) > 1:
-            draft.write(INDEX, [_index(layouts, shapes, saved)])
+            writer.write(INDEX, [_index(layouts, shapes, saved)])
         config = to_hf_config(dataclasses.replace(cfg, param_dtype=saved))
-        draft.write("config.json", [json.dumps(config, indent=2).encode()])
+        writer.write("config.json", [json.dumps(config, indent=2).encode()])
         for name in TOKENIZER_FILES if tokenizer_from is not None else ():
             if (file := Path(tokenizer_from or "") / name).is_file():
-                draft.write(name, [file.read_bytes()])
+                writer.write(name, [file.read_bytes()])
         for name, text in describe().items():
-            draft.write(name, [text.encode()])
-        draft.commit({"model": dataclasses.asdict(cfg), "dtype": saved})
+            writer.write(name, [text.encode()])
+        writer.commit({"model": dataclasses.asdict(cfg), "dtype": saved})
     except BaseException as error:
-        draft.discard()
+        writer.discard()
         if isinstance(error, OSError):
             fix = "free some space or name another pool.weights_dir"
             raise UserError(f"weights cannot be written to {root}: {error}; {fix}") from None
@@ -108,14 +105,14 @@ def publish(
     return True
 
 
-def load(root: str | Path, version: int) -> dict[str, Any]:
+def load_version(root: str | Path, version: int) -> dict[str, Any]:
     """The parameters of a stable version, bit for bit, as arrays on the default device.
 
     Raises:
       UserError: the version is not there, or not on a disk of this machine, or a file's size or
         checksum is not the manifest's.
     """
-    place = open_place(root)
+    place = open_root(root)
     if not place.local:
         raise UserError(f"weights at {root} cannot be read in place; copy them to a local disk")
     directory = Path(place.version(version))

@@ -25,6 +25,7 @@ import fsspec
 import xxhash
 from fsspec.implementations.local import LocalFileSystem
 
+from agentcpm_jax.files import sync_directory
 from agentcpm_jax.types import UserError
 
 SCHEMA = 3
@@ -37,7 +38,7 @@ checksum = xxhash.xxh3_128
 
 
 @dataclass(frozen=True)
-class Place:
+class WeightsRoot:
     """A root, opened."""
 
     fs: fsspec.AbstractFileSystem
@@ -50,13 +51,11 @@ class Place:
         return isinstance(self.fs, LocalFileSystem)
 
     def version(self, version: int) -> str:
-        """The directory of one version; raises ValueError when it is not within 0..999999."""
-        if not 0 <= version < 10**6:
-            raise ValueError(f"version {version} is not within 0..999999")
-        return f"{self.path}/weights/v{version:06d}"
+        """The directory of one version."""
+        return f"{self.path}/{version_folder(version)}"
 
 
-def open_place(root: str | Path) -> Place:
+def open_root(root: str | Path) -> WeightsRoot:
     """Raises `UserError` for a protocol that fsspec does not know, or whose package is missing."""
     try:
         fs, path = fsspec.url_to_fs(str(root))
@@ -65,12 +64,25 @@ def open_place(root: str | Path) -> Place:
             f"weights cannot lie at {root}: {error}; name a directory, or install the package of "
             "its protocol (gs://: gcsfs, s3://: s3fs)"
         ) from None
-    return Place(fs, path.rstrip("/"), str(root))
+    return WeightsRoot(fs, path.rstrip("/"), str(root))
+
+
+def version_folder(version: int) -> str:
+    """Of a version, below its root; raises ValueError when it is not within 0..999999."""
+    if not 0 <= version < 10**6:
+        raise ValueError(f"version {version} is not within 0..999999")
+    return f"weights/v{version:06d}"
+
+
+def version_path(root: str, version: int) -> str:
+    """What a worker, or its agent, reads a version from: a directory, or the URL of one."""
+    place = open_root(root)
+    return place.version(version) if place.local else f"{root}/{version_folder(version)}"
 
 
 def versions(root: str | Path) -> list[int]:
     """Stable versions, ascending; versions being written do not count."""
-    place = open_place(root)
+    place = open_root(root)
     if place.local:  # asked often by those who wait
         return sorted(int(p.parent.name[1:]) for p in _weights(place).glob(f"v*/{STABLE}"))
     place.fs.invalidate_cache()
@@ -83,7 +95,7 @@ def manifest(root: str | Path, version: int) -> dict[str, Any]:
 
     Raises `UserError`: the version is not there, or its manifest is of another schema.
     """
-    place = open_place(root)
+    place = open_root(root)
     directory = place.version(version)
     place.fs.invalidate_cache()
     if not place.fs.exists(f"{directory}/{STABLE}"):
@@ -118,7 +130,7 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-class Draft:
+class VersionWriter:
     """A version being written. Nobody sees it before `commit`; `discard` removes it.
 
     On a local disk it is written beside its place, synced and renamed. An object store has no
@@ -126,7 +138,7 @@ class Draft:
     """
 
     def __init__(self, root: str | Path, version: int) -> None:
-        self._place = open_place(root)
+        self._place = open_root(root)
         self.version, self._target = version, self._place.version(version)
         self._files: dict[str, dict[str, Any]] = {}
         # The process id keeps two writers apart; what a killed writer left is removed by
@@ -155,15 +167,14 @@ class Draft:
         fs = self._place.fs
         if self._place.local:
             target = Path(self._target)
-            _remove(
-                fs, self._target
-            )  # without the marker: a writer was killed before the last line
+            # Without the marker: a writer was killed before the last line.
+            _remove(fs, self._target)
             os.rename(self._work, target)
-            _sync(target.parent)
+            sync_directory(target.parent)
         with fs.open(f"{self._target}/{STABLE}", "wb"):
             pass
         if self._place.local:
-            _sync(Path(self._target))
+            sync_directory(Path(self._target))
 
     def discard(self) -> None:
         """Removes what was written, unless it was committed."""
@@ -181,7 +192,7 @@ def collect_garbage(root: str | Path, keep_from: int) -> list[int]:
     The newest stable version always stays, so that an engine that starts late finds one. Call it
     from the process that publishes.
     """
-    place = open_place(root)
+    place = open_root(root)
     if place.local:
         for leftover in _weights(place).glob(".v*.tmp"):
             _remove(place.fs, str(leftover))
@@ -195,7 +206,7 @@ def collect_garbage(root: str | Path, keep_from: int) -> list[int]:
 
 def remove_roots(where: str | Path, prefix: str, but: str = "") -> None:
     """Removes the roots directly below `where` whose names begin with `prefix`, `but` one."""
-    place = open_place(where)
+    place = open_root(where)
     place.fs.invalidate_cache()
     if not place.fs.exists(place.path):
         return
@@ -247,13 +258,5 @@ def _remove(fs: fsspec.AbstractFileSystem, path: str) -> None:
         fs.rm(path, recursive=True)
 
 
-def _sync(directory: Path) -> None:
-    number = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
-
-
-def _weights(place: Place) -> Path:
+def _weights(place: WeightsRoot) -> Path:
     return Path(place.path) / "weights"

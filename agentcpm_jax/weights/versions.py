@@ -10,7 +10,8 @@ import jax
 import numpy as np
 
 from agentcpm_jax.model.config import ModelConfig
-from agentcpm_jax.weights import publish as weight_sync
+from agentcpm_jax.weights import store
+from agentcpm_jax.weights.publish import load_version, publish_version
 
 
 class VersionStore:
@@ -23,19 +24,19 @@ class VersionStore:
         self._directory, self._model, self._enabled = directory, model, enabled
         self._recent: dict[int, Any] = {}
 
-    def publish(self, version: int, params: Any) -> None:
+    def put(self, version: int, params: Any) -> None:
         """Store `params` as `version`; a version that exists is never published again."""
         if not self._enabled:
             return
         host = jax.tree.map(np.asarray, jax.device_get(params))
-        weight_sync.publish(self._directory, version, host, self._model)
+        publish_version(self._directory, version, host, self._model)
         self._recent[version] = host
 
     async def wait(self, version: int) -> Any:
         """The parameters of `version`, once it exists."""
         while version not in self._recent:
-            if version in weight_sync.versions(self._directory):
-                self._recent[version] = weight_sync.load(self._directory, version)
+            if version in store.versions(self._directory):
+                self._recent[version] = load_version(self._directory, version)
                 break
             await asyncio.sleep(0.01)
         return self._recent[version]
@@ -43,5 +44,5 @@ class VersionStore:
     def collect_garbage(self, keep_from: int) -> None:
         """Forget versions below `keep_from`."""
         if self._enabled:
-            weight_sync.collect_garbage(self._directory, keep_from)
+            store.collect_garbage(self._directory, keep_from)
             self._recent = {v: p for v, p in self._recent.items() if v >= keep_from}

@@ -55,7 +55,7 @@ from agentcpm_jax.rollout.episode import EpisodeConfig
 from agentcpm_jax.rollout.staleness import oldest_trained
 from agentcpm_jax.rollout.stream import Stream
 from agentcpm_jax.run.loop import shipped_rows
-from agentcpm_jax.run.observe.vitals import rss_mib
+from agentcpm_jax.run.observe.meter import rss_mib
 from agentcpm_jax.run.sampling import make_finish, make_run_sample
 from agentcpm_jax.tasks.world import WorldTasks
 from agentcpm_jax.train.losses.policy import LossConfig

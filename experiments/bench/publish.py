@@ -36,7 +36,7 @@ import jax.numpy as jnp
 from agentcpm_jax import tree
 from agentcpm_jax.model.config import ModelConfig
 from agentcpm_jax.model.params import param_specs
-from agentcpm_jax.weights import publish as weight_sync
+from agentcpm_jax.weights.publish import publish_version
 
 OUT = ROOT / "experiments" / "results" / "publish"
 SHAPES = {
@@ -89,7 +89,7 @@ def turns(part: str, cfg: ModelConfig, workdir: Path, count: int) -> list[dict]:
     for _ in range(count):
         for old in (source, target):
             shutil.rmtree(old, ignore_errors=True)
-        published = measured(lambda: weight_sync.publish(source, 0, params, cfg), source)
+        published = measured(lambda: publish_version(source, 0, params, cfg), source)
         files = [p for p in (source / "weights" / "v000000").iterdir() if p.stat().st_size]
         copied = measured(lambda files=files: copy(files, target), target)
         found.append({"publish": published, "copy": copied})

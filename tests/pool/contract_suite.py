@@ -319,7 +319,7 @@ def test_the_pool_refuses_a_server_of_another_model(subject: Subject) -> None:
     with pytest.raises(UserError, match=f"wrong model on {subject.url}: ") as error:
         pool.start(trainer, 0, subject.other_model)
     pool.close()
-    assert "\n" not in str(error.value) and pool.tally.tokens == 0
+    assert "\n" not in str(error.value) and pool.counters.tokens == 0
     assert check(subject, subject.generate(8), {"c-0": 0}) <= subject.max_gap
 
 

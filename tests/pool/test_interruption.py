@@ -8,12 +8,12 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agentcpm_jax.pool.interruption import Limits, Tally, complete
-from agentcpm_jax.pool.protocol import Leg, PoolError, Trouble, generate_body
+from agentcpm_jax.pool.interruption import PoolCounters, RetryLimits, complete
+from agentcpm_jax.pool.protocol import Chunk, PoolError, PoolErrorKind, generate_body
 from agentcpm_jax.rollout.policy import Completion, Finish, SampleRequest, SamplingParams
 
 LETTERS = "abcd"
-LIMITS = Limits(timeout=60.0, failures=4, backoff=0.0, backoff_max=0.0)
+LIMITS = RetryLimits(timeout=60.0, failures=4, backoff=0.0, backoff_max=0.0)
 
 
 def decode(ids) -> str:
@@ -25,7 +25,7 @@ def play(text: list[int], cuts: list[int], strings: tuple[str, ...], budget: int
     after each number of tokens in `cuts`."""
     remaining = list(cuts)
 
-    async def send(prefix: np.ndarray, rest: int, number: int) -> Leg:
+    async def send(prefix: np.ndarray, rest: int, number: int) -> Chunk:
         start = len(prefix) - 1
         assert start + rest == budget
         count = remaining.pop(0) if remaining else len(text)
@@ -39,11 +39,11 @@ def play(text: list[int], cuts: list[int], strings: tuple[str, ...], budget: int
                 finish = Finish.STOP
                 break
         whole = np.asarray(ids, np.int32)
-        return Leg(whole, -(start + np.arange(len(ids), dtype=np.float32)), whole * 0, finish)
+        return Chunk(whole, -(start + np.arange(len(ids), dtype=np.float32)), whole * 0, finish)
 
     params = SamplingParams(1.0, stop_strings=strings)
     request = SampleRequest("r/", np.asarray([0], np.int32), budget, params)
-    return asyncio.run(complete(request, send, LIMITS, Tally(), decode))
+    return asyncio.run(complete(request, send, LIMITS, PoolCounters(), decode))
 
 
 @settings(derandomize=True, deadline=None, max_examples=200)
@@ -68,17 +68,17 @@ def test_a_stop_string_across_a_seam_ends_it() -> None:
 
 
 def test_what_was_kept_comes_with_a_failure() -> None:
-    async def send(prefix: np.ndarray, rest: int, number: int) -> Leg:
+    async def send(prefix: np.ndarray, rest: int, number: int) -> Chunk:
         if number > 1:
-            raise PoolError(Trouble.BUSY, "http://a", "full")
+            raise PoolError(PoolErrorKind.BUSY, "http://a", "full")
         ids = np.asarray([1, 2], np.int32)
-        return Leg(ids, ids.astype(np.float32), ids, Finish.ABORT)
+        return Chunk(ids, ids.astype(np.float32), ids, Finish.ABORT)
 
     request = SampleRequest("r/", np.asarray([0], np.int32), 9)
-    tally = Tally()
-    found = asyncio.run(complete(request, send, LIMITS, tally))
+    counters = PoolCounters()
+    found = asyncio.run(complete(request, send, LIMITS, counters))
     assert (found.ids.tolist(), found.finish) == ([1, 2], Finish.ERROR)
-    assert found.error == "busy: http://a: full" and tally.troubles == {"busy": 4}
+    assert found.error == "busy: http://a: full" and counters.errors == {"busy": 4}
 
 
 def test_attempts_that_bring_nothing_are_ever_further_apart(monkeypatch) -> None:
@@ -87,16 +87,16 @@ def test_attempts_that_bring_nothing_are_ever_further_apart(monkeypatch) -> None
     async def sleep(seconds: float) -> None:
         pauses.append(seconds)
 
-    async def send(prefix: np.ndarray, rest: int, number: int) -> Leg:
+    async def send(prefix: np.ndarray, rest: int, number: int) -> Chunk:
         if number == 5:  # progress: the next failure is a first one again
             ids = np.asarray([1], np.int32)
-            return Leg(ids, ids.astype(np.float32), ids, Finish.ABORT)
-        raise PoolError(Trouble.BUSY, "http://a", "full")
+            return Chunk(ids, ids.astype(np.float32), ids, Finish.ABORT)
+        raise PoolError(PoolErrorKind.BUSY, "http://a", "full")
 
     monkeypatch.setattr("agentcpm_jax.pool.interruption.asyncio.sleep", sleep)
     request = SampleRequest("r/", np.asarray([0], np.int32), 9)
-    limits = Limits(timeout=60.0, failures=6, backoff=0.2, backoff_max=1.0)
-    asyncio.run(complete(request, send, limits, Tally()))
+    limits = RetryLimits(timeout=60.0, failures=6, backoff=0.2, backoff_max=1.0)
+    asyncio.run(complete(request, send, limits, PoolCounters()))
     assert pauses == [0.2, 0.4, 0.8, 1.0, 0.2, 0.4, 0.8, 1.0, 1.0]
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from agentcpm_jax.engine.server import ServerConfig
 from agentcpm_jax.pool.config import Keys, PoolConfig
-from agentcpm_jax.pool.protocol import Expected, PoolError, Trouble, read_generate
+from agentcpm_jax.pool.protocol import Expected, PoolError, PoolErrorKind, read_generate
 from agentcpm_jax.pool.routing import Routes, State, Worker
 from agentcpm_jax.pool.worker import Server, open_client
 from tests.doubles.fault_server import FaultServer
@@ -29,8 +29,8 @@ def test_a_trajectory_stays_with_its_worker_until_that_is_much_busier():
     home = routes.choose(workers, "a")
     assert home is not None
     for busy in range(5):
-        home.legs.clear()
-        home.legs.update(range(busy))  # type: ignore[arg-type]
+        home.in_flight.clear()
+        home.in_flight.update(range(busy))  # type: ignore[arg-type]
         chosen = Routes.choose(routes, workers, "a")
         assert (chosen is home) == (busy <= 2)
         routes._homes["a"] = home.url
@@ -72,32 +72,32 @@ def body(**meta) -> bytes:
 
 
 def test_spans_give_each_token_its_version():
-    leg = read_generate(200, body(), EXPECTED)
-    assert leg.versions.tolist() == [0, 1] and leg.logprobs.tolist() == [-1.0, -2.0]
-    assert not leg.uncertain
+    chunk = read_generate(200, body(), EXPECTED)
+    assert chunk.versions.tolist() == [0, 1] and chunk.logprobs.tolist() == [-1.0, -2.0]
+    assert not chunk.uncertain
 
 
 @pytest.mark.parametrize(
     ("status", "payload", "kind"),
     [
-        (200, b"", Trouble.BAD_ANSWER),
-        (200, b"[]", Trouble.BAD_ANSWER),
-        (200, b'{"error": "x"}', Trouble.SERVER_ERROR),
-        (429, b"slow down", Trouble.BUSY),
-        (401, b"{}", Trouble.FORBIDDEN),
-        (404, b"", Trouble.BAD_REQUEST),
-        (502, b"<html>", Trouble.SERVER_ERROR),
-        (200, body(id="b/1/"), Trouble.BAD_ANSWER),
-        (200, body(finish_reason=None), Trouble.BAD_ANSWER),
-        (200, body(weight_versions=[]), Trouble.BAD_ANSWER),
-        (200, body(weight_versions=[{"version": "r-0"}]), Trouble.BAD_ANSWER),
+        (200, b"", PoolErrorKind.BAD_ANSWER),
+        (200, b"[]", PoolErrorKind.BAD_ANSWER),
+        (200, b'{"error": "x"}', PoolErrorKind.SERVER_ERROR),
+        (429, b"slow down", PoolErrorKind.BUSY),
+        (401, b"{}", PoolErrorKind.FORBIDDEN),
+        (404, b"", PoolErrorKind.BAD_REQUEST),
+        (502, b"<html>", PoolErrorKind.SERVER_ERROR),
+        (200, body(id="b/1/"), PoolErrorKind.BAD_ANSWER),
+        (200, body(finish_reason=None), PoolErrorKind.BAD_ANSWER),
+        (200, body(weight_versions=[]), PoolErrorKind.BAD_ANSWER),
+        (200, body(weight_versions=[{"version": "r-0"}]), PoolErrorKind.BAD_ANSWER),
         (200, body(weight_versions=[{"version": "?", "start": 0, "end": 2}]), "wrong_version"),
-        (200, body(output_token_logprobs=[[-1.0, 3]]), Trouble.BAD_ANSWER),
-        (200, body(output_token_logprobs=[["x", 3], [0, 4]]), Trouble.BAD_ANSWER),
+        (200, body(output_token_logprobs=[[-1.0, 3]]), PoolErrorKind.BAD_ANSWER),
+        (200, body(output_token_logprobs=[["x", 3], [0, 4]]), PoolErrorKind.BAD_ANSWER),
         (
             200,
             body(finish_reason={"type": "abort", "status_code": 503, "message": "full"}),
-            Trouble.BUSY,
+            PoolErrorKind.BUSY,
         ),
     ],
 )
@@ -108,8 +108,8 @@ def test_an_unusable_answer_is_named(status, payload, kind):
 
 
 def test_the_newest_version_alone_is_uncertain_when_it_changed_meanwhile():
-    leg = read_generate(200, body(weight_versions=None), EXPECTED)
-    assert leg.versions.tolist() == [0, 0] and leg.uncertain
+    chunk = read_generate(200, body(weight_versions=None), EXPECTED)
+    assert chunk.versions.tolist() == [0, 0] and chunk.uncertain
 
 
 @pytest.mark.parametrize(
@@ -117,8 +117,8 @@ def test_the_newest_version_alone_is_uncertain_when_it_changed_meanwhile():
 )
 def test_a_first_and_a_last_version_are_exact_only_when_equal(last, uncertain):
     ends = {"weight_version_start": "r-0", "weight_version_end": last}
-    leg = read_generate(200, body(weight_versions=None, **ends), EXPECTED)
-    assert leg.versions.tolist() == [0, 0] and leg.uncertain is uncertain
+    chunk = read_generate(200, body(weight_versions=None, **ends), EXPECTED)
+    assert chunk.versions.tolist() == [0, 0] and chunk.uncertain is uncertain
 
 
 def test_the_toys_oracle_notices_a_wrong_token():

@@ -83,7 +83,7 @@ def test_tokens_survive_random_interruptions(servers, tmp_path, mode, trials):
     assert len(weights) > 2 and any(len(set(c.versions.tolist())) > 1 for c in done)
 
 
-def test_a_new_leg_has_a_new_rid_the_whole_prefix_and_the_rest_of_the_budget(servers, tmp_path):
+def test_a_new_chunk_has_a_new_rid_the_whole_prefix_and_the_rest_of_the_budget(servers, tmp_path):
     toy = FaultServer()
     pool = open_pool([servers.start(toy)], tmp_path)
     toy.arm(Fault("abort_500"), Fault("abort_before_prefill"))

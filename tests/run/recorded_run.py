@@ -29,8 +29,8 @@ from agentcpm_jax.rollout.config import StreamConfig
 from agentcpm_jax.rollout.episode import EpisodeConfig
 from agentcpm_jax.rollout.stream import GroupOutcome
 from agentcpm_jax.run.context import open_context
-from agentcpm_jax.run.interrupt import StopSignal
 from agentcpm_jax.run.loop import train
+from agentcpm_jax.run.multihost import StopSignal
 from agentcpm_jax.run.observe.metrics import silent
 from agentcpm_jax.run.sampling import make_finish
 from agentcpm_jax.train.optimizer import OptimizerConfig

@@ -31,7 +31,7 @@ from agentcpm_jax.pool.config import PoolConfig
 from agentcpm_jax.rewards.judge import JudgeConfig
 from agentcpm_jax.run import doctor
 from agentcpm_jax.run.commandline import Command, parse
-from agentcpm_jax.run.doctor import Finding, consult, examine
+from agentcpm_jax.run.doctor import Finding, check, examine
 from agentcpm_jax.run.engines import weights_place
 from agentcpm_jax.types import UserError
 from tests.doubles.fault_server import FaultServer
@@ -92,7 +92,7 @@ def test_a_launch_is_stopped_by_what_it_needs(tmp_path: Path, capsys) -> None:
 def test_a_healthy_launch_says_nothing_and_looks_at_little(tmp_path: Path) -> None:
     said: list[str] = []
     command = parse([*TINY, f"--workdir={tmp_path}"])
-    assert consult(command, said.append) is False
+    assert check(command, said.append) is False
     assert said == []
     assert {f.part for f in examine(command.config, tmp_path, thorough=False)} == {
         "disk",
@@ -103,7 +103,7 @@ def test_a_healthy_launch_says_nothing_and_looks_at_little(tmp_path: Path) -> No
 def test_it_can_be_switched_off(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(doctor, "examine", lambda *a, **k: pytest.fail("examined"))
     command = parse([*TINY, f"--workdir={tmp_path}", "--nodoctor"])
-    assert command.doctor is False and consult(command, print) is False
+    assert command.doctor is False and check(command, print) is False
     assert parse(TINY).doctor is None and parse([*TINY, "--doctor"]).doctor is True
 
 
@@ -134,9 +134,9 @@ def test_a_run_can_begin_without_a_part_that_it_may_wait_for(tmp_path: Path, mon
     monkeypatch.setattr(doctor, "examine", lambda *a, **k: [absent])
     said: list[str] = []
     command = Command(configured(), tmp_path)
-    assert consult(command, said.append) is False and said == [str(absent)]
+    assert check(command, said.append) is False and said == [str(absent)]
     with pytest.raises(UserError, match=r"1 of the checks failed; mend what FAIL names$"):
-        consult(command._replace(doctor=True), said.append)
+        check(command._replace(doctor=True), said.append)
 
 
 # --- disk, database ---------------------------------------------------------------------------
@@ -147,7 +147,7 @@ def test_a_disk_that_is_too_small(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage)
     found = findings(configured(), tmp_path / "run")["disk"]
     assert not found.ok
-    assert re.search(r"0\.0 GB free at .*, about 0\.0 GB needed; free some space", found.text)
+    assert re.search(r"1.00 MB free at .*, about 23.47 MB needed; free some space", found.text)
 
 
 def test_finished_stages_are_not_examined(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from agentcpm_jax.run.commandline import CHECKOUT
 from agentcpm_jax.run.inspect.replay import describe, replay
 from agentcpm_jax.run.inspect.why import write_why
 from agentcpm_jax.run.observe import machine
-from agentcpm_jax.weights import publish as weight_sync
+from agentcpm_jax.weights.publish import load_version
+from agentcpm_jax.weights.store import versions
 from tests.run.test_resume import COMPUTED, assert_exactly_once, curve, finish
 
 pytestmark = pytest.mark.runs
@@ -62,14 +63,14 @@ def test_an_asynchronous_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None
 
 def test_a_lockstep_run_goes_on_with_its_published_weights(tmp_path: Path) -> None:
     workdir = copied("lockstep", tmp_path)
-    before, published = curve(workdir), weight_sync.load(workdir / "rl", 5)
+    before, published = curve(workdir), load_version(workdir / "rl", 5)
     variant, *flags = LOCKSTEP
     finish(workdir, variant, *flags)
     assert_recomputed(workdir, before)
     assert_exactly_once(workdir)
-    assert weight_sync.versions(workdir / "rl") == [5, 6]
+    assert versions(workdir / "rl") == [5, 6]
     for leaf, same in zip(
-        weight_sync.load(workdir / "rl", 5).values(), published.values(), strict=True
+        load_version(workdir / "rl", 5).values(), published.values(), strict=True
     ):
         if hasattr(leaf, "shape"):
             np.testing.assert_array_equal(leaf, same)

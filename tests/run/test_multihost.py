@@ -137,9 +137,9 @@ def test_a_step_beyond_its_deadline_ends_the_process(tmp_path, monkeypatch) -> N
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     dog = Watchdog(0.2, said.append, tmp_path, leave=lambda code: (codes.append(code), left.set()))
     codes: list[int] = []
-    with dog.watching() as begins:
-        begins(1, "train step")
-        begins(2, "train step")
+    with dog.watching() as on_phase:
+        on_phase(1, "train step")
+        on_phase(2, "train step")
         assert left.wait(60)
     assert codes[0] == 130 and "step 2, train step" in said[0]
     assert "step 2, train step" in (tmp_path / "hang-process-0.txt").read_text()

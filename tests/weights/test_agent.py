@@ -20,7 +20,7 @@ from agentcpm_jax.pool.config import PoolConfig, agent_url
 from agentcpm_jax.pool.servers import SGLangPool
 from agentcpm_jax.weights.agent import open_agent
 from agentcpm_jax.weights.mirror import Mirror
-from agentcpm_jax.weights.store import Draft
+from agentcpm_jax.weights.store import VersionWriter
 from tests.doubles.fault_server import FaultServer
 from tests.doubles.object_store import ObjectStore, register
 from tests.doubles.toy_pool import QUICK, check_toy, request, sample_all, toy_trainer, wait_for
@@ -30,9 +30,9 @@ ROOT = Path(__file__).parents[2]
 LAUNCH = """
 import sys
 from tests.doubles.object_store import register
-from agentcpm_jax.weights import mirror as pool_mirror
+from agentcpm_jax.weights import mirror
 register()
-pool_mirror.CHUNK = 4096
+mirror.CHUNK = 4096
 import pool_agent
 sys.exit(pool_agent.main())
 """
@@ -66,10 +66,10 @@ def agents(tmp_path: Path) -> Iterator[Callable[..., int]]:
 
 
 def publish(root: str, version: int, weights: str) -> str:
-    draft = Draft(root, version)
-    draft.write("toy.txt", [weights.encode()])
-    draft.write("padding.bin", [os.urandom(50_000)])
-    draft.commit({})
+    writer = VersionWriter(root, version)
+    writer.write("toy.txt", [weights.encode()])
+    writer.write("padding.bin", [os.urandom(50_000)])
+    writer.commit({})
     return f"{root}/weights/v{version:06d}"
 
 

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 
 from agentcpm_jax.types import UserError
-from agentcpm_jax.weights import mirror as pool_mirror
 from agentcpm_jax.weights.mirror import Mirror, Pull
-from agentcpm_jax.weights.store import Draft, collect_garbage, open_place
+from agentcpm_jax.weights.store import VersionWriter, collect_garbage, open_root
 from tests.doubles.object_store import ObjectStore, register
 from tests.doubles.toy_pool import wait_for
 
@@ -22,17 +21,17 @@ WEIGHTS = np.random.default_rng(0).integers(0, 256, 100_000, np.uint8).tobytes()
 @pytest.fixture
 def store(monkeypatch) -> Iterator[ObjectStore]:
     register()
-    monkeypatch.setattr(pool_mirror, "CHUNK", 1 << 14)
+    monkeypatch.setattr("agentcpm_jax.weights.mirror.CHUNK", 1 << 14)
     running = ObjectStore()
     yield running
     running.close()
 
 
 def publish(store: ObjectStore, version: int, name: str = "run") -> None:
-    draft = Draft(f"{store.url}/{name}", version)
-    draft.write("model.safetensors", [WEIGHTS])
-    draft.write("config.json", [b"{}"])
-    draft.commit({})
+    writer = VersionWriter(f"{store.url}/{name}", version)
+    writer.write("model.safetensors", [WEIGHTS])
+    writer.write("config.json", [b"{}"])
+    writer.commit({})
 
 
 def mirror(store: ObjectStore, tmp_path: Path, quota: int = 0) -> Mirror:
@@ -139,7 +138,9 @@ def test_what_cannot_fit_says_so(store: ObjectStore, tmp_path: Path) -> None:
     publish(store, 1)
     done = finish(mirror(store, tmp_path, quota=50_000), 1)
     assert done.state == "failed"
-    assert re.search(r"0\.0 GB of weights do not fit in .*quota .*raise --quota-gb", done.reason)
+    assert re.search(
+        r"MB of weights do not fit in .*quota 0.05 MB, .*raise --quota-gb", done.reason
+    )
 
 
 @pytest.mark.parametrize("name", ["", "../run", "a/b", ".hidden", "x" * 300])
@@ -151,4 +152,4 @@ def test_a_name_cannot_leave_the_source(store: ObjectStore, tmp_path: Path, name
 def test_a_source_nobody_can_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="weights cannot lie at nowhere://b"):
         Mirror("nowhere://b", tmp_path)
-    assert open_place(tmp_path).local
+    assert open_root(tmp_path).local

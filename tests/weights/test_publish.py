@@ -20,7 +20,8 @@ from agentcpm_jax.model.config import ModelConfig
 from agentcpm_jax.model.hf import load_hf, save_hf
 from agentcpm_jax.model.params import abstract_params, param_specs
 from agentcpm_jax.types import UserError
-from agentcpm_jax.weights import publish as weight_sync
+from agentcpm_jax.weights import publish
+from agentcpm_jax.weights.store import versions
 
 SMALL = ModelConfig(
     vocab_size=64, width=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, ffw=24
@@ -45,8 +46,8 @@ def test_loaded_equals_published_however_it_is_split(
 ) -> None:
     cfg = replace(SMALL, param_dtype=dtype, tied_embeddings=tied)
     params = make_params(1, cfg)
-    assert weight_sync.publish(tmp_path, 17, params, cfg, max_file_bytes=max_file_bytes)
-    assert bits(weight_sync.load(tmp_path, 17)) == bits(params)
+    assert publish.publish_version(tmp_path, 17, params, cfg, max_file_bytes=max_file_bytes)
+    assert bits(publish.load_version(tmp_path, 17)) == bits(params)
     path = tmp_path / "weights" / "v000017"
     manifest = json.loads((path / "manifest.json").read_text())
     assert manifest["version"] == 17 and manifest["model"]["width"] == 16
@@ -63,9 +64,9 @@ def test_the_directory_is_what_a_checkpoint_is(tmp_path: Path, monkeypatch, form
     if form == "host":
         params = jax.tree.map(np.asarray, params)
     if form == "small pieces":
-        monkeypatch.setattr(weight_sync, "PIECE_BYTES", 3000)
+        monkeypatch.setattr(publish, "PIECE_BYTES", 3000)
     tokenizer = SHIPPED["shipped:sft"]
-    weight_sync.publish(tmp_path / "a", 0, params, cfg, tokenizer_from=tokenizer)
+    publish.publish_version(tmp_path / "a", 0, params, cfg, tokenizer_from=tokenizer)
     save_hf(tmp_path / "b", params, cfg, tokenizer_from=tokenizer)
     published = tmp_path / "a" / "weights" / "v000000"
     assert bits(load_hf(published)[0]) == bits(load_hf(tmp_path / "b")[0])
@@ -77,9 +78,9 @@ def test_the_directory_is_what_a_checkpoint_is(tmp_path: Path, monkeypatch, form
 
 def test_float32_parameters_may_be_published_in_bfloat16(tmp_path: Path) -> None:
     params = make_params(1)
-    weight_sync.publish(tmp_path, 0, params, SMALL, dtype="bfloat16")
+    publish.publish_version(tmp_path, 0, params, SMALL, dtype="bfloat16")
     expected = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-    assert bits(weight_sync.load(tmp_path, 0)) == bits(expected)
+    assert bits(publish.load_version(tmp_path, 0)) == bits(expected)
     config = json.loads((tmp_path / "weights" / "v000000" / "config.json").read_text())
     assert "bfloat16" in json.dumps(config)
 
@@ -88,9 +89,9 @@ def test_adapters_are_published_within_their_matrices(tmp_path: Path) -> None:
     cfg = replace(SMALL, lora_rank=2)
     params, adapters = make_params(1), lora.init_adapters(jax.random.key(2), cfg)
     adapters = jax.tree.map(lambda x: x + 0.1, adapters)
-    weight_sync.publish(tmp_path, 0, params | {"adapters": adapters}, cfg)
+    publish.publish_version(tmp_path, 0, params | {"adapters": adapters}, cfg)
     merged = lora.merge(params, adapters, cfg)
-    assert bits(weight_sync.load(tmp_path, 0)) == bits(merged) != bits(params)
+    assert bits(publish.load_version(tmp_path, 0)) == bits(merged) != bits(params)
 
 
 def test_conversion_streams(tmp_path: Path, monkeypatch) -> None:
@@ -98,9 +99,9 @@ def test_conversion_streams(tmp_path: Path, monkeypatch) -> None:
     cfg = replace(SMALL, vocab_size=4096, width=256, ffw=1024, num_layers=8, head_dim=64)
     params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract_params(cfg))
     size = sum(leaf.nbytes for leaf in tree.flatten(params).values())
-    monkeypatch.setattr(weight_sync, "PIECE_BYTES", 1 << 18)
+    monkeypatch.setattr(publish, "PIECE_BYTES", 1 << 18)
     tracemalloc.start()
-    weight_sync.publish(tmp_path, 0, params, cfg)
+    publish.publish_version(tmp_path, 0, params, cfg)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert size > 30 << 20 and peak < 3 << 20, (size, peak)
@@ -108,15 +109,15 @@ def test_conversion_streams(tmp_path: Path, monkeypatch) -> None:
 
 def test_parameters_of_another_model_are_a_bug(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="embed has shape"):
-        weight_sync.publish(tmp_path, 0, make_params(0), replace(SMALL, vocab_size=65))
+        publish.publish_version(tmp_path, 0, make_params(0), replace(SMALL, vocab_size=65))
     lacking = {k: v for k, v in make_params(0).items() if k != "embed"} | {"embed": 0}
     assert set(lacking) == set(param_specs(SMALL))
-    assert weight_sync.versions(tmp_path) == []
+    assert versions(tmp_path) == []
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
 def test_damaged_files_are_refused(tmp_path: Path, damage: str) -> None:
-    weight_sync.publish(tmp_path, 1, make_params(1), SMALL)
+    publish.publish_version(tmp_path, 1, make_params(1), SMALL)
     (file,) = (tmp_path / "weights" / "v000001").glob("*.safetensors")
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
@@ -125,7 +126,7 @@ def test_damaged_files_are_refused(tmp_path: Path, damage: str) -> None:
     else:
         file.write_bytes(content if damage == "flip" else content[:-1])
     with pytest.raises(UserError, match=r"model\.safetensors are damaged"):
-        weight_sync.load(tmp_path, 1)
+        publish.load_version(tmp_path, 1)
 
 
 def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
@@ -134,10 +135,10 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path, monkeypatch) ->
 
     monkeypatch.setattr("agentcpm_jax.weights.store._Synced.write", full)
     with pytest.raises(UserError, match=r"No space left on device; free some space"):
-        weight_sync.publish(tmp_path, 0, make_params(0), SMALL)
+        publish.publish_version(tmp_path, 0, make_params(0), SMALL)
     assert not list((tmp_path / "weights").iterdir())
 
 
 def test_weights_that_are_elsewhere_are_not_read_in_place() -> None:
     with pytest.raises(UserError, match="copy them to a local disk"):
-        weight_sync.load("memory://elsewhere", 0)
+        publish.load_version("memory://elsewhere", 0)

@@ -8,8 +8,14 @@ from pathlib import Path
 import pytest
 
 from agentcpm_jax.types import UserError
-from agentcpm_jax.weights import store as weight_store
-from agentcpm_jax.weights.store import Draft, collect_garbage, manifest, open_place, versions
+from agentcpm_jax.weights.store import (
+    VersionWriter,
+    collect_garbage,
+    manifest,
+    open_root,
+    remove_roots,
+    versions,
+)
 
 
 @pytest.fixture(params=["disk", "object store"])
@@ -18,23 +24,23 @@ def root(request, tmp_path: Path) -> str:
 
 
 def write(root: str, version: int, content: bytes = b"weights") -> None:
-    draft = Draft(root, version)
-    draft.write("model.safetensors", [content[:3], content[3:]])
-    draft.commit({})
+    writer = VersionWriter(root, version)
+    writer.write("model.safetensors", [content[:3], content[3:]])
+    writer.commit({})
 
 
 def read(root: str, version: int) -> bytes:
-    place = open_place(root)
+    place = open_root(root)
     return place.fs.cat_file(f"{place.version(version)}/model.safetensors")
 
 
 def test_a_version_appears_with_its_marker(root: str) -> None:
-    draft = Draft(root, 3)
-    draft.write("model.safetensors", [b"weights"])
+    writer = VersionWriter(root, 3)
+    writer.write("model.safetensors", [b"weights"])
     assert versions(root) == []
     with pytest.raises(UserError, match=r"no stable weights .*v000003; versions there: none"):
         manifest(root, 3)
-    draft.commit({"dtype": "bfloat16"})
+    writer.commit({"dtype": "bfloat16"})
     found = manifest(root, 3)
     assert versions(root) == [3] and read(root, 3) == b"weights"
     assert found["files"]["model.safetensors"]["bytes"] == 7 and found["dtype"] == "bfloat16"
@@ -43,7 +49,7 @@ def test_a_version_appears_with_its_marker(root: str) -> None:
 def test_what_a_killed_writer_left_is_replaced(root: str) -> None:
     write(root, 1)
     write(root, 2, b"half written")
-    place = open_place(root)
+    place = open_root(root)
     place.fs.rm_file(f"{place.version(2)}/STABLE")  # as if killed before the last line
     assert versions(root) == [1]
     write(root, 2, b"whole")
@@ -57,7 +63,7 @@ def test_garbage_collection_keeps_the_newest(root: str) -> None:
     assert versions(root) == [2, 3] and read(root, 2) == b"w2"
     assert collect_garbage(root, keep_from=99) == [2]
     assert versions(root) == [3] and read(root, 3) == b"w3"
-    place = open_place(root)
+    place = open_root(root)
     assert {p.split("/")[-2] for p in place.fs.find(place.path)} == {"v000003"}
 
 
@@ -77,7 +83,7 @@ def test_a_place_without_weights_has_no_versions(root: str) -> None:
 def test_roots_of_earlier_starts_are_removed(root: str) -> None:
     for name in ("run-a.1", "run-a.2", "run-b.1"):
         write(f"{root}/{name}", 0)
-    weight_store.remove_roots(root, "run-a.", but="run-a.2")
+    remove_roots(root, "run-a.", but="run-a.2")
     assert [versions(f"{root}/{name}") for name in ("run-a.1", "run-a.2", "run-b.1")] == [
         [],
         [0],
@@ -96,12 +102,12 @@ def test_weights_of_an_older_schema_say_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize("place", ["nowhere://bucket/run", "gs"])
 def test_a_place_nobody_can_read_is_named(place: str) -> None:
     if place == "gs":
-        assert open_place(place).local  # a directory of that name
+        assert open_root(place).local  # a directory of that name
     else:
         with pytest.raises(UserError, match=r"weights cannot lie at nowhere://bucket/run"):
-            open_place(place)
+            open_root(place)
 
 
 def test_versions_have_six_digits(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="1000000 is not within"):
-        Draft(tmp_path, 10**6)
+        VersionWriter(tmp_path, 10**6)

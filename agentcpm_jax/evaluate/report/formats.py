@@ -50,15 +50,3 @@ def format_estimate(v: Estimate, percent: bool = False) -> str:
     if math.isnan(v.low) or math.isnan(v.high):
         return text
     return f"{text} [{number(v.low)}, {number(v.high)}]"
-
-
-def format_seconds(seconds: float) -> str:
-    """`3 h 05 min`, `4 min 07 s`, `8.1 s`."""
-    if math.isnan(seconds):
-        return "n/a"
-    whole = round(seconds)
-    if whole >= 3600:
-        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-    if whole >= 60:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{seconds:.1f} s"

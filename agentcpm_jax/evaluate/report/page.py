@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +15,10 @@ from typing import Any
 
 from agentcpm_jax.evaluate.passk import Estimate
 from agentcpm_jax.evaluate.report.charts import Points, bar_chart, line_chart, scatter_chart
-from agentcpm_jax.evaluate.report.formats import format_estimate, format_number, format_seconds
+from agentcpm_jax.evaluate.report.formats import format_estimate, format_number
 from agentcpm_jax.evaluate.report.transcript import STYLE as TRANSCRIPT_STYLE
 from agentcpm_jax.evaluate.report.transcript import escape, transcript
+from agentcpm_jax.files import duration_text, write_atomically
 
 Cell = str | int | float | bool | Estimate | None
 
@@ -124,14 +124,7 @@ class ReportData:
 
 def write_report(path: Path, data: ReportData) -> None:
     """Writes the page, UTF-8, atomically: an older report stays until the new one is whole."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        # lone surrogates, which models can sample, have no UTF-8
-        partial.write_bytes(render(data).encode("utf-8", "replace"))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_atomically(path, render(data))
 
 
 def render(data: ReportData) -> str:
@@ -234,7 +227,7 @@ def _timeline(stages: Sequence[StageReport]) -> str:
     total = sum(known) or 1.0
     rows = "".join(
         f'<tr><td><a href="#stage-{i}">{escape(s.name)}</a></td><td>{escape(s.kind)}</td>'
-        f'<td class="number">{format_seconds(s.wall_seconds)}</td>'
+        f'<td class="number">{duration_text(s.wall_seconds)}</td>'
         f'<td class="share">{_share(s.wall_seconds / total)}</td></tr>'
         for i, s in enumerate(stages)
     )
@@ -243,7 +236,7 @@ def _timeline(stages: Sequence[StageReport]) -> str:
         '<th scope="col">stage</th><th scope="col">kind</th>'
         '<th scope="col" class="number">wall time</th><th scope="col">share</th></tr></thead>'
         f'<tbody>{rows}</tbody><tfoot><tr><td>total</td><td></td><td class="number">'
-        f"{format_seconds(sum(known))}</td><td></td></tr></tfoot></table></div>"
+        f"{duration_text(sum(known))}</td><td></td></tr></tfoot></table></div>"
     )
 
 
@@ -253,7 +246,7 @@ def _share(share: float) -> str:
 
 
 def _stage(stage: StageReport) -> str:
-    facts = {"wall time": format_seconds(stage.wall_seconds), **stage.facts}
+    facts = {"wall time": duration_text(stage.wall_seconds), **stage.facts}
     listed = "".join(
         f"<div><dt>{escape(k)}</dt><dd>{_cell(v)}</dd></div>" for k, v in facts.items()
     )

@@ -63,7 +63,7 @@ def advise(
     return ""
 
 
-class Adviser:
+class Alerts:
     """Says a line when the advice changes, and only then."""
 
     def __init__(
@@ -74,7 +74,7 @@ class Adviser:
         self._rows: deque[Row] = deque(rows, maxlen=WINDOW)
         self._topic = topic(advise(self._rows, lockstep=lockstep))
 
-    def hear(self, row: Row) -> None:
+    def observe(self, row: Row) -> None:
         """Takes the metrics of one more step."""
         self._rows.append(row)
         line = advise(self._rows, lockstep=self._lockstep)

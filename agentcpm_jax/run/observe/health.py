@@ -1,16 +1,27 @@
-"""How an RL stage fared, for the report: what staleness cost, by length, and what advice says."""
+"""The health of a stage: a loss that is no number stops it, and the report tells how it fared.
+
+That is, what staleness cost, by length of the trajectories, and what the alerts said.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
 import numpy as np
 
 from agentcpm_jax.config import Stage
+from agentcpm_jax.data.batch import Batch
 from agentcpm_jax.evaluate.passk import Estimate, wilson
 from agentcpm_jax.evaluate.report.page import BarChart, Headline, Panel, Table
 from agentcpm_jax.run.context import RunContext
 from agentcpm_jax.run.observe.alerts import history
 from agentcpm_jax.run.observe.metrics import read_metrics
 from agentcpm_jax.run.observe.staleness import length_deciles, stale_drops
+from agentcpm_jax.types import UserError
 
 PANELS = (
     Panel("Idle share of trainer and pool", ("time/trainer_idle", "pool/idle")),
@@ -25,6 +36,38 @@ PANELS = (
     Panel("Resident memory (MiB)", ("memory/rss_mib",)),
     Panel("Growth of memory (MiB per step)", ("memory/rss_slope",)),
 )
+
+
+def stop_if_not_finite(
+    values: Mapping[str, Any],
+    batch: Batch,
+    directory: Path,
+    name: str,
+    step: int,
+    issue_ids: Iterable[int] = (),
+) -> None:
+    """Dumps the batch of `step` as `directory`/nonfinite-step-<n>.npz; of several processes each
+    dumps the rows that it made.
+
+    The update itself changed nothing and no checkpoint of this step is made, so the newest
+    checkpoint is the last good one. A gradient alone that overflows is skipped and counted.
+
+    Raises:
+      UserError: the loss is not finite; names the step and the issues of its batch.
+    """
+    loss = float(values["train/loss"])
+    if math.isfinite(loss):
+        return
+    own = f".process-{jax.process_index()}" if jax.process_count() > 1 else ""
+    path = directory / f"nonfinite-step-{step}{own}.npz"
+    arrays: dict[str, Any] = {k: np.asarray(v) for k, v in vars(batch).items() if v is not None}
+    np.savez_compressed(path, **arrays)
+    ids = sorted(set(issue_ids))
+    of_issues = f" of issues {', '.join(map(str, ids))}" if ids else ""
+    raise UserError(
+        f"{name}: the loss of step {step} is {loss}; the batch{of_issues} is in {path}, the last "
+        "good checkpoint is kept; look for absurd rewards or weights in it, or lower the rate"
+    )
 
 
 def staleness_headline(ctx: RunContext, stage: Stage) -> list[Headline]:

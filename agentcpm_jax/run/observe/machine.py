@@ -33,15 +33,15 @@ def describe() -> dict[str, Any]:
     }
 
 
-def note(directory: Path, completed: int) -> None:
-    """Notes in a stage's directory that this machine computes the steps after `completed`."""
+def record(directory: Path, completed: int) -> None:
+    """Writes in a stage's directory that this machine computes the steps after `completed`."""
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / FILE).open("a") as file:
         file.write(json.dumps({"after": completed} | describe()) + "\n")
 
 
 def of_step(directory: Path, step: int) -> dict[str, Any]:
-    """The machine that computed `step` (1 = the first) last; empty when nothing was noted."""
+    """The machine that computed `step` (1 = the first) last; empty when nothing was recorded."""
     path = directory / FILE
     if not path.exists():
         return {}

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
+
+from agentcpm_jax.files import write_atomically
 
 
 class Bar(Protocol):
@@ -49,10 +50,7 @@ class MetricsWriter:
     def __init__(self, path: Path, start_step: int = 0) -> None:
         self._path = path
         kept = [row for row in read_metrics(path) if row["step"] <= start_step]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(_line(row) for row in kept))
-        os.replace(temporary, path)
+        write_atomically(path, "".join(_line(row) for row in kept))
         self.kept = kept  # the rows of the steps before
 
     def write(self, step: int, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -67,12 +67,12 @@ def watched(
             return
         profile = Profile(directory / "profile", start + WARM + 1)
 
-        def begins(step: int, phase: str) -> None:
+        def on_phase(step: int, phase: str) -> None:
             watch(step, phase)
-            profile.begins(step, phase)
+            profile.on_phase(step, phase)
 
         try:
-            yield begins
+            yield on_phase
         finally:
             profile.stop()
         written = profile.write(ctx.cfg.model, rows, row_length)
@@ -87,7 +87,7 @@ class Profile:
         self._began: list[tuple[float, int, str]] = []
         self._tracing = False
 
-    def begins(self, step: int, phase: str) -> None:
+    def on_phase(self, step: int, phase: str) -> None:
         """A phase of a step begins; the one before it has ended."""
         if step >= self._first + STEPS:
             self.stop()

@@ -83,12 +83,12 @@ class Watchdog:
         thread = threading.Thread(target=self._watch, args=(done,), name="watchdog", daemon=True)
         thread.start()
         try:
-            yield self._begins
+            yield self._on_phase
         finally:
             done.set()
             thread.join()
 
-    def _begins(self, step: int, phase: str) -> None:
+    def _on_phase(self, step: int, phase: str) -> None:
         old = self._post
         assert old is not None
         if step != old.step or not old.count:

@@ -7,7 +7,7 @@ import pytest
 
 from agentcpm_jax.evaluate.passk import Estimate
 from agentcpm_jax.evaluate.report.charts import bar_chart, line_chart
-from agentcpm_jax.evaluate.report.formats import format_estimate, format_number, format_seconds
+from agentcpm_jax.evaluate.report.formats import format_estimate, format_number
 
 
 @pytest.mark.parametrize(
@@ -22,13 +22,10 @@ def test_numbers(value, text):
     assert format_number(value) == text
 
 
-def test_estimates_and_seconds():
+def test_estimates():
     assert format_estimate(Estimate(0.6213, 0.58, 0.66), percent=True) == "62.1% [58.0, 66.0]"
     assert format_estimate(Estimate(0.5), percent=True) == "50.0%"
     assert format_estimate(Estimate(math.nan)) == "n/a"
-    assert [format_seconds(s) for s in (8.14, 247, 11_100, math.nan)] == [
-        *("8.1 s", "4 min 07 s", "3 h 05 min", "n/a")
-    ]
 
 
 def texts(svg: str, anchor: str) -> list[str]:

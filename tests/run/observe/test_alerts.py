@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from agentcpm_jax.run.observe.alerts import LEAST, Adviser, advise, history, topic
+from agentcpm_jax.run.observe.alerts import LEAST, Alerts, advise, history, topic
 
 HEALTHY: dict[str, Any] = {
     "train/nonfinite": 0,
@@ -106,20 +106,20 @@ def test_counters_that_restart_with_the_process_do_not_go_backwards() -> None:
 
 def test_a_line_is_said_once_per_change() -> None:
     said: list[str] = []
-    adviser = Adviser(said.append)
+    alerts = Alerts(said.append)
     bad = {"time/trainer_idle": lambda step: 0.5 + step / 100}
     rows = [*run(12), *run(12, **bad), *run(12), *run(12, **bad)]
     for n, row in enumerate(rows, 1):
-        adviser.hear(row | {"step": n, "stream/shipped_groups": 8 * n})
+        alerts.observe(row | {"step": n, "stream/shipped_groups": 8 * n})
     assert [topic(line.partition(": ")[2]) for line in said] == ["pool-bound", "pool-bound"]
     assert said[0].startswith("step 17: ")  # five of the nine rows are bad
 
 
 def test_a_resumed_run_does_not_repeat_what_it_said() -> None:
     rows, said = run(20, **{"pool/idle": 0.9}), []
-    adviser = Adviser(said.append, rows[:10])
+    alerts = Alerts(said.append, rows[:10])
     for row in rows[10:]:
-        adviser.hear(row)
+        alerts.observe(row)
     assert said == []
 
 

@@ -1,4 +1,4 @@
-"""What the report says about staleness and advice, from a run's own files."""
+"""A loss that is no number; what the report says of staleness, advice: from a run's own files."""
 
 from __future__ import annotations
 
@@ -6,15 +6,21 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
+import pytest
+
+from agentcpm_jax.data.batch import Batch
 from agentcpm_jax.run.inspect.opened import open_run
 from agentcpm_jax.run.observe.health import (
     advice_table,
     is_lockstep,
     staleness_chart,
     staleness_headline,
+    stop_if_not_finite,
 )
 from agentcpm_jax.run.observe.metrics import read_metrics
 from agentcpm_jax.run.observe.summary import write_summary
+from agentcpm_jax.types import UserError
 from tests.run.recorded_run import CFG, STEPS, finished
 
 
@@ -61,3 +67,14 @@ def test_the_report_of_a_run_has_the_new_panels(tmp_path: Path) -> None:
 def test_turn_taking_is_known_from_the_configuration() -> None:
     assert is_lockstep(CFG.stages[0]), "eta = 0"
     assert len(read_metrics(finished() / "rl" / "metrics.jsonl")) == STEPS
+
+
+def test_the_batch_is_dumped_and_its_issues_are_named(tmp_path: Path) -> None:
+    batch = Batch.empty(2, 4).replace(tokens=np.arange(8, dtype=np.int32).reshape(2, 4))
+    stop_if_not_finite({"train/loss": 1.0}, batch, tmp_path, "rl", 3, (7,))
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UserError, match=r"rl: the loss of step 3 is nan; .* of issues 7, 12 is in"):
+        stop_if_not_finite({"train/loss": np.nan}, batch, tmp_path, "rl", 3, (12, 7, 12))
+    found = np.load(tmp_path / "nonfinite-step-3.npz")
+    np.testing.assert_array_equal(found["tokens"], batch.tokens)
+    assert "loss_mask" in found and "proximal_logprobs" not in found

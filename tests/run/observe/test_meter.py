@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from agentcpm_jax.rollout.policy import SampleRequest, Scripted
-from agentcpm_jax.run.observe.vitals import (
+from agentcpm_jax.run.observe.meter import (
     RSS_LEAST,
     LoopLag,
-    Memory,
     PolicyWatch,
+    ResidentMemory,
     robust_slope,
     rss_mib,
 )
@@ -95,7 +95,7 @@ def test_one_jump_does_not_move_the_slope() -> None:
 
 def test_memory_has_a_slope_when_there_are_enough_steps() -> None:
     readings = iter(np.arange(100.0, 200.0, 2.0))
-    memory = Memory(lambda: float(next(readings)))
+    memory = ResidentMemory(lambda: float(next(readings)))
     rows = [memory.drain() for _ in range(RSS_LEAST)]
     assert "memory/rss_slope" not in rows[-2]
     assert rows[-1] == {"memory/rss_mib": 114.0, "memory/rss_slope": pytest.approx(2.0)}
