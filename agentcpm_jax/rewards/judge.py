@@ -20,15 +20,21 @@ import asyncio
 import hashlib
 import json
 import re
+import sqlite3
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 
 from agentcpm_jax.rewards.grade import ABSTENTION, DISAGREEMENT, Judgement
-from agentcpm_jax.rewards.judge_cache import JudgeCache
 from agentcpm_jax.types import Task, Trajectory, UserError, Verdict
 
 PROMPT_VERSION = 1
+_TABLE = (
+    "CREATE TABLE IF NOT EXISTS verdict "
+    "(key TEXT PRIMARY KEY, model TEXT NOT NULL, verdict TEXT NOT NULL, reply TEXT NOT NULL)"
+)
 
 #: prompt -> reply. Raises `AskError`, or anything else, which is taken as worth another try.
 Ask = Callable[[str], Awaitable[str]]
@@ -148,6 +154,64 @@ class Judge:
             if not failure.retry:
                 break
         raise failure
+
+
+class JudgeCache:
+    """Verdicts by a hash of what was judged, in one SQLite file. Any number of processes may share
+    it; without a path they are kept in memory.
+
+    A connection lives for one statement, so that the cache belongs to no thread and needs no
+    closing. A file that cannot be read or written later on costs a question, not the run.
+
+    Raises:
+      UserError: the file cannot be opened, or is no SQLite database.
+    """
+
+    def __init__(self, path: str | Path | None = None) -> None:
+        self._path = path
+        self._known: dict[str, Verdict] = {}
+        self.hits = 0
+        if path is None:
+            return
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            with closing(sqlite3.connect(path)) as db, db:
+                db.execute("PRAGMA journal_mode=WAL")
+                db.execute(_TABLE)
+        except (OSError, sqlite3.Error) as error:
+            raise UserError(
+                f"judge cache {path}: {error}; remove the file or name another in judge.cache"
+            ) from None
+
+    def get(self, key: str) -> Verdict | None:
+        """The verdict stored under `key`."""
+        found = self._known.get(key) or self._read(key)
+        if found is not None:
+            self.hits += 1
+            self._known[key] = found
+        return found
+
+    def put(self, key: str, model: str, verdict: Verdict, reply: str) -> None:
+        """Store a verdict, with the model and its reply for people who want to check it."""
+        self._known[key] = verdict
+        self._execute(
+            "INSERT OR REPLACE INTO verdict VALUES (?, ?, ?, ?)", (key, model, verdict, reply)
+        )
+
+    def _read(self, key: str) -> Verdict | None:
+        rows = self._execute("SELECT verdict FROM verdict WHERE key = ?", (key,))
+        return Verdict(rows[0][0]) if rows and rows[0][0] in set(Verdict) else None
+
+    def _execute(self, statement: str, values: tuple[str, ...]) -> list[tuple[str]]:
+        if self._path is None:
+            return []
+        # A reply may hold lone surrogates, which SQLite does not store.
+        plain = [str(v).encode("utf-8", "replace").decode() for v in values]
+        try:
+            with closing(sqlite3.connect(self._path, timeout=1.0)) as db, db:
+                return db.execute(statement, plain).fetchall()
+        except sqlite3.Error:
+            return []
 
 
 def decide(votes: Sequence[Verdict | AskError], cfg: JudgeConfig) -> Judgement:

@@ -15,8 +15,7 @@ from agentcpm_jax.config import ExperimentConfig
 from agentcpm_jax.dock.functions import NoTools, run_function, schema_of, with_functions
 from agentcpm_jax.dock.protocol import OpenToolbox, Toolbox
 from agentcpm_jax.rewards.grade import GRADERS, Reward, answer_reward
-from agentcpm_jax.rewards.judge import Ask, AskError, Judge, JudgeConfig
-from agentcpm_jax.rewards.judge_cache import JudgeCache
+from agentcpm_jax.rewards.judge import Ask, AskError, Judge, JudgeCache, JudgeConfig
 from agentcpm_jax.rollout.endpoint import ChatEndpoint, EndpointConfig, may_retry
 from agentcpm_jax.rollout.policy import Finish
 from agentcpm_jax.types import Task, Trajectory, UserError

@@ -1,7 +1,7 @@
 """The experience log's state machine in dicts, for schedules by the thousand.
 
 Holds what the stream asks of `ExperienceLog`, with the same guards; the same schedules are run
-against both in `test_rollout_stream_schedules.py`.
+against both in `tests/rollout/test_stream_schedules.py`.
 """
 
 from __future__ import annotations

@@ -15,13 +15,13 @@ from agentcpm_jax.rewards.grade import score
 from agentcpm_jax.rewards.judge import (
     AskError,
     Judge,
+    JudgeCache,
     JudgeConfig,
     decide,
     fenced,
     judge_prompt,
     parse_verdict,
 )
-from agentcpm_jax.rewards.judge_cache import JudgeCache
 from agentcpm_jax.run.custom import make_reward
 from agentcpm_jax.types import StopReason, Task, Trajectory, UserError, Verdict
 from tests.doubles.played_endpoint import content, fields, honest, played, verdict_line

@@ -10,7 +10,7 @@ import numpy as np
 
 from agentcpm_jax.chat.format import ChatFormat, template_text
 from agentcpm_jax.rollout.episode import EpisodeConfig, run_episode
-from agentcpm_jax.rollout.policy import SampleRequest, Scripted
+from agentcpm_jax.rollout.policy import SampleRequest, Scripted, TokenPolicy
 from agentcpm_jax.types import (
     Task,
     ToolResult,
@@ -74,7 +74,7 @@ def play(
     cfg: EpisodeConfig = CFG,
     toolbox: Library | None = None,
     chat: ChatFormat = CHAT,
-    policy: Any = None,
+    policy: TokenPolicy | None = None,
 ) -> Trajectory:
     return asyncio.run(
         run_episode(

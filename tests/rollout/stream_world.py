@@ -28,6 +28,8 @@ from agentcpm_jax.types import (
     Verdict,
 )
 
+#: issue, sample, segment, and the bytes of its arrays and of its credit
+Flat = tuple[int | bytes, ...]
 SMALL = StreamConfig(
     batch_groups=2,
     group_size=3,
@@ -106,7 +108,7 @@ class World:
             self.running -= 1
 
 
-def flat(batch: list[ShippedSegment]) -> list[tuple]:
+def flat(batch: list[ShippedSegment]) -> list[Flat]:
     return [
         (
             s.issue_id,
@@ -139,7 +141,9 @@ def check_bounds(log: ExperienceLog, cfg: StreamConfig, steps: int) -> None:
     assert {i.issue_id for i in log.issues("rl", states=["shipped"])} == groups
 
 
-def train(stream: Stream, world: World, first: int, steps: int, pause: float = 0.0) -> list:
+def train(
+    stream: Stream, world: World, first: int, steps: int, pause: float = 0.0
+) -> list[list[Flat]]:
     batches = []
     for step in range(first, first + steps):
         batches.append(flat(stream.next_step_segments(step)))
