@@ -13,7 +13,6 @@ import math
 import re
 import threading
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -90,7 +89,7 @@ class AdaptedCheckpoint(Checkpoint):
         """Whether the adapter changes this tensor."""
         return name in self._factors
 
-    def identity(self) -> list[list[Any]]:
+    def identity(self) -> list[list[str | int]]:
         """As of a Checkpoint, with the adapter's files."""
         files = [self.adapter / "adapter_config.json", self.adapter / WEIGHTS]
         stats = [(p, p.stat()) for p in files]

@@ -6,7 +6,7 @@ output has every tensor its inputs have; one that an input lacks is an error.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -178,26 +178,16 @@ def _job(
     depth = _depth(sources, used)
     t = place.depth / (depth - 1) if place.depth is not None and depth > 1 else 0.0
     scopes = (part.parameters, *recipe.scopes)
-    spec = recipe.spec
     shared = {
         key: _value(key, place.name, t, scopes, default)
-        for key, default in spec.global_params.items()
+        for key, default in recipe.spec.global_params.items()
     }
     inputs, own = [], []
     for source, name in zip(sources, names, strict=True):
         if recipe.base_apart and source.model == base:
             continue
         inputs.append((source.model, name))
-        values = {}
-        for key, default in spec.model_params.items():
-            value = _value(key, name, t, (source.parameters, *scopes), default)
-            if value is REQUIRED:
-                raise UserError(
-                    f"model {source.model} has no {key} for tensor {name}; "
-                    f"add `parameters: {{{key}: ...}}`"
-                )
-            values[key] = value
-        own.append(values)
+        own.append(_own(recipe, source, name, t, scopes))
     for key, value in shared.items():
         if value is REQUIRED:
             raise UserError(f"{key} is missing for tensor {place.name}; add it to `parameters`")
@@ -212,6 +202,21 @@ def _job(
         own=tuple(own),
         layer=place.layer,
     )
+
+
+def _own(
+    recipe: MergeRecipe, source: Source, name: str, t: float, scopes: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The parameters of one input."""
+    values = {}
+    for key, default in recipe.spec.model_params.items():
+        values[key] = _value(key, name, t, (source.parameters, *scopes), default)
+        if values[key] is REQUIRED:
+            raise UserError(
+                f"model {source.model} has no {key} for tensor {name}; "
+                f"add `parameters: {{{key}: ...}}`"
+            )
+    return values
 
 
 def _with_base(
@@ -247,7 +252,7 @@ def _first(source: Source) -> int:
     return source.layers[0] if source.layers else 0
 
 
-def _union(lists: Any) -> list[str]:
+def _union(lists: Iterable[Iterable[str]]) -> list[str]:
     return sorted({name for names in lists for name in names})
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from agentcpm_jax.merge.kernels.methods import METHODS
+from agentcpm_jax.merge.kernels.ops import Array
 from agentcpm_jax.merge.kernels.trees import Tree, linear, map_leaves
 from agentcpm_jax.merge.soups import greedy_soup, merged_tree
 from agentcpm_jax.types import UserError
@@ -182,8 +183,8 @@ def _candidates(
             yield {**choice, "lambda": lambda_}, map_leaves(_stepped(lambda_), [base, mix])
 
 
-def _stepped(lambda_: float) -> Callable[[Any, Any], Any]:
-    def leaf(b: Any, m: Any) -> Any:
+def _stepped(lambda_: float) -> Callable[[Array, Array], Array]:
+    def leaf(b: Array, m: Array) -> Array:
         if lambda_ == 0:
             return b
         return (b.astype(m.dtype) + m * m.dtype.type(lambda_)).astype(b.dtype)

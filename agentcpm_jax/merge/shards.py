@@ -96,7 +96,7 @@ class Checkpoint:
         if length > 0:
             mapped.madvise(mmap.MADV_DONTNEED, first, length)
 
-    def identity(self) -> list[list[Any]]:
+    def identity(self) -> list[list[str | int]]:
         """File, size, time of change and header digest of every file: cheap, for resuming."""
         out = []
         for path in [self.directory / "config.json", *self.files]:

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from agentcpm_jax.merge.kernels.methods import merge_tensors
+from agentcpm_jax.merge.kernels.ops import Array, Scalar
 from agentcpm_jax.merge.kernels.trees import Tree, linear, map_leaves, task_arithmetic
 from agentcpm_jax.types import UserError
 
@@ -77,17 +78,17 @@ def greedy_soup(trees: Sequence[Tree], evaluate: Callable[[Tree], float]) -> tup
     return soup, Soup(tuple(taken), tuple(scores))
 
 
-def ema_update(average: Tree, params: Tree, decay: Any) -> Tree:
+def ema_update(average: Tree, params: Tree, decay: Scalar) -> Tree:
     """decay * average + (1 - decay) * params, in the average's dtype (keep it in float32)."""
 
-    def leaf(a: Any, p: Any) -> Any:
+    def leaf(a: Array, p: Array) -> Array:
         wide = p.astype(a.dtype)
         return (a + (wide - a) * (1.0 - decay)).astype(a.dtype)
 
     return map_leaves(leaf, [average, params])
 
 
-def ema_debiased(average: Tree, decay: float, updates: Any) -> Tree:
+def ema_debiased(average: Tree, decay: float, updates: Scalar) -> Tree:
     """The average of an EMA that began at zero, after so many updates (> 0)."""
     return map_leaves(lambda a: (a / (1.0 - decay**updates)).astype(a.dtype), [average])
 
@@ -127,7 +128,7 @@ def merged_tree(
 ) -> Tree:
     """Any method of `methods.METHODS` on nested dicts of numpy or JAX arrays, leaf by leaf."""
 
-    def leaf(name: str, *leaves: Any) -> Any:
+    def leaf(name: str, *leaves: Array) -> Array:
         return merge_tensors(
             method,
             leaves if base is None else leaves[1:],

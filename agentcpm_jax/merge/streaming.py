@@ -108,9 +108,7 @@ def merge_checkpoints(
     with open_inputs(recipe, roots) as opened:
         tensors = {job.name: job.info for job in opened.jobs}
         files = plan_files(tensors, max_shard_bytes)
-        merge = {"recipe": dict(recipe.raw), "seed": seed, "shards": max_shard_bytes}
-        inputs = [model.identity() for model in opened.models.values()]
-        key = digest([merge, inputs, [str(m.directory) for m in opened.models.values()]])
+        key = _identity(recipe, seed, max_shard_bytes, opened.models)
         _check_space(out, opened.nbytes)
         with staging(out, key) as grown, _hashes(opened.models) as hashes:
             jobs = {j.name: j for j in with_kept_counts(recipe, opened.jobs, opened.models)}
@@ -122,8 +120,7 @@ def merge_checkpoints(
                 yield merged_tensor(recipe, jobs[name], opened.models, seed)
                 written.add(tensors[name].nbytes)
 
-            resumed = grown.done
-            write_files(grown.path, files, values, resumed, written.note)
+            write_files(grown.path, files, values, grown.done, written.note)
             write_index(grown.path, files, tensors)
             write_companions(
                 grown.path,
@@ -140,7 +137,7 @@ def merge_checkpoints(
         tensors=len(tensors),
         parameters=sum(int(np.prod(t.shape)) for t in tensors.values()),
         nbytes=opened.nbytes,
-        resumed=resumed,
+        resumed=grown.done,
         notes=opened.notes,
     )
 
@@ -190,6 +187,15 @@ def merged_tensor(
     for model, name in job.places:
         models[model].release(name)
     return merged.astype(FLOATS[job.info.dtype], copy=False)
+
+
+def _identity(
+    recipe: MergeRecipe, seed: int, max_shard_bytes: int, models: Mapping[str, Checkpoint]
+) -> str:
+    """Of a merge: equal for the same recipe, seed and inputs."""
+    merge = {"recipe": dict(recipe.raw), "seed": seed, "shards": max_shard_bytes}
+    inputs = [model.identity() for model in models.values()]
+    return digest([merge, inputs, [str(m.directory) for m in models.values()]])
 
 
 def _cast(value: np.ndarray, recipe: MergeRecipe) -> np.ndarray:

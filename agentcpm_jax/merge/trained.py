@@ -90,7 +90,7 @@ class TrainingStep(Checkpoint):
     def release(self, name: str) -> None:
         """Nothing: a shared array stays mapped until all its layers are merged."""
 
-    def identity(self) -> list[list[Any]]:
+    def identity(self) -> list[list[str | int]]:
         """File, size and time of change of every stored file."""
         stats = [(p, p.stat()) for p in self.files]
         return [[str(p.relative_to(self.directory)), s.st_size, s.st_mtime_ns] for p, s in stats]

@@ -103,7 +103,11 @@ def test_a_gradient_interpolates_between_equal_knots(t, value):
 def test_gradients_of_switches_take_the_knot_below():
     scopes = [{"normalize": [True, False, True]}]
     assert [value_for("normalize", "x", t, scopes) for t in (0.0, 0.49, 0.5, 0.99, 1.0)] == [
-        *(True, True, False, False, True)
+        True,
+        True,
+        False,
+        False,
+        True,
     ]
 
 

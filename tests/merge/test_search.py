@@ -100,7 +100,12 @@ def test_a_sweep_that_reuses_task_vectors_finds_what_single_merges_find(method):
     if method == "dare_ties":
         grid["density"] = [0.5]
     result = sweep(
-        *(method, trees, base, grid, lambda p: seen.append(p) or 0.0, lambda p: 1.0),
+        method,
+        trees,
+        base,
+        grid,
+        lambda p: seen.append(p) or 0.0,
+        lambda p: 1.0,
         own=own,
         seed=4,
     )

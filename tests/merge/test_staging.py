@@ -68,7 +68,7 @@ def test_a_killed_merge_goes_on_and_ends_with_the_same_bytes(models, tmp_path):
     shutil.copytree(partial, tmp_path / ".other.partial")
     calls = []
     result = merge_checkpoints(
-        *(recipe, tmp_path / "out", [models], 60_000, lambda *a: calls.append(a)), seed=3
+        recipe, tmp_path / "out", [models], 60_000, lambda *a: calls.append(a), seed=3
     )
     assert 10 <= result.resumed <= 14 and len(calls) == result.tensors - result.resumed
     assert "kept from an interrupted merge" in result.summary()

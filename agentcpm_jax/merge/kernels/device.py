@@ -32,7 +32,6 @@ def on_device(
     fn: Callable[..., Array],
     tensors: Sequence[Array],
     arguments: Mapping[str, Any],
-    *,
     name: str,
     dtype: np.dtype,
     compute: np.dtype,

@@ -21,6 +21,7 @@ import numpy as np
 
 from agentcpm_jax import tree as paths
 from agentcpm_jax.merge.kernels.methods import merge_tensors
+from agentcpm_jax.merge.kernels.ops import Array
 from agentcpm_jax.merge.kernels.random_bits import stream_key
 from agentcpm_jax.types import UserError
 
@@ -58,16 +59,15 @@ def merge_tree(
     """
     if not trees:
         raise UserError("nothing to merge: 0 models; give at least one")
-    first = trees[0] if base is None else base
-    flat = [paths.flatten(t) for t in (*trees, *([] if base is None else [base]))]
-    like = paths.flatten(first)
+    flat = [paths.flatten(t) for t in (trees if base is None else [*trees, base])]
+    like = flat[0 if base is None else -1]
     for other in flat:
         if odd := sorted(other.keys() ^ like.keys()):
             raise UserError(
                 f"tensor {odd[0]} is missing from an input; merge models of one architecture"
             )
 
-    def merged(path: str) -> Any:
+    def merged(path: str) -> Array:
         leaves = [f[path] for f in flat]
         layers = range(like[path].shape[0]) if path.split("/")[0] in stacked else None
         names = [path] if layers is None else [f"{path}/{i}" for i in layers]
@@ -75,7 +75,7 @@ def merge_tree(
         own = [model_params(n) if callable(model_params) else model_params for n in names]
         keys = np.array([[stream_key(seed, n, m) for m in range(len(trees))] for n in names])
 
-        def one(i: int, key: Any, values: Sequence[Any]) -> Any:
+        def one(i: int, key: Array, values: Sequence[Array]) -> Array:
             return merge_tensors(
                 method,
                 values if base is None else values[:-1],
@@ -87,7 +87,7 @@ def merge_tree(
                 keys=key,
             )
 
-        def run(*values: Any) -> Any:
+        def run(*values: Array) -> Array:
             if layers is None:
                 return one(0, keys[0], values)
             if all(s == shared[0] for s in shared) and all(o == own[0] for o in own):

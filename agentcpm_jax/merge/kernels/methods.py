@@ -202,17 +202,7 @@ def merge_tensors(
         return spec.fn(ops, list(tensors), **arguments)
     from agentcpm_jax.merge.kernels.device import on_device
 
-    return on_device(
-        spec.fn,
-        tensors,
-        arguments,
-        name=name,
-        dtype=out,
-        compute=compute,
-        seed=seed,
-        compat=compat,
-        keys=keys,
-    )
+    return on_device(spec.fn, tensors, arguments, name, out, compute, seed, compat, keys)
 
 
 def result_dtype(method: str, dtypes: Sequence[Any], compat: bool) -> np.dtype:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from agentcpm_jax.merge.kernels.chunked import FLOATS
-from agentcpm_jax.merge.kernels.ops import SMALLEST_SUM
+from agentcpm_jax.merge.kernels.ops import SMALLEST_SUM, Array, Scalar
 from agentcpm_jax.types import UserError
 
 Tree = Any  # a nested dict of arrays, or one array
@@ -30,7 +30,7 @@ Tree = Any  # a nested dict of arrays, or one array
 
 def linear(
     trees: Sequence[Tree],
-    weights: Sequence[Any],
+    weights: Sequence[Scalar],
     normalize: bool = True,
     dtype: Any = None,
     compute_dtype: Any = np.float32,
@@ -49,7 +49,7 @@ def linear(
     """
     coefficients = _coefficients(weights, len(trees), normalize, 1.0)
 
-    def leaf(*leaves: Any) -> Any:
+    def leaf(*leaves: Array) -> Array:
         return _weighted_sum(leaves, coefficients)
 
     return _map_leaves(leaf, trees, dtype, compute_dtype)
@@ -58,8 +58,8 @@ def linear(
 def task_arithmetic(
     base: Tree,
     trees: Sequence[Tree],
-    weights: Sequence[Any],
-    lambda_: Any = 1.0,
+    weights: Sequence[Scalar],
+    lambda_: Scalar = 1.0,
     normalize: bool = False,
     dtype: Any = None,
     compute_dtype: Any = np.float32,
@@ -80,14 +80,16 @@ def task_arithmetic(
     """
     coefficients = _coefficients(weights, len(trees), normalize, lambda_)
 
-    def leaf(b: Any, *leaves: Any) -> Any:
+    def leaf(b: Array, *leaves: Array) -> Array:
         mix = _weighted_sum([x - b for x in leaves], coefficients)
         return b if mix is None else b + mix
 
     return _map_leaves(leaf, [base, *trees], dtype, compute_dtype)
 
 
-def _coefficients(weights: Sequence[Any], count: int, normalize: bool, lambda_: Any) -> list[Any]:
+def _coefficients(
+    weights: Sequence[Scalar], count: int, normalize: bool, lambda_: Scalar
+) -> list[Scalar]:
     """What each model is multiplied with: w, or w / sum(w), times lambda."""
     if count == 0:
         raise UserError("nothing to merge: 0 models; give at least one")
@@ -106,7 +108,7 @@ def _coefficients(weights: Sequence[Any], count: int, normalize: bool, lambda_: 
     return [x / total * lambda_ for x in w]
 
 
-def _weighted_sum(leaves: Sequence[Any], coefficients: Sequence[Any]) -> Any:
+def _weighted_sum(leaves: Sequence[Array], coefficients: Sequence[Scalar]) -> Array | None:
     """sum_m c_m x_m over the models whose c is not a plain 0; None if none is left."""
     total = None
     for x, c in zip(leaves, coefficients, strict=True):
@@ -123,7 +125,7 @@ def _map_leaves(
 ) -> Tree:
     """Applies `f` to corresponding leaves in the compute dtype and rounds its result once."""
 
-    def leaf(*values: Any) -> Any:
+    def leaf(*values: Array) -> Array:
         promoted = np.result_type(*(np.dtype(x.dtype) for x in values))
         compute = promoted if compute_dtype is None else np.result_type(compute_dtype, promoted)
         leaves = [x.astype(compute) for x in values]
@@ -173,7 +175,7 @@ def _common_keys(trees: Sequence[Tree], path: str) -> list[str]:
     return list(trees[0])
 
 
-def check_leaves(leaves: Sequence[Any], name: str) -> None:
+def check_leaves(leaves: Sequence[Array], name: str) -> None:
     """UserError unless all are floating arrays of one shape."""
     shapes = [tuple(x.shape) for x in leaves]
     if len(set(shapes)) > 1:

@@ -106,15 +106,22 @@ def test_stacked_layers_are_tensors_of_their_own():
     base, trees, shared, own = inputs("dare_ties")
     stack = lambda t: {"layers": {"w": jnp.asarray(t["w"]).reshape(2, 24, 64)}}  # noqa: E731
     got = merge_tree(
-        *("dare_ties", [stack(t) for t in trees], stack(base)),
-        **{"global_params": shared, "model_params": own, "seed": 1, "stacked": ("layers",)},
+        "dare_ties",
+        [stack(t) for t in trees],
+        stack(base),
+        global_params=shared,
+        model_params=own,
+        seed=1,
+        stacked=("layers",),
     )
     for i in range(2):
         want = merge_tensors(
             "dare_ties",
             [t["w"].reshape(2, 24, 64)[i] for t in trees],
             base=base["w"].reshape(2, 24, 64)[i],
-            **{"global_params": shared, "model_params": own, "seed": 1},
+            global_params=shared,
+            model_params=own,
+            seed=1,
             name=f"layers/w/{i}",
         )
         np.testing.assert_allclose(got["layers"]["w"][i], want, rtol=2e-6, atol=2e-7)

@@ -74,9 +74,14 @@ def test_random_methods_have_mergekits_statistics(case, name):
     deltas = np.stack(
         [
             merge_tensors(
-                *(recipe["merge_method"], models),
-                **{"base": files["base"][name], "global_params": shared, "model_params": own},
-                **{"name": name, "seed": seed, "compat": True},
+                recipe["merge_method"],
+                models,
+                base=files["base"][name],
+                global_params=shared,
+                model_params=own,
+                name=name,
+                seed=seed,
+                compat=True,
             )
             - base
             for seed in range(1000, 1064)
@@ -119,7 +124,12 @@ def test_masks_are_those_of_the_name_the_seed_and_the_model():
     def mask(name="q", seed=0, position=0):
         weights = [{"weight": float(i == position), "density": 0.5} for i in range(2)]
         return merge_tensors(
-            *("dare_linear", [tensor] * 2), base=zero, model_params=weights, name=name, seed=seed
+            "dare_linear",
+            [tensor] * 2,
+            base=zero,
+            model_params=weights,
+            name=name,
+            seed=seed,
         )
 
     np.testing.assert_array_equal(mask(), mask())
