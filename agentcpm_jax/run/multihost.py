@@ -146,13 +146,13 @@ def decide(name: str, make: Callable[[], T]) -> T:
     if jax.process_count() == 1:
         return make()
     if not is_main():
-        return _hear(name)
+        return _receive(name)
     try:
         value = make()
     except BaseException as error:
-        _say(name, {"failed": f"{type(error).__name__}: {error}"})
+        _send(name, {"failed": f"{type(error).__name__}: {error}"})
         raise
-    _say(name, {"value": value})
+    _send(name, {"value": value})
     return value
 
 
@@ -160,15 +160,15 @@ def decide(name: str, make: Callable[[], T]) -> T:
 def main_first(name: str) -> Iterator[None]:
     """The body runs on process 0, then on the others; not at all on them when it failed there."""
     if not is_main():
-        _hear(name)
+        _receive(name)
     try:
         yield
     except BaseException as error:
         if is_main() and jax.process_count() > 1:
-            _say(name, {"failed": f"{type(error).__name__}: {error}"})
+            _send(name, {"failed": f"{type(error).__name__}: {error}"})
         raise
     if is_main() and jax.process_count() > 1:
-        _say(name, {"value": None})
+        _send(name, {"value": None})
 
 
 def any_process(flag: bool) -> bool:
@@ -270,15 +270,15 @@ def client() -> Any:
     return distributed.global_state.client
 
 
-def _say(name: str, value: Any) -> None:
+def _send(name: str, value: Any) -> None:
     client().key_value_set(f"agentcpm/{name}", json.dumps(value))
 
 
-def _hear(name: str) -> Any:
-    heard = json.loads(client().blocking_key_value_get(f"agentcpm/{name}", _FOREVER_MS))
-    if "failed" in heard:
-        raise Interrupted(f"process 0 stopped ({heard['failed']}); the same command resumes")
-    return heard["value"]
+def _receive(name: str) -> Any:
+    received = json.loads(client().blocking_key_value_get(f"agentcpm/{name}", _FOREVER_MS))
+    if "failed" in received:
+        raise Interrupted(f"process 0 stopped ({received['failed']}); the same command resumes")
+    return received["value"]
 
 
 def _exists(path: str) -> bool:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import threading
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ from agentcpm_jax.pool.probe import Trainer
 from agentcpm_jax.pool.servers import PoolConfig, SGLangPool
 from agentcpm_jax.rollout.policy import Completion, SampleRequest, SamplingParams
 from tests.doubles.fault_server import toy_next, toy_state
+
+T = TypeVar("T")
 
 #: Looks often and waits little; patient enough for a machine that is busy with other things.
 QUICK = PoolConfig(
@@ -61,7 +64,7 @@ class Servers:
 
         self.call(end())
 
-    def call(self, work):
+    def call(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(60)
 
     def close(self) -> None:
@@ -102,7 +105,13 @@ def toy_logprobs(ids: np.ndarray, weights: str, vocab_size: int = 97) -> np.ndar
 
 
 def open_pool(
-    urls, root: Path, cfg: PoolConfig = QUICK, *, weights: str = "w0", version: int = 0, **changes
+    urls: Iterable[str],
+    root: Path,
+    cfg: PoolConfig = QUICK,
+    *,
+    weights: str = "w0",
+    version: int = 0,
+    **changes: Any,
 ) -> SGLangPool:
     """A started pool over toy servers."""
     pool = SGLangPool(replace(cfg, urls=tuple(urls), **changes), "run")
@@ -114,7 +123,9 @@ def open_pool(
     return pool
 
 
-def request(number: int = 0, new: int = 24, turn: int = 0, prompt=(1, 2, 3)) -> SampleRequest:
+def request(
+    number: int = 0, new: int = 24, turn: int = 0, prompt: Sequence[int] = (1, 2, 3)
+) -> SampleRequest:
     ids = np.asarray([*prompt, number % 97], np.int32)
     return SampleRequest(f"{number}-0-0/{turn}/", ids, new, SamplingParams(1.0, (), (number,)))
 
@@ -128,7 +139,7 @@ def check_toy(asked: SampleRequest, done: Completion, weights: Mapping[int, str]
         text.append(int(token))
 
 
-def wait_for(condition) -> None:
+def wait_for(condition: Callable[[], object]) -> None:
     """Polls within a generous bound; what is waited for is an event of another thread."""
 
     async def poll() -> None:
@@ -147,7 +158,7 @@ def servers() -> Iterator[Servers]:
     running.close()
 
 
-def sample_all(pool: SGLangPool, requests) -> list[Completion]:
+def sample_all(pool: SGLangPool, requests: Iterable[SampleRequest]) -> list[Completion]:
     """All requests at once; their completions in the same order."""
 
     async def together() -> list[Completion]:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 STEPS, ETA = 3, 1  # of configs/quickstart.py:smoke
 
 
-def train_on(urls: Sequence[str], workdir: Path, *flags: str) -> list[dict]:
+def train_on(urls: Sequence[str], workdir: Path, *flags: str) -> list[dict[str, Any]]:
     """Runs the stage from the shipped agent; its metrics, a row per step."""
     command = [sys.executable, "launch/train.py", "--config=configs/quickstart.py:smoke"]
     command += [f"--workdir={workdir}", "--config.stages=('rl',)"]
@@ -30,7 +31,7 @@ def train_on(urls: Sequence[str], workdir: Path, *flags: str) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
-def check_training(workdir: Path, rows: Sequence[dict]) -> np.ndarray:
+def check_training(workdir: Path, rows: Sequence[dict[str, Any]]) -> np.ndarray:
     """Every trained token against the published weights that its version names; all gaps (nats)."""
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     assert rows[-1]["pool/uncertain_tokens"] == 0

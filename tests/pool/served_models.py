@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
@@ -58,5 +59,5 @@ def trainer_logprobs(path: str) -> Logprobs:
 
 
 @lru_cache(maxsize=1)
-def _compiled():
+def _compiled() -> Callable[..., jax.Array]:
     return jax.jit(token_logprobs, static_argnums=1)

@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 import types
+from collections.abc import Callable
 
 # SGLang imports these names on a CPU even where it never calls them.
 KERNELS = (
@@ -52,7 +53,7 @@ def stand_in() -> None:
         sys.modules["sgl_kernel"] = module
 
 
-def absent(name: str):
+def absent(name: str) -> Callable[..., None]:
     def call(*_args: object, **_kwargs: object) -> None:
         raise RuntimeError(f"sgl_kernel.{name} was called, but there is no kernel wheel for CPUs")
 
