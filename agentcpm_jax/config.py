@@ -18,19 +18,17 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from agentcpm_jax.data.sft import SFTDataConfig
-from agentcpm_jax.engine.local import EngineConfig
+from agentcpm_jax.engine.config import EngineConfig
+from agentcpm_jax.mesh import MeshConfig
 from agentcpm_jax.model.config import TINY, ModelConfig
 from agentcpm_jax.pool.config import PoolConfig
 from agentcpm_jax.rewards.advantages import AdvantageConfig
 from agentcpm_jax.rewards.denoise import DenoiseConfig
 from agentcpm_jax.rewards.judge import JudgeConfig
-from agentcpm_jax.rollout.episode import EpisodeConfig
-from agentcpm_jax.rollout.stream import StreamConfig
-from agentcpm_jax.rollout.worker import WorkerConfig
-from agentcpm_jax.sharding import MeshConfig
+from agentcpm_jax.rollout.config import EpisodeConfig, StreamConfig, WorkerConfig
 from agentcpm_jax.tasks.world import WorldTasks
-from agentcpm_jax.train.losses.policy import LossConfig
-from agentcpm_jax.train.optimizer import OptimizerConfig
+from agentcpm_jax.train.config import OptimizerConfig
+from agentcpm_jax.train.losses.config import LossConfig
 from agentcpm_jax.types import UserError
 from agentcpm_jax.world.skills import SkillMix
 

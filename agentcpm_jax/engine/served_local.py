@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from agentcpm_jax.engine.local import EngineConfig, LocalEngine
+from agentcpm_jax.engine.config import EngineConfig
+from agentcpm_jax.engine.local import LocalEngine
 from agentcpm_jax.model.config import ModelConfig
 from agentcpm_jax.model.hf import load_hf
 from agentcpm_jax.rollout.policy import Completion, SampleRequest

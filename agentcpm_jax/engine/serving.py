@@ -8,7 +8,7 @@ import signal
 from collections.abc import Callable
 
 from agentcpm_jax.chat.format import ChatFormat
-from agentcpm_jax.engine.local import EngineConfig
+from agentcpm_jax.engine.config import EngineConfig
 from agentcpm_jax.engine.served_local import ServedLocal
 from agentcpm_jax.engine.server import EngineServer, ServerConfig, ServerKeys
 

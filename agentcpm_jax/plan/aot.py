@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from agentcpm_jax.model.config import ModelConfig
 from agentcpm_jax.plan.memory import Memory, estimate
-from agentcpm_jax.train.losses.methods import LossConfig
+from agentcpm_jax.train.losses.config import LossConfig
 from agentcpm_jax.train.optimizer import Schedule
 from agentcpm_jax.train.placement import abstract_base, abstract_inputs, step_shardings
 from agentcpm_jax.train.step import make_rl_step, make_sft_step, needs_reference

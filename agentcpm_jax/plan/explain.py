@@ -20,6 +20,7 @@ import optax
 from jax.sharding import AbstractMesh, Mesh
 
 from agentcpm_jax.config import ExperimentConfig, RLStage, Stage, TrainShape
+from agentcpm_jax.mesh import AXES, mesh_shape
 from agentcpm_jax.model import params as model_params
 from agentcpm_jax.model.attention.choice import fit_to
 from agentcpm_jax.model.config import ModelConfig
@@ -32,9 +33,10 @@ from agentcpm_jax.plan.aot import (
     raise_if_too_large,
     topology_devices,
 )
-from agentcpm_jax.sharding import AXES, make_mesh, mesh_shape
-from agentcpm_jax.train.losses.methods import LossConfig
-from agentcpm_jax.train.optimizer import OptimizerConfig, make_optimizer
+from agentcpm_jax.sharding import make_mesh
+from agentcpm_jax.train.config import OptimizerConfig
+from agentcpm_jax.train.losses.config import LossConfig
+from agentcpm_jax.train.optimizer import make_optimizer
 from agentcpm_jax.train.placement import (
     abstract_inputs,
     report_text,

@@ -16,50 +16,9 @@ from agentcpm_jax.log.schema import (
     Issue,
     ShipEntry,
 )
+from agentcpm_jax.rollout.config import StreamConfig as StreamConfig
 from agentcpm_jax.rollout.staleness import oldest_trained
-from agentcpm_jax.types import TrajectoryGroup, UserError
-
-
-@dataclass(frozen=True)
-class StreamConfig:
-    """How groups are produced and shipped.
-
-    `max_staleness` is eta: a batch trained at version v holds no token older than v - eta.
-    `over_age` 'drop' refills what grew too old; 'wait' holds batches back so that nothing does
-    (always so when `deterministic`).
-    """
-
-    batch_groups: int = 8  # B: groups per batch
-    group_size: int = 8  # samples per group
-    max_staleness: int = 4
-    max_concurrent_groups: int = 32
-    deterministic: bool = False  # lockstep: batch n is sampled at version max(0, n - eta)
-    over_age: str = "drop"  # drop | wait
-    retries: int = 3  # of one failed sample, each in a fresh environment
-    retry_delay: float = 0.5  # seconds, times the attempt; asynchronous mode only
-    sample_deadline: float = 3600.0  # seconds for one attempt; asynchronous mode only; 0: none
-    min_valid: int = 2  # samples with a verdict that a group needs
-    reissues: int = 1  # how often a task whose group failed is issued again
-    epoch_size: int = 0  # tasks per epoch; failed ones return at its end (0: a batch later)
-    breaker: int = 64  # unknown samples in a row that stop the run
-    barren_batches: int = 50  # batches' worth of groups dropped in a row that stop the run
-    stall_timeout: float = 900.0  # seconds without any finished sample; asynchronous mode; 0: none
-
-    def __post_init__(self) -> None:
-        if self.over_age not in ("drop", "wait"):
-            raise UserError(f"stream.over_age: {self.over_age!r}; choose 'drop' or 'wait'")
-        if not 1 <= self.min_valid <= self.group_size:
-            raise UserError(
-                f"stream.min_valid: {self.min_valid}; choose 1..group_size ({self.group_size})"
-            )
-        least = {"batch_groups": 1, "max_concurrent_groups": 1, "breaker": 1, "barren_batches": 1}
-        least |= {"max_staleness": 0, "retries": 0, "reissues": 0, "epoch_size": 0}
-        for name, low in least.items():
-            if getattr(self, name) < low:
-                raise UserError(f"stream.{name}: {getattr(self, name)}; it is at least {low}")
-        for name in ("retry_delay", "sample_deadline", "stall_timeout"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise UserError(f"stream.{name}: {getattr(self, name)}; give seconds, 0 or more")
+from agentcpm_jax.types import TrajectoryGroup
 
 
 class StreamError(RuntimeError):

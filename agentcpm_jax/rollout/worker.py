@@ -13,30 +13,16 @@ import socket
 import time
 import uuid
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 
 from agentcpm_jax.log.claims import Claim, ClaimLost
 from agentcpm_jax.log.experience import ExperienceLog
 from agentcpm_jax.log.schema import Issue
 from agentcpm_jax.log.signals import POLL
+from agentcpm_jax.rollout.config import StreamConfig
+from agentcpm_jax.rollout.config import WorkerConfig as WorkerConfig
 from agentcpm_jax.rollout.repair import Repair, RunSample, is_known
-from agentcpm_jax.rollout.stream_types import StreamConfig, StreamStalled
-from agentcpm_jax.types import Trajectory, UserError
-
-
-@dataclass(frozen=True)
-class WorkerConfig:
-    """Rollout workers of a shared (PostgreSQL) log. `lease`: seconds without a sign of life after
-    which a claim is given to another worker."""
-
-    lease: float = 60.0
-    trainer_groups: int = -1  # groups at a time in the trainer's process; -1: all; 0: none
-
-    def __post_init__(self) -> None:
-        if self.lease < 1:
-            raise UserError(f"workers.lease={self.lease:g}; it is at least 1 second")
-        if self.trainer_groups < -1:
-            raise UserError(f"workers.trainer_groups={self.trainer_groups}; it is at least -1")
+from agentcpm_jax.rollout.stream_types import StreamStalled
+from agentcpm_jax.types import Trajectory
 
 
 class ClaimWorker:

@@ -13,7 +13,8 @@ from typing import Any
 import jax
 
 from agentcpm_jax.config import EvalStage, Stage
-from agentcpm_jax.engine.local import LocalEngine, check_capacity
+from agentcpm_jax.engine.config import check_capacity
+from agentcpm_jax.engine.local import LocalEngine
 from agentcpm_jax.evaluate.passk import TaskScore
 from agentcpm_jax.evaluate.runner import evaluate
 from agentcpm_jax.evaluate.skills import skill_documents, skill_scores

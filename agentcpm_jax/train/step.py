@@ -20,7 +20,7 @@ from agentcpm_jax.model.attention.reference import Attention
 from agentcpm_jax.model.config import ModelConfig
 from agentcpm_jax.model.logprobs import token_logprobs, token_logprobs_and_entropy
 from agentcpm_jax.train.losses.aggregate import count_sequences, trained_mask
-from agentcpm_jax.train.losses.methods import LossConfig, resolve
+from agentcpm_jax.train.losses.config import LossConfig, resolve
 from agentcpm_jax.train.losses.policy import (
     cross_entropy,
     finish_metrics,

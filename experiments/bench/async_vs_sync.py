@@ -42,7 +42,8 @@ import jax.numpy as jnp
 from agentcpm_jax.chat.format import ChatFormat
 from agentcpm_jax.data.pack import pack
 from agentcpm_jax.engine import local
-from agentcpm_jax.engine.local import EngineConfig, LocalEngine
+from agentcpm_jax.engine.config import EngineConfig
+from agentcpm_jax.engine.local import LocalEngine
 from agentcpm_jax.evaluate.report.charts import line_chart
 from agentcpm_jax.files import SHIPPED
 from agentcpm_jax.log.experience import ExperienceLog
@@ -57,8 +58,9 @@ from agentcpm_jax.run.loop import shipped_rows
 from agentcpm_jax.run.observe.vitals import rss_mib
 from agentcpm_jax.run.sampling import make_finish, make_run_sample
 from agentcpm_jax.tasks.world import WorldTasks
-from agentcpm_jax.train.losses.policy import LossConfig
-from agentcpm_jax.train.optimizer import OptimizerConfig, make_optimizer
+from agentcpm_jax.train.config import OptimizerConfig
+from agentcpm_jax.train.losses.config import LossConfig
+from agentcpm_jax.train.optimizer import make_optimizer
 from agentcpm_jax.train.state import TrainState
 from agentcpm_jax.train.step import make_rl_step
 from agentcpm_jax.world.graph import WorldConfig

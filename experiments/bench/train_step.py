@@ -164,7 +164,8 @@ def train_steps(workload: str) -> Iterator[float]:
 
     from agentcpm_jax.data.pack import fill
     from agentcpm_jax.data.rows import text_row
-    from agentcpm_jax.train.optimizer import OptimizerConfig, make_optimizer
+    from agentcpm_jax.train.config import OptimizerConfig
+    from agentcpm_jax.train.optimizer import make_optimizer
     from agentcpm_jax.train.state import TrainState
     from agentcpm_jax.train.step import make_sft_step
 
@@ -231,10 +232,12 @@ def rl_steps(workload: str) -> Iterator[float]:
 
     from agentcpm_jax.data.pack import fill
     from agentcpm_jax.data.rows import rows_from_segment
-    from agentcpm_jax.engine.local import EngineConfig, LocalEngine
+    from agentcpm_jax.engine.config import EngineConfig
+    from agentcpm_jax.engine.local import LocalEngine
     from agentcpm_jax.rollout.policy import SampleRequest, SamplingParams
-    from agentcpm_jax.train.losses.methods import LossConfig
-    from agentcpm_jax.train.optimizer import OptimizerConfig, make_optimizer
+    from agentcpm_jax.train.config import OptimizerConfig
+    from agentcpm_jax.train.losses.config import LossConfig
+    from agentcpm_jax.train.optimizer import make_optimizer
     from agentcpm_jax.train.state import TrainState
     from agentcpm_jax.train.step import make_rl_step
     from agentcpm_jax.types import Provenance, Segment

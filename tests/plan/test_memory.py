@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 from jax.sharding import AbstractMesh
 
+from agentcpm_jax.mesh import AXES
 from agentcpm_jax.model.config import QWEN3_0_6B, ModelConfig
 from agentcpm_jax.plan import flops, memory
 from agentcpm_jax.plan.explain import as_run_on, steps_of
 from agentcpm_jax.run.commandline import parse
-from agentcpm_jax.sharding import AXES
-from agentcpm_jax.train.optimizer import OptimizerConfig, make_optimizer
+from agentcpm_jax.train.config import OptimizerConfig
+from agentcpm_jax.train.optimizer import make_optimizer
 
 PATH = Path(__file__).parents[2] / "experiments" / "results" / "aot.json"
 TABLE: dict[str, dict[str, Any]] = {row["row"]: row for row in json.loads(PATH.read_text())["rows"]}

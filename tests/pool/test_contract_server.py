@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from agentcpm_jax.chat.format import ChatFormat
-from agentcpm_jax.engine.local import EngineConfig
+from agentcpm_jax.engine.config import EngineConfig
 from agentcpm_jax.engine.served_local import ServedLocal
 from agentcpm_jax.engine.server import EngineServer, ServerConfig
 from tests.doubles.toy_pool import Servers

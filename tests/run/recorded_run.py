@@ -18,7 +18,7 @@ import numpy as np
 from agentcpm_jax.chat.format import ChatFormat
 from agentcpm_jax.checkpoint import Checkpointer
 from agentcpm_jax.config import ExperimentConfig, RLStage, Stage, TrainShape
-from agentcpm_jax.engine.local import EngineConfig
+from agentcpm_jax.engine.config import EngineConfig
 from agentcpm_jax.log.experience import ExperienceLog
 from agentcpm_jax.log.schema import Decision, ShipEntry
 from agentcpm_jax.model.config import TINY
@@ -32,7 +32,7 @@ from agentcpm_jax.run.interrupt import StopSignal
 from agentcpm_jax.run.loop import train
 from agentcpm_jax.run.observe.metrics import silent
 from agentcpm_jax.run.sampling import make_finish
-from agentcpm_jax.train.optimizer import OptimizerConfig
+from agentcpm_jax.train.config import OptimizerConfig
 from agentcpm_jax.types import (
     Provenance,
     Segment,

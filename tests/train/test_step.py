@@ -25,9 +25,9 @@ from agentcpm_jax.model import params as model_params
 from agentcpm_jax.model.config import TINY
 from agentcpm_jax.model.logprobs import token_logprobs
 from agentcpm_jax.model.qwen3 import forward
-from agentcpm_jax.train.losses.correction import Correction
-from agentcpm_jax.train.losses.methods import LossConfig
-from agentcpm_jax.train.optimizer import OptimizerConfig, make_optimizer
+from agentcpm_jax.train.config import OptimizerConfig
+from agentcpm_jax.train.losses.config import Correction, LossConfig
+from agentcpm_jax.train.optimizer import make_optimizer
 from agentcpm_jax.train.state import TrainState
 from agentcpm_jax.train.step import make_rl_step, make_sft_step, needs_reference
 

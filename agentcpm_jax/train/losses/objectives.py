@@ -33,7 +33,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from agentcpm_jax.train.losses.aggregate import sequence_mean
-from agentcpm_jax.train.losses.methods import LossConfig
+from agentcpm_jax.train.losses.config import LossConfig
 
 GSPO_CLAMP = 10.0
 

@@ -22,9 +22,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from agentcpm_jax.train.losses.aggregate import aggregate, count_sequences, trained_mask
+from agentcpm_jax.train.losses.config import LossConfig, resolve
 from agentcpm_jax.train.losses.correction import correct, log_linear
 from agentcpm_jax.train.losses.kl import kl_per_token
-from agentcpm_jax.train.losses.methods import LossConfig, resolve
 from agentcpm_jax.train.losses.objectives import OBJECTIVES, Scored, Tokens, log_ratio, within
 from agentcpm_jax.types import UserError
 
