@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from agentcpm_jax.types import UserError
 
+MAX_STOP_IDS = 8  # of one request
+
 
 @dataclass(frozen=True)
 class EngineConfig:

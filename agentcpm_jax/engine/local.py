@@ -18,11 +18,10 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from agentcpm_jax.engine.config import EngineConfig, up_to
+from agentcpm_jax.engine.config import MAX_STOP_IDS, EngineConfig, up_to
 from agentcpm_jax.engine.device import copy_prefix, decode, empty_rows, prefill
 from agentcpm_jax.engine.running import Running, failed
-from agentcpm_jax.engine.slots import Place, Slots
-from agentcpm_jax.engine.stops import MAX_STOP_IDS
+from agentcpm_jax.engine.slots import CacheSlot, Slots
 from agentcpm_jax.engine.weights import make_cache, make_mesh_of, own_copy
 from agentcpm_jax.model.config import ModelConfig
 from agentcpm_jax.rollout.policy import Completion, Finish, SampleRequest
@@ -190,7 +189,7 @@ class LocalEngine:
             self._settle(run, place)
             self._running[place.slot] = run
 
-    def _settle(self, run: Running, place: Place) -> None:
+    def _settle(self, run: Running, place: CacheSlot) -> None:
         run.place, run.leader = place, self._running.get(place.source)
         self._copy_prefix(run)
 
@@ -224,7 +223,7 @@ class LocalEngine:
                 self.tokens_reused += saved
                 run.cached += 0 if run.ids else saved
                 slots.fed[place.slot] = shared
-        run.place, run.leader = Place(place.slot, place.kept), None
+        run.place, run.leader = CacheSlot(place.slot, place.kept), None
         return True
 
     def _feed_prompts(self) -> None:

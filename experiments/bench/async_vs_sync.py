@@ -61,8 +61,7 @@ from agentcpm_jax.tasks.world import WorldTasks
 from agentcpm_jax.train.config import OptimizerConfig
 from agentcpm_jax.train.losses.config import LossConfig
 from agentcpm_jax.train.optimizer import make_optimizer
-from agentcpm_jax.train.state import TrainState
-from agentcpm_jax.train.step import make_rl_step
+from agentcpm_jax.train.step import TrainState, make_rl_step
 from agentcpm_jax.world.graph import WorldConfig
 from agentcpm_jax.world.search import search_index
 from agentcpm_jax.world.tools import LocalPages, WorldToolbox, config_of

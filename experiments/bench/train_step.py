@@ -166,8 +166,7 @@ def train_steps(workload: str) -> Iterator[float]:
     from agentcpm_jax.data.rows import text_row
     from agentcpm_jax.train.config import OptimizerConfig
     from agentcpm_jax.train.optimizer import make_optimizer
-    from agentcpm_jax.train.state import TrainState
-    from agentcpm_jax.train.step import make_sft_step
+    from agentcpm_jax.train.step import TrainState, make_sft_step
 
     params, cfg = load(workload, np.float32)
     optimizer = OptimizerConfig(lr=1e-5, weight_decay=0.0, clip_norm=0.0, schedule="constant")
@@ -238,8 +237,7 @@ def rl_steps(workload: str) -> Iterator[float]:
     from agentcpm_jax.train.config import OptimizerConfig
     from agentcpm_jax.train.losses.config import LossConfig
     from agentcpm_jax.train.optimizer import make_optimizer
-    from agentcpm_jax.train.state import TrainState
-    from agentcpm_jax.train.step import make_rl_step
+    from agentcpm_jax.train.step import TrainState, make_rl_step
     from agentcpm_jax.types import Provenance, Segment
 
     params, cfg = load(workload, np.float32)

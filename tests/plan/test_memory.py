@@ -27,7 +27,7 @@ COMPILED = [name for name, row in TABLE.items() if row["source"] == "AOT"]
 TX, _ = make_optimizer(OptimizerConfig(schedule="constant"))
 
 
-def estimate(row: dict[str, Any], **changes: Any) -> memory.Memory:
+def estimate(row: dict[str, Any], **changes: Any) -> memory.MemoryEstimate:
     model = ModelConfig(**row["model"] | changes)
     mesh = AbstractMesh(tuple(row["mesh"][axis] for axis in AXES), AXES)
     return memory.estimate(model, TX, mesh, row["rows"], row["row_length"])

@@ -30,8 +30,7 @@ from agentcpm_jax.run.sampling import make_finish
 from agentcpm_jax.train.config import OptimizerConfig
 from agentcpm_jax.train.losses.config import LossConfig
 from agentcpm_jax.train.optimizer import make_optimizer
-from agentcpm_jax.train.state import TrainState
-from agentcpm_jax.train.step import make_rl_step
+from agentcpm_jax.train.step import TrainState, make_rl_step
 from agentcpm_jax.types import (
     Provenance,
     Segment,

@@ -18,8 +18,7 @@ from agentcpm_jax.model.params import init
 from agentcpm_jax.run.learner import make_cut
 from agentcpm_jax.sharding import make_mesh
 from agentcpm_jax.train.buckets import check_lengths, trim
-from agentcpm_jax.train.state import TrainState
-from agentcpm_jax.train.step import make_sft_step
+from agentcpm_jax.train.step import TrainState, make_sft_step
 from agentcpm_jax.types import UserError
 
 MODEL = dataclasses.replace(

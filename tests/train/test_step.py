@@ -28,8 +28,7 @@ from agentcpm_jax.model.qwen3 import forward
 from agentcpm_jax.train.config import OptimizerConfig
 from agentcpm_jax.train.losses.config import Correction, LossConfig
 from agentcpm_jax.train.optimizer import make_optimizer
-from agentcpm_jax.train.state import TrainState
-from agentcpm_jax.train.step import make_rl_step, make_sft_step, needs_reference
+from agentcpm_jax.train.step import TrainState, make_rl_step, make_sft_step, needs_reference
 
 MODEL = dataclasses.replace(
     TINY, vocab_size=16, width=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, ffw=16
