@@ -2,37 +2,42 @@
 
 At the edge it is an ml_collections `ConfigDict` (`configs/*.py`, `--config.a.b=value`); inside it
 is `ExperimentConfig`. `from_config_dict` is the only door: it rejects unknown keys and wrong types
-by their full path.
+by their full path. What a run has stored (`config.json`) comes back through `config_from_json`,
+brought up to today's schema version by `migrate`.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
+import json
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
 from agentcpm_jax.data.sft import SFTDataConfig
-from agentcpm_jax.engine.local import EngineConfig
+from agentcpm_jax.engine.config import EngineConfig
+from agentcpm_jax.mesh import MeshConfig
 from agentcpm_jax.model.config import TINY, ModelConfig
 from agentcpm_jax.pool.config import PoolConfig
 from agentcpm_jax.rewards.advantages import AdvantageConfig
 from agentcpm_jax.rewards.denoise import DenoiseConfig
 from agentcpm_jax.rewards.judge import JudgeConfig
-from agentcpm_jax.rollout.config import StreamConfig, WorkerConfig
-from agentcpm_jax.rollout.episode import EpisodeConfig
-from agentcpm_jax.sharding import MeshConfig
+from agentcpm_jax.rollout.config import EpisodeConfig, StreamConfig, WorkerConfig
 from agentcpm_jax.tasks.world import WorldTasks
-from agentcpm_jax.train.losses.policy import LossConfig
-from agentcpm_jax.train.optimizer import OptimizerConfig
+from agentcpm_jax.train.config import OptimizerConfig
+from agentcpm_jax.train.losses.config import LossConfig
 from agentcpm_jax.types import UserError
 from agentcpm_jax.world.skills import SkillMix
 
+#: Raised when a key is renamed or moved or a default changes, with an entry in `MIGRATIONS`. A new
+#: key whose default keeps the old behaviour needs neither.
 SCHEMA_VERSION = 1
 
 
@@ -258,6 +263,113 @@ def to_json(config: ExperimentConfig) -> dict[str, Any]:
     return _plain(config)
 
 
+def config_from_json(raw: Mapping[str, Any], file: str | Path = "config.json") -> ExperimentConfig:
+    """Inverse of `to_json`, whichever release wrote it.
+
+    Raises:
+        UserError: as `migrate` and `from_config_dict` do, beginning with the name of the file.
+    """
+    raw = migrate(raw, file)
+    try:
+        for i, stage in enumerate(raw["stages"]):
+            _check_keys(Stage, stage, f"config.stages[{i}]")
+        flat: dict[str, Any] = {k: v for k, v in raw.items() if k != "stages"}
+        flat["stages"] = [stage["name"] for stage in raw["stages"]]
+        flat["stage"] = {
+            stage["name"]: {"kind": stage["kind"], "init_from": stage["init_from"]}
+            | stage[stage["kind"]]
+            for stage in raw["stages"]
+        }
+        return from_config_dict(flat)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    except (KeyError, TypeError) as error:
+        kind = type(error).__name__
+        raise UserError(f"{file} is not a run's configuration ({kind}); restore it") from None
+
+
+def read_config(workdir: Path) -> ExperimentConfig:
+    """The configuration that a run was started with.
+
+    Raises `UserError`: no run, not JSON, of a newer schema version, or with keys that are no longer
+    known.
+    """
+    file = workdir / "config.json"
+    if not file.is_file():
+        raise UserError(f"no run in {workdir}: it has no config.json; give the --workdir of a run")
+    try:
+        raw = json.loads(file.read_text())
+    except ValueError as error:
+        kind = type(error).__name__
+        raise UserError(f"{file} is not a run's configuration ({kind}); restore it") from None
+    return config_from_json(raw, file)
+
+
+class Migration(NamedTuple):
+    """From a stored configuration of one schema version to the next.
+
+    Attributes:
+        defaults: of the keys whose default the next version changes, as they were. A key is a path
+            that leads through every element of a list: `stages.rl.stream.retries`.
+        respell: renames and moves keys of the stored dict, in place.
+    """
+
+    defaults: Mapping[str, Any] = {}
+    respell: Callable[[dict[str, Any]], None] = lambda raw: None
+
+
+#: By the older of the two versions.
+MIGRATIONS: dict[int, Migration] = {}
+
+
+def migrate(raw: Mapping[str, Any], file: str | Path = "config.json") -> dict[str, Any]:
+    """A stored configuration as this release would have written it.
+
+    A key that it lacks has the default that it had in the version of the file; a key that was added
+    since has today's, when it is read.
+
+    Raises:
+        UserError: no version, a newer one, or one that is too old.
+    """
+    version = raw.get("schema_version") if isinstance(raw, Mapping) else None
+    if not isinstance(version, int) or isinstance(version, bool):
+        raise UserError(f"{file} is not a run's configuration (no schema_version); restore it")
+    steps = range(version, SCHEMA_VERSION)
+    if version > SCHEMA_VERSION or any(step not in MIGRATIONS for step in steps):
+        newer = version > SCHEMA_VERSION
+        fix = "upgrade agentcpm_jax" if newer else "use the release that wrote it"
+        raise UserError(
+            f"{file} has schema version {version}, this release reads {SCHEMA_VERSION}; {fix}"
+        )
+    new = copy.deepcopy(dict(raw))
+    for step in steps:
+        for path, default in MIGRATIONS[step].defaults.items():
+            for section, key in _places(new, path):
+                section.setdefault(key, default)
+        MIGRATIONS[step].respell(new)
+    return new | {"schema_version": SCHEMA_VERSION}
+
+
+def rename(raw: dict[str, Any], path: str, name: str) -> None:
+    """Gives a key of a stored configuration another name in the same section."""
+    for section, key in _places(raw, path):
+        if key in section:
+            section[name] = section.pop(key)
+
+
+def _places(raw: Any, path: str) -> Iterator[tuple[dict[str, Any], str]]:
+    """(section, key) of every place that a path leads to, whether the key is there or not."""
+    if isinstance(raw, list | tuple):
+        for element in raw:
+            yield from _places(element, path)
+    elif isinstance(raw, dict):
+        head, _, rest = path.partition(".")
+        if rest:
+            yield from _places(raw.get(head), rest)
+        else:
+            yield raw, head
+
+
 def _stage(name: str, raw: dict[str, Any]) -> Stage:
     path = f"config.stage.{name}"
     kind, init_from = raw.pop("kind", None), raw.pop("init_from", "random")
@@ -288,14 +400,18 @@ def _check_order(stages: list[Stage]) -> None:
 
 
 def _build(cls: type, raw: Mapping[str, Any], path: str) -> Any:
+    _check_keys(cls, raw, path)
     hints = typing.get_type_hints(cls)
+    return cls(**{k: _value(hints[k], v, f"{path}.{k}") for k, v in raw.items()})
+
+
+def _check_keys(cls: type, raw: Mapping[str, Any], path: str) -> None:
     names = [f.name for f in dataclasses.fields(cls)]
     for key in raw:
         if key not in names:
             near = difflib.get_close_matches(key, names, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
             raise UserError(f"unknown config key {path}.{key}; {hint}")
-    return cls(**{k: _value(hints[k], v, f"{path}.{k}") for k, v in raw.items()})
 
 
 def _value(hint: Any, value: Any, path: str) -> Any:

@@ -7,7 +7,6 @@ that only gradients cross the slow network between slices.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,9 +16,9 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from agentcpm_jax import tree
+from agentcpm_jax.mesh import AXES, MeshConfig, mesh_shape, nearest_divisor
 from agentcpm_jax.types import UserError
 
-AXES = ("data", "fsdp", "context", "tensor")
 #: The axes that split tokens: rows and time.
 TOKEN_AXES = ("data", "fsdp", "context")
 #: Those of them that split parameters as well.
@@ -38,21 +37,6 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "ffw": "tensor",
     "rank": None,
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class MeshConfig:
-    """Devices along each mesh axis; at most one may be -1: all that remain.
-
-    `slices` TPU slices (or hosts that only a data-centre network joins) share the data axis, which
-    it must divide.
-    """
-
-    data: int = 1
-    fsdp: int = -1
-    context: int = 1
-    tensor: int = 1
-    slices: int = 1
 
 
 def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
@@ -112,44 +96,6 @@ def constrain(x: jax.Array, mesh: Mesh | None, *logical: str | None) -> jax.Arra
 def axis_size(mesh: Mesh | AbstractMesh, axes: str | tuple[str, ...] | None) -> int:
     """Devices along one mesh axis or the product of several; 1 for None."""
     return math.prod(mesh.shape[axis] for axis in _names(axes))
-
-
-def nearest_divisor(size: int, wanted: int) -> int:
-    """The divisor of `size` that is nearest to `wanted`; the smaller of two."""
-    divisors = [d for d in range(1, size + 1) if size % d == 0]
-    return min(divisors, key=lambda d: (abs(d - wanted), d))
-
-
-def mesh_shape(cfg: MeshConfig, devices: int) -> tuple[int, ...]:
-    """Sizes along `AXES` over so many devices; raises `UserError` as `make_mesh` does."""
-    sizes = {axis: getattr(cfg, axis) for axis in AXES}
-    free = [axis for axis, size in sizes.items() if size == -1]
-    fixed = math.prod(size for size in sizes.values() if size != -1)
-    wanted = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
-    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-        raise UserError(f"mesh {wanted} is impossible; sizes are at least 1, and one may be -1")
-    if free and fixed <= devices:
-        sizes[free[0]] = devices // fixed
-    product = math.prod(abs(size) for size in sizes.values())
-    if product != devices:
-        raise UserError(
-            f"mesh {wanted} needs {'a divisor' if free else 'a product'} equal to the device "
-            f"count: the axes multiply to {product}, there are {devices} devices; "
-            f"the nearest that fits: {_nearest_mesh(sizes, free, devices)}"
-        )
-    return tuple(sizes.values())
-
-
-def _nearest_mesh(sizes: Mapping[str, int], free: Sequence[str], devices: int) -> str:
-    """The mesh over `devices` that keeps the sizes from the last axis on as well as it can."""
-    fitted, left = dict(sizes), devices
-    for axis in reversed(AXES):
-        if axis in free or (not free and axis == AXES[1]):
-            continue
-        fitted[axis] = nearest_divisor(left, sizes[axis])
-        left //= fitted[axis]
-    fitted[free[0] if free else AXES[1]] = left
-    return ", ".join(f"{axis}={size}" for axis, size in fitted.items())
 
 
 def _over_slices(cfg: MeshConfig, shape: tuple[int, ...], devices: Sequence[Any]) -> Any:

@@ -14,12 +14,12 @@ from agentcpm_jax.config import (
     default_config,
     stage_dict,
 )
-from agentcpm_jax.engine.local import EngineConfig
+from agentcpm_jax.engine.config import EngineConfig
 from agentcpm_jax.rewards.advantages import AdvantageConfig
 from agentcpm_jax.rewards.denoise import DenoiseConfig
 from agentcpm_jax.rollout.config import StreamConfig
-from agentcpm_jax.train.losses.policy import LossConfig
-from agentcpm_jax.train.optimizer import OptimizerConfig
+from agentcpm_jax.train.config import OptimizerConfig
+from agentcpm_jax.train.losses.config import LossConfig
 from agentcpm_jax.world.skills import SkillMix
 from configs.tiny import CONTEXT, TEST_ENGINE, use_tiny_world
 

@@ -23,16 +23,15 @@ as a file of your own (the original's example names a benchmark's test set).
 from dataclasses import replace
 
 from agentcpm_jax.config import TrainShape, default_config, stage_dict, to_config_dict
-from agentcpm_jax.engine.local import EngineConfig
+from agentcpm_jax.engine.config import EngineConfig
+from agentcpm_jax.mesh import MeshConfig
 from agentcpm_jax.model.config import QWEN3_4B
 from agentcpm_jax.pool.config import PoolConfig
 from agentcpm_jax.rewards.advantages import AdvantageConfig
 from agentcpm_jax.rewards.denoise import DenoiseConfig
-from agentcpm_jax.rollout.config import StreamConfig
-from agentcpm_jax.rollout.episode import EpisodeConfig
-from agentcpm_jax.sharding import MeshConfig
-from agentcpm_jax.train.losses.policy import LossConfig
-from agentcpm_jax.train.optimizer import OptimizerConfig
+from agentcpm_jax.rollout.config import EpisodeConfig, StreamConfig
+from agentcpm_jax.train.config import OptimizerConfig
+from agentcpm_jax.train.losses.config import LossConfig
 from configs.tiny import TEST_ENGINE, use_tiny_world
 
 

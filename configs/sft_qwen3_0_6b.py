@@ -23,8 +23,8 @@ from agentcpm_jax.config import (
 )
 from agentcpm_jax.data.sft import SFTDataConfig
 from agentcpm_jax.model.config import QWEN3_0_6B
-from agentcpm_jax.rollout.episode import EpisodeConfig
-from agentcpm_jax.train.optimizer import OptimizerConfig
+from agentcpm_jax.rollout.config import EpisodeConfig
+from agentcpm_jax.train.config import OptimizerConfig
 from configs.tiny import use_tiny_world
 
 

@@ -11,14 +11,13 @@ from dataclasses import replace
 from typing import Any
 
 from agentcpm_jax.config import TrainShape, default_config, stage_dict, to_config_dict
-from agentcpm_jax.engine.local import EngineConfig
+from agentcpm_jax.engine.config import EngineConfig
 from agentcpm_jax.model.config import TINY
 from agentcpm_jax.rewards.advantages import AdvantageConfig
 from agentcpm_jax.rewards.denoise import DenoiseConfig
-from agentcpm_jax.rollout.config import StreamConfig
-from agentcpm_jax.rollout.episode import EpisodeConfig
+from agentcpm_jax.rollout.config import EpisodeConfig, StreamConfig
 from agentcpm_jax.tasks.world import WorldTasks
-from agentcpm_jax.train.optimizer import OptimizerConfig
+from agentcpm_jax.train.config import OptimizerConfig
 from agentcpm_jax.world.graph import WorldConfig
 from agentcpm_jax.world.vocabulary import SYSTEM_PROMPT
 

@@ -20,7 +20,8 @@ from jax.flatten_util import ravel_pytree
 
 from agentcpm_jax.chat.format import ChatFormat
 from agentcpm_jax.config import default_config, from_config_dict
-from agentcpm_jax.engine.local import EngineConfig, LocalEngine
+from agentcpm_jax.engine.config import EngineConfig
+from agentcpm_jax.engine.local import LocalEngine
 from agentcpm_jax.files import SHIPPED
 from agentcpm_jax.model.hf import load_hf
 from agentcpm_jax.model.logprobs import token_logprobs

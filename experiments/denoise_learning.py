@@ -16,7 +16,8 @@ import numpy as np
 from agentcpm_jax.chat.format import ChatFormat
 from agentcpm_jax.config import default_config, from_config_dict
 from agentcpm_jax.data.loader import StepBatches
-from agentcpm_jax.engine.local import EngineConfig, LocalEngine
+from agentcpm_jax.engine.config import EngineConfig
+from agentcpm_jax.engine.local import LocalEngine
 from agentcpm_jax.files import SHIPPED
 from agentcpm_jax.log.experience import ExperienceLog
 from agentcpm_jax.model.hf import load_hf
@@ -27,10 +28,10 @@ from agentcpm_jax.rollout.config import StreamConfig
 from agentcpm_jax.rollout.stream import Stream
 from agentcpm_jax.run.loop import shipped_rows
 from agentcpm_jax.run.sampling import make_finish, make_run_sample
-from agentcpm_jax.train.losses.policy import LossConfig
-from agentcpm_jax.train.optimizer import OptimizerConfig, make_optimizer
-from agentcpm_jax.train.state import TrainState
-from agentcpm_jax.train.step import make_rl_step
+from agentcpm_jax.train.config import OptimizerConfig
+from agentcpm_jax.train.losses.config import LossConfig
+from agentcpm_jax.train.optimizer import make_optimizer
+from agentcpm_jax.train.step import TrainState, make_rl_step
 from agentcpm_jax.types import StopReason, Task, Trajectory, Verdict
 from agentcpm_jax.world.tools import open_toolbox
 from configs.tiny import CONTEXT, use_tiny_world

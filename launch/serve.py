@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--weight-version", default="default", help="name of these weights")
     args = parser.parse_args(argv)
     try:
-        from agentcpm_jax.engine.local import EngineConfig
+        from agentcpm_jax.engine.config import EngineConfig
         from agentcpm_jax.engine.server import ServerConfig
         from agentcpm_jax.engine.serving import serve
 

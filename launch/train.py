@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
+from agentcpm_jax.run.commandline import explained, parse
 from agentcpm_jax.types import UserError
 
 
@@ -25,13 +26,12 @@ def main(argv: list[str]) -> int:
         print(__doc__)
         return 0
     try:
+        command = parse(argv)  # a mistake is answered before jax and all the rest are imported
         from agentcpm_jax.rollout.stream import StreamError
-        from agentcpm_jax.run.commandline import explained, parse
         from agentcpm_jax.run.doctor import check
         from agentcpm_jax.run.multihost import Interrupted, join
         from agentcpm_jax.run.stages import run_experiment
 
-        command = parse(argv)
         join(announce=tqdm.write)
         if explained(command, announce=print) or check(command, announce=tqdm.write):
             return 0

@@ -19,6 +19,7 @@ PACKAGE = "agentcpm_jax"
 #: Imports point from a later line to an earlier one, never within a line and never upwards.
 LAYERS: list[set[str]] = [
     {"types", "tree", "files"},
+    {"mesh"},
     {"sharding", "database", "world"},
     {"chat", "dock", "rewards"},
     {"log", "model", "tasks", "data"},
@@ -35,7 +36,7 @@ HOST_WORLD = {
     *("tasks", "world", "dock", "chat", "rollout", "log", "rewards", "pool", "evaluate"),
     "database",
 }
-DEVICE_WORLD = {"model", "merge", "train", "plan", "sharding", "tree"}
+DEVICE_WORLD = {"model", "merge", "train", "plan", "sharding", "mesh", "tree"}
 ARRAY_LIBRARIES = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "chex"}
 SERVING_LIBRARIES = {"asyncio", "aiohttp", "httpx", "requests", "urllib3", "fastapi", "uvicorn"}
 TEXT_LIBRARIES = {"transformers", "tokenizers"}

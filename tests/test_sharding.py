@@ -6,9 +6,10 @@ import jax
 import pytest
 
 from agentcpm_jax import tree
+from agentcpm_jax.mesh import AXES, MeshConfig
 from agentcpm_jax.model.config import TINY
 from agentcpm_jax.model.params import param_specs
-from agentcpm_jax.sharding import AXES, RULES, MeshConfig, make_mesh, param_shardings
+from agentcpm_jax.sharding import RULES, make_mesh, param_shardings
 from agentcpm_jax.types import UserError
 
 

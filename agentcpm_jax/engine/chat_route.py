@@ -9,14 +9,14 @@ from typing import Any
 
 from agentcpm_jax.chat.format import ChatFormat
 from agentcpm_jax.chat.parse import parse_completion
-from agentcpm_jax.engine.requests import Limits, make_job
-from agentcpm_jax.engine.sessions import Job, version_spans
+from agentcpm_jax.engine.requests import RequestLimits, make_job
+from agentcpm_jax.engine.sessions import GenerationJob, version_spans
 from agentcpm_jax.types import UserError
 
 _FINISH = {"stop": "stop", "length": "length", "abort": "abort"}
 
 
-def chat_job(body: Mapping[str, Any], chat: ChatFormat, limits: Limits) -> Job:
+def chat_job(body: Mapping[str, Any], chat: ChatFormat, limits: RequestLimits) -> GenerationJob:
     """The job of a request body; raises `UserError` (status 400)."""
     messages, tools = body.get("messages"), body.get("tools")
     if not isinstance(messages, list) or not messages:
@@ -39,7 +39,7 @@ _PASSED = (
 
 
 def chat_completion(
-    job: Job, body: Mapping[str, Any], chat: ChatFormat, current: str
+    job: GenerationJob, body: Mapping[str, Any], chat: ChatFormat, current: str
 ) -> dict[str, Any]:
     """OpenAI's answer (or the one chunk of a stream) for a finished job; versions in `metadata`."""
     ids = job.ids

@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from agentcpm_jax.engine.config import MAX_STOP_IDS
 from agentcpm_jax.engine.sampling import Draw, sample
-from agentcpm_jax.engine.stops import MAX_STOP_IDS
 from agentcpm_jax.model import qwen3
 from agentcpm_jax.model.config import ModelConfig
 from agentcpm_jax.model.decode import KVCache, Past, Recent, attend, prefix, write

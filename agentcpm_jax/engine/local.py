@@ -14,52 +14,19 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import jax
 import numpy as np
 
+from agentcpm_jax.engine.config import MAX_STOP_IDS, EngineConfig, up_to
 from agentcpm_jax.engine.device import copy_prefix, decode, empty_rows, prefill
 from agentcpm_jax.engine.running import Running, failed
-from agentcpm_jax.engine.slots import Place, Slots
-from agentcpm_jax.engine.stops import MAX_STOP_IDS
+from agentcpm_jax.engine.slots import CacheSlot, Slots
 from agentcpm_jax.engine.weights import make_cache, make_mesh_of, own_copy
 from agentcpm_jax.model.config import ModelConfig
 from agentcpm_jax.rollout.policy import Completion, Finish, SampleRequest
-from agentcpm_jax.types import UserError
 
 LEAST_STEPS = 4  # of a chunk that ends early
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """Shapes of the engine.
-
-    `deterministic`: one shape and no prefix reuse, which makes a row's bits independent of what
-    else runs. `tensor`: devices of this process that heads, ffw and vocabulary are split over.
-    """
-
-    slots: int = 96
-    capacity: int = 512  # tokens per slot: prompt + completion
-    chunk: int = 8  # decode steps per device call
-    row_buckets: tuple[int, ...] = (16, 48)  # `slots` is always the last bucket
-    token_buckets: tuple[int, ...] = (16, 64)
-    length_buckets: tuple[int, ...] = ()  # of the cache that is read; `capacity` is the last
-    deterministic: bool = False
-    prefill_tokens: int = 8192  # prompt tokens, with padding, between two chunks of decoding
-    reuse: bool = True  # keep and copy prefixes
-    tensor: int = 1
-    prefill_rows: tuple[int, ...] = ()  # row buckets of prefill; default `row_buckets`
-
-    @property
-    def max_programs(self) -> int:
-        """No engine of this configuration compiles more device programs."""
-        if self.deterministic:
-            return 3
-        lengths = len(_up_to(self.capacity, self.length_buckets))
-        rows = len(_up_to(self.slots, self.row_buckets))
-        fed = len(_up_to(self.slots, self.prefill_rows or self.row_buckets))
-        return lengths * (fed * (1 + len(self.token_buckets)) + rows + 1)
 
 
 class LocalEngine:
@@ -222,7 +189,7 @@ class LocalEngine:
             self._settle(run, place)
             self._running[place.slot] = run
 
-    def _settle(self, run: Running, place: Place) -> None:
+    def _settle(self, run: Running, place: CacheSlot) -> None:
         run.place, run.leader = place, self._running.get(place.source)
         self._copy_prefix(run)
 
@@ -256,7 +223,7 @@ class LocalEngine:
                 self.tokens_reused += saved
                 run.cached += 0 if run.ids else saved
                 slots.fed[place.slot] = shared
-        run.place, run.leader = Place(place.slot, place.kept), None
+        run.place, run.leader = CacheSlot(place.slot, place.kept), None
         return True
 
     def _feed_prompts(self) -> None:
@@ -344,27 +311,14 @@ class LocalEngine:
         """Number of rows and (row, slot) pairs; with a row for every slot, a slot is its own."""
         size = self.cfg.slots
         if not self.cfg.deterministic:
-            size = _bucket(len(slots), _up_to(self.cfg.slots, buckets))
+            size = _bucket(len(slots), up_to(self.cfg.slots, buckets))
         same = size == self.cfg.slots
         return size, [(s, s) if same else (i, s) for i, s in enumerate(slots)]
 
     def _length_bucket(self, length: int) -> int:
         if self.cfg.deterministic:
             return self.cfg.capacity
-        return _bucket(length, _up_to(self.cfg.capacity, self.cfg.length_buckets))
-
-
-def check_capacity(cfg: EngineConfig, max_context: int) -> None:
-    """Raise `UserError` when episodes may outgrow a slot."""
-    if max_context > cfg.capacity:
-        raise UserError(
-            f"episode.max_context={max_context} exceeds engine.capacity={cfg.capacity}; "
-            "raise the capacity or lower the context"
-        )
-
-
-def _up_to(last: int, buckets: Sequence[int]) -> tuple[int, ...]:
-    return (*(b for b in buckets if b < last), last)
+        return _bucket(length, up_to(self.cfg.capacity, self.cfg.length_buckets))
 
 
 def _bucket(count: int, buckets: Sequence[int]) -> int:

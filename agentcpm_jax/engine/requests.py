@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from agentcpm_jax.engine.sessions import Job, version_spans
-from agentcpm_jax.engine.stops import MAX_STOP_IDS
+from agentcpm_jax.engine.config import MAX_STOP_IDS
+from agentcpm_jax.engine.sessions import GenerationJob, version_spans
 from agentcpm_jax.types import UserError
 
 DEFAULT_NEW_TOKENS = 128
@@ -40,7 +40,7 @@ _OPTIONS: dict[str, tuple[float, Callable[[float], bool], str]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Limits:
+class RequestLimits:
     """What a request may ask for."""
 
     capacity: int  # tokens, prompt and completion
@@ -49,8 +49,8 @@ class Limits:
 
 
 def parse_generate(
-    body: Mapping[str, Any], limits: Limits, encode: Callable[[str], np.ndarray] | None
-) -> list[Job]:
+    body: Mapping[str, Any], limits: RequestLimits, encode: Callable[[str], np.ndarray] | None
+) -> list[GenerationJob]:
     """The jobs of a `/generate` body: one, or one per prompt of a batch.
 
     Raises `UserError`: status 400, with a message that names the field.
@@ -82,8 +82,8 @@ def parse_generate(
 
 
 def make_job(
-    rid: str | None, prompt: Sequence[int], params: Mapping[str, Any], limits: Limits
-) -> Job:
+    rid: str | None, prompt: Sequence[int], params: Mapping[str, Any], limits: RequestLimits
+) -> GenerationJob:
     """A job from ids and SGLang's `sampling_params`; raises `UserError`."""
     if not isinstance(prompt, list) or not prompt:
         raise UserError("input_ids must be a list of at least one id")
@@ -115,7 +115,7 @@ def make_job(
         eos = tuple(dict.fromkeys((*eos, *limits.stop_ids)))
     if len(eos) > MAX_STOP_IDS:
         raise UserError(f"{len(eos)} stop ids, the model's included; at most {MAX_STOP_IDS}")
-    return Job(
+    return GenerationJob(
         rid=rid or uuid.uuid4().hex,
         prompt=np.asarray(prompt, np.int32),
         max_new_tokens=new,
@@ -138,7 +138,7 @@ def _option(key: str, value: Any) -> float:
 
 
 def generate_answer(
-    job: Job,
+    job: GenerationJob,
     current: str,
     decode: Callable[[Sequence[int]], str] | None,
     *,

@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from agentcpm_jax.engine.slots import Place
-from agentcpm_jax.engine.stops import cut_at_stop
+from agentcpm_jax.engine.slots import CacheSlot
 from agentcpm_jax.rollout.policy import Completion, Finish, SampleRequest
 
 
@@ -25,7 +24,7 @@ class Running:
     key: np.ndarray  # u32[2]
     loop: asyncio.AbstractEventLoop
     future: asyncio.Future[Completion]
-    place: Place = field(default_factory=lambda: Place(-1, 0))
+    place: CacheSlot = field(default_factory=lambda: CacheSlot(-1, 0))
     leader: Running | None = None  # the request that feeds the prefix we wait for
     cached: int = 0  # prompt tokens that did not have to be fed
     ids: list[int] = field(default_factory=list)
@@ -92,3 +91,19 @@ def failed(error: str) -> Completion:
     """A completion without tokens."""
     empty = np.zeros(0, np.int32)
     return Completion(empty, np.zeros(0, np.float32), empty, Finish.ERROR, error)
+
+
+def cut_at_stop(
+    text: Callable[[Sequence[int]], str], ids: Sequence[int], new: int, stops: Sequence[str]
+) -> tuple[int | None, str]:
+    """(how many ids to keep, the string): up to the first of the last `new` ids that completes a
+    stop string; (None, '') when none does. `text` decodes ids."""
+    whole = text(ids)
+    if not any(stop in whole for stop in stops):
+        return None, ""
+    for count in range(len(ids) - new + 1, len(ids) + 1):
+        part = text(ids[:count])
+        found = next((stop for stop in stops if stop in part), None)
+        if found is not None:
+            return count, found
+    return None, ""

@@ -24,8 +24,8 @@ from aiohttp import web
 
 from agentcpm_jax.chat.format import ChatFormat
 from agentcpm_jax.engine.chat_route import chat_completion, chat_job
-from agentcpm_jax.engine.requests import Limits, generate_answer, parse_generate
-from agentcpm_jax.engine.sessions import EngineFailure, Job, ServedEngine, Sessions
+from agentcpm_jax.engine.requests import RequestLimits, generate_answer, parse_generate
+from agentcpm_jax.engine.sessions import EngineFailure, GenerationJob, ServedEngine, Sessions
 from agentcpm_jax.types import UserError
 
 CONTROL = frozenset(
@@ -78,7 +78,7 @@ class EngineServer:
         decode = None if chat is None else chat.decode
         self.sessions = Sessions(engine, version=cfg.weight_version, chunk=cfg.chunk, decode=decode)
         self._decode = decode
-        self._limits = Limits(
+        self._limits = RequestLimits(
             engine.capacity, engine.vocab_size, () if chat is None else chat.stop_ids
         )
         self._model = {"model_path": "", "tokenizer_path": "", "is_generation": True}
@@ -171,7 +171,7 @@ class EngineServer:
         jobs = parse_generate(body, self._limits, encode)
         logprobs, started = bool(body.get("return_logprob")), time.monotonic()
 
-        def answer(job: Job) -> dict[str, Any]:
+        def answer(job: GenerationJob) -> dict[str, Any]:
             seconds = time.monotonic() - started
             return generate_answer(
                 job, self.sessions.version, self._decode, logprobs=logprobs, seconds=seconds
@@ -205,7 +205,7 @@ class EngineServer:
         done = await self._finish(job)
         return web.json_response(chat_completion(done, body, self._chat, self.sessions.version))
 
-    async def _finish(self, job: Job) -> Job:
+    async def _finish(self, job: GenerationJob) -> GenerationJob:
         async for _ in self.sessions.run(job):
             pass
         return job

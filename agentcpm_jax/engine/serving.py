@@ -1,4 +1,4 @@
-"""A server from a directory, until it is told to stop."""
+"""A server of the in-process engine over a Hugging Face directory, until it is told to stop."""
 
 from __future__ import annotations
 
@@ -6,11 +6,16 @@ import asyncio
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from agentcpm_jax.chat.format import ChatFormat
-from agentcpm_jax.engine.local import EngineConfig
-from agentcpm_jax.engine.served_local import ServedLocal
+from agentcpm_jax.engine.config import EngineConfig
+from agentcpm_jax.engine.local import LocalEngine
 from agentcpm_jax.engine.server import EngineServer, ServerConfig, ServerKeys
+from agentcpm_jax.model.hf import load_hf
+from agentcpm_jax.types import UserError
 
 API_KEY, ADMIN_KEY = "SGLANG_API_KEY", "SGLANG_ADMIN_API_KEY"  # environment variables
 
@@ -57,3 +62,35 @@ async def _serve(
     announce(url)
     await stop.wait()
     await runner.cleanup()
+
+
+class ServedLocal(LocalEngine):
+    """A `LocalEngine` with the weights of a directory: the `ServedEngine` of our server.
+
+    Args:
+      path: config.json and safetensors. Raises `UserError` when they are not a Qwen3 checkpoint.
+      dtype: of parameters and computation, 'float32' or 'bfloat16'; default: as stored.
+    """
+
+    def __init__(self, path: str, cfg: EngineConfig, dtype: str | None = None) -> None:
+        params, model = load_hf(path, param_dtype=dtype)
+        if dtype is not None:
+            model = replace(model, dtype=dtype)
+        super().__init__(params, model, cfg)
+        self.capacity, self.vocab_size = cfg.capacity, model.vocab_size
+
+    def load(self, path: str, version: int) -> None:
+        if not (Path(path) / "config.json").is_file():
+            raise UserError(f"{path} holds no config.json; name a Hugging Face directory")
+        params, _ = load_hf(path, self.model)
+        self.set_params(params, version)
+
+    def describe(self, path: str) -> dict[str, Any]:
+        """What `/model_info` says beside the version."""
+        return {
+            "model_path": path,
+            "tokenizer_path": path,
+            "model_type": "qwen3",
+            "architectures": ["Qwen3ForCausalLM"],
+            "dtype": self.model.param_dtype,
+        }

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from agentcpm_jax.engine.stops import cut_at_stop
+from agentcpm_jax.engine.running import cut_at_stop
 from agentcpm_jax.rollout.policy import Completion, Finish, SampleRequest, SamplingParams
 from agentcpm_jax.types import UserError
 
@@ -52,7 +52,7 @@ class EngineFailure(Exception):
 
 
 @dataclass
-class Job:
+class GenerationJob:
     """One request and what became of it so far; `versions` holds the names of the weights."""
 
     rid: str
@@ -91,7 +91,7 @@ class Sessions:
         self.engine, self.chunk, self.decode = engine, chunk, decode
         self.version = version  # name of the weights for what is sampled next
         self._names = [version]  # by the engine's version
-        self._jobs: dict[str, Job] = {}
+        self._jobs: dict[str, GenerationJob] = {}
         self._sampling = 0  # chunks that are with the engine
         self._open, self._quiet, self._none = asyncio.Event(), asyncio.Event(), asyncio.Event()
         for event in (self._open, self._quiet, self._none):
@@ -108,7 +108,7 @@ class Sessions:
         """Requests that have not been answered."""
         return len(self._jobs)
 
-    async def run(self, job: Job) -> AsyncIterator[Job]:
+    async def run(self, job: GenerationJob) -> AsyncIterator[GenerationJob]:
         """Yields the job after every chunk; the last time with `finish` set.
 
         Raises:
@@ -179,12 +179,12 @@ class Sessions:
         """Announce the present weights under another name."""
         self._names[-1] = self.version = version
 
-    async def _until_open(self, job: Job) -> None:
+    async def _until_open(self, job: GenerationJob) -> None:
         while self.paused and not job.aborted:
             job.wake.clear()
             await job.wake.wait()
 
-    async def _chunk(self, job: Job, seed: int) -> None:
+    async def _chunk(self, job: GenerationJob, seed: int) -> None:
         left = job.max_new_tokens - len(job.ids)
         prompt = np.concatenate([job.prompt, np.asarray(job.ids, np.int32)])
         params = SamplingParams(
@@ -217,7 +217,7 @@ class Sessions:
         elif len(job.ids) >= job.max_new_tokens:
             job.finish = {"type": "length", "length": len(job.ids)}
 
-    def _matched(self, job: Job, new: int) -> bool:
+    def _matched(self, job: GenerationJob, new: int) -> bool:
         """Cuts the job after the token that completes a stop string."""
         if not job.stop_strings or self.decode is None:
             return False

@@ -17,7 +17,7 @@ BLOCK = 256  # tokens compared at once
 
 
 @dataclass(frozen=True)
-class Place:
+class CacheSlot:
     """A row for a prompt: its first `kept` tokens are there; the first `shared` are, or will be
     once they have been fed, in row `source` (-1: nowhere)."""
 
@@ -38,21 +38,21 @@ class Slots:
         self._used = np.zeros(count, np.int64)
         self._clock = 0
 
-    def place(self, prompt: np.ndarray, *, reuse: bool) -> Place:
+    def place(self, prompt: np.ndarray, *, reuse: bool) -> CacheSlot:
         """The row for a prompt; one must be free. Without `reuse` the first free one, empty."""
         free = np.flatnonzero(~self.busy)
         if not reuse:
-            return Place(int(free[0]), 0)
+            return CacheSlot(int(free[0]), 0)
         # At least one token must be fed to get logits, so the last is never taken as cached.
         shared = np.minimum(self.shared(prompt), len(prompt) - 1)
         best, own = int(shared.argmax()), free[shared[free].argmax()]
         # A row whose text is mostly our prefix costs nobody much.
         if shared[own] + MIN_COPY > shared[best] and 2 * shared[own] >= self.known[own] > 0:
-            return Place(int(own), int(shared[own]))
+            return CacheSlot(int(own), int(shared[own]))
         slot = int(free[self._used[free].argmin()])
         if shared[best] < shared[slot] + MIN_COPY:
-            return Place(slot, int(shared[slot]))
-        return Place(slot, int(shared[slot]), best, int(shared[best]))
+            return CacheSlot(slot, int(shared[slot]))
+        return CacheSlot(slot, int(shared[slot]), best, int(shared[best]))
 
     def shared(self, prompt: np.ndarray) -> np.ndarray:
         """Length of the longest common prefix of the prompt with each row's text, i64[slots]."""
@@ -69,7 +69,7 @@ class Slots:
                 break
         return length
 
-    def take(self, place: Place, prompt: np.ndarray) -> None:
+    def take(self, place: CacheSlot, prompt: np.ndarray) -> None:
         """The row belongs to a running request from now on."""
         self.text[place.slot, : len(prompt)] = prompt
         self.known[place.slot] = len(prompt)
@@ -94,14 +94,14 @@ class Slots:
         n = len(prefix)
         return self.known[slot] >= n and bool((self.text[slot, :n] == prefix).all())
 
-    def replace(self, busy: Sequence[int]) -> list[Place]:
+    def replace(self, busy: Sequence[int]) -> list[CacheSlot]:
         """Where each of the busy rows, after `forget`, finds its text among those before it."""
         known, self.known = self.known, np.zeros_like(self.known)
         places = []
         for slot in busy:
             text = self.text[slot, : known[slot]]
             shared = np.minimum(self.shared(text), len(text) - 1)
-            places.append(Place(slot, 0, int(shared.argmax()), int(shared.max())))
+            places.append(CacheSlot(slot, 0, int(shared.argmax()), int(shared.max())))
             self.known[slot] = known[slot]
         return places
 

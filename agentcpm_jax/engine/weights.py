@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from agentcpm_jax.mesh import MeshConfig
 from agentcpm_jax.model.config import ModelConfig
 from agentcpm_jax.model.decode import KVCache, init_cache, unstack
 from agentcpm_jax.model.lora import merge
 from agentcpm_jax.model.params import param_specs
-from agentcpm_jax.sharding import MeshConfig, make_mesh, param_shardings
+from agentcpm_jax.sharding import make_mesh, param_shardings
 from agentcpm_jax.types import UserError
 
 

@@ -32,11 +32,11 @@ class ModelConfig:
       dtype: of activations and matrix products (norms, softmax and logits are float32).
       param_dtype: of the stored parameters.
       lm_head_fp32: the last product is taken in float32 from float32 operands.
-      remat: which activations are kept for the backward pass, see `remat.py`.
-      attention: the kernel, see `attention_choice.py`; 'auto' takes the platform's.
+      remat: which activations are kept for the backward pass, see `remat`.
+      attention: the kernel, see `attention.choice`; 'auto' takes the platform's.
       logits_chunk: tokens on a device whose logits exist at once; 0: as many as fit 16 MiB, at
         least 512.
-      lora_rank: of the adapters that are trained in place of the parameters, see `lora.py`; 0:
+      lora_rank: of the adapters that are trained in place of the parameters, see `lora`; 0:
         none. Their product counts `lora_alpha / lora_rank` times.
 
     Raises:

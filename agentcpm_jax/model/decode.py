@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from agentcpm_jax.model import layers, qwen3
+from agentcpm_jax.model import qwen3
 from agentcpm_jax.model.attention.reference import MASKED, group_queries
 from agentcpm_jax.model.config import ModelConfig
 
@@ -141,7 +141,7 @@ def attend(
       the updated buffers.
     """
     offsets = jnp.arange(tokens.shape[1], dtype=jnp.int32)
-    rope = layers.rope_tables(start[:, None] + offsets, cfg)
+    rope = qwen3.rope_tables(start[:, None] + offsets, cfg)
     seen = past.seen[:, None]
     if recent is None:
         own_seen = (offsets[:, None] >= offsets[None, :])[None]

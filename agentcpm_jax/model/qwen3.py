@@ -1,7 +1,8 @@
 """Qwen3 as functions of a parameter dict: tokens in, logits out.
 
 Layers are stacked on axis 0 and scanned, so that compile time does not grow with depth.
-Einsum letters: B batch, T time, N query heads, H head dim, D width, V vocab.
+Einsum letters: B batch, T time, N query heads, K key/value heads, H head dim, D width, F ffw,
+V vocab.
 Architecture: arXiv 2505.09388 (pre-norm, grouped queries, qk-norm, rotary positions, SwiGLU).
 """
 
@@ -15,7 +16,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from agentcpm_jax.model import layers
 from agentcpm_jax.model.attention.choice import make_attention
 from agentcpm_jax.model.attention.context import reorder
 from agentcpm_jax.model.attention.reference import Attention
@@ -24,6 +24,8 @@ from agentcpm_jax.model.gather import embedding_rows, gather, gather_layer
 from agentcpm_jax.model.lora import adapted
 from agentcpm_jax.model.remat import ATTENTION_OUT, RESIDUAL, named, rematerialise
 from agentcpm_jax.sharding import constrain
+
+Rope = tuple[jax.Array, jax.Array]
 
 
 def forward(
@@ -65,10 +67,10 @@ def hidden_states(
     """What `unembed` reads: the residual stream after the final norm, in `cfg.dtype`.
 
     As `forward`, but with time in the order of the attention: on a mesh with a context axis that
-    is `attention_context.time_order`, in and out.
+    is `attention.context.time_order`, in and out.
     """
     attention = attention or make_attention(cfg, mesh)
-    rope = layers.rope_tables(positions, cfg)
+    rope = rope_tables(positions, cfg)
 
     def body(x: jax.Array, xs: Any) -> tuple[jax.Array, None]:
         layer, adapters = xs
@@ -129,22 +131,22 @@ def block(
     layer: Mapping[str, Any],
     cfg: ModelConfig,
     x: Float[Array, "B T D"],
-    rope: layers.Rope,
+    rope: Rope,
     attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
     mesh: Mesh | None = None,
 ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]]:
     """One layer (parameters without L) around `attend(q, k, v)`; also its new keys and values."""
     with jax.named_scope("attention"):
-        h = layers.rms_norm(x, layer["attn_norm"], cfg.norm_eps)
-        q, k, v = layers.qkv(layer["attn"], cfg, h, rope)
+        h = rms_norm(x, layer["attn_norm"], cfg.norm_eps)
+        q, k, v = qkv(layer["attn"], cfg, h, rope)
         q = constrain(q, mesh, "batch", "time", "heads", None)
         k, v = (constrain(y, mesh, "batch", "time", "kv_heads", None) for y in (k, v))
         out = named(attend(q, k, v), ATTENTION_OUT)
         # Not an einsum: that contracts H before N, for which XLA transposes the matrix every time.
         x = x + jnp.tensordot(out, layer["attn"]["o"].astype(x.dtype), 2)
     with jax.named_scope("mlp"):
-        h = layers.rms_norm(x, layer["mlp_norm"], cfg.norm_eps)
-        return x + layers.swiglu(layer["mlp"], h), (k, v)
+        h = rms_norm(x, layer["mlp_norm"], cfg.norm_eps)
+        return x + swiglu(layer["mlp"], h), (k, v)
 
 
 def final_norm(
@@ -152,4 +154,47 @@ def final_norm(
 ) -> Float[Array, "*B D"]:
     """The norm before the output matrix."""
     with jax.named_scope("final_norm"):
-        return layers.rms_norm(x, params["final_norm"], cfg.norm_eps)
+        return rms_norm(x, params["final_norm"], cfg.norm_eps)
+
+
+def rms_norm(
+    x: Float[Array, "*B D"], scale: Float[Array, " D"], eps: float
+) -> Float[Array, "*B D"]:
+    """x / rms(x) * scale over the last axis, in float32, back in x's dtype (arXiv 1910.07467)."""
+    x32 = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return (x32 * inverse * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def rope_tables(positions: Int[Array, "B T"], cfg: ModelConfig) -> Rope:
+    """cos and sin of position * theta^(-2i/H), each float32 [B, T, H/2] (arXiv 2104.09864)."""
+    exponents = jnp.arange(0, cfg.head_dim, 2, dtype=jnp.float32) / cfg.head_dim
+    angles = positions[..., None].astype(jnp.float32) / cfg.rope_theta**exponents
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def apply_rope(x: Float[Array, "B T N H"], rope: Rope) -> Float[Array, "B T N H"]:
+    """Rotates the pairs (x_i, x_{i+H/2}), the pairing of the published checkpoints."""
+    cos, sin = (table[:, :, None, :] for table in rope)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
+
+
+def qkv(
+    attn: Mapping[str, Any], cfg: ModelConfig, x: Float[Array, "B T D"], rope: Rope
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+    """Projections; queries and keys are normalised per head, then rotated."""
+    q = jnp.einsum("BTD,DNH->BTNH", x, attn["q"].astype(x.dtype))
+    k = jnp.einsum("BTD,DKH->BTKH", x, attn["k"].astype(x.dtype))
+    v = jnp.einsum("BTD,DKH->BTKH", x, attn["v"].astype(x.dtype))
+    q = apply_rope(rms_norm(q, attn["q_norm"], cfg.norm_eps), rope)
+    k = apply_rope(rms_norm(k, attn["k_norm"], cfg.norm_eps), rope)
+    return q, k, v
+
+
+def swiglu(mlp: Mapping[str, Any], x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """(silu(x gate) * x up) down (arXiv 2002.05202)."""
+    gate = jnp.einsum("BTD,DF->BTF", x, mlp["gate"].astype(x.dtype))
+    up = jnp.einsum("BTD,DF->BTF", x, mlp["up"].astype(x.dtype))
+    return jnp.einsum("BTF,FD->BTD", jax.nn.silu(gate) * up, mlp["down"].astype(x.dtype))

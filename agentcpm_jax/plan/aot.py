@@ -18,9 +18,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from agentcpm_jax.files import size_text
 from agentcpm_jax.model.config import ModelConfig
-from agentcpm_jax.plan.memory import Memory, estimate
-from agentcpm_jax.train.losses.methods import LossConfig
+from agentcpm_jax.plan.memory import MemoryEstimate, estimate
+from agentcpm_jax.train.losses.config import LossConfig
 from agentcpm_jax.train.optimizer import Schedule
 from agentcpm_jax.train.placement import abstract_base, abstract_inputs, step_shardings
 from agentcpm_jax.train.step import make_rl_step, make_sft_step, needs_reference
@@ -135,7 +136,7 @@ def compile_step(
     return compile_ahead(step, state, batch, version, *reference, *base, estimate=expected)
 
 
-def compile_ahead(step: Any, *arguments: Any, estimate: Memory | None = None) -> Compiled:
+def compile_ahead(step: Any, *arguments: Any, estimate: MemoryEstimate | None = None) -> Compiled:
     """Compiles a jitted step for abstract arguments (`placement.abstract_inputs`).
 
     Raises:
@@ -157,7 +158,7 @@ def compile_ahead(step: Any, *arguments: Any, estimate: Memory | None = None) ->
     )
 
 
-def raise_if_too_large(error: Exception, estimate: Memory | None = None) -> None:
+def raise_if_too_large(error: Exception, estimate: MemoryEstimate | None = None) -> None:
     """Turns RESOURCE_EXHAUSTED of a compiler or a device into a `UserError` of one line.
 
     It says what is needed, what `estimate` expected and its biggest parts (the compiler names no
@@ -171,17 +172,13 @@ def raise_if_too_large(error: Exception, estimate: Memory | None = None) -> None
     expected = ""
     if estimate is not None:
         parts = sorted(estimate.parts.items(), key=lambda part: -part[1])[:3]
-        listed = ", ".join(f"{name} {_gib(size)}" for name, size in parts)
-        expected = f" (estimate {_gib(estimate.total)}, the biggest: {listed})"
+        listed = ", ".join(f"{name} {size_text(size, binary=True)}" for name, size in parts)
+        expected = f" (estimate {size_text(estimate.total, binary=True)}, the biggest: {listed})"
     raise UserError(
         f"the step does not fit: {said}{expected}; split it over more devices (mesh.fsdp, "
         "mesh.context), keep less (model.remat='full', a smaller model.logits_chunk), or feed "
         "fewer tokens at a time (shape.micro_rows, shape.row_length)"
     ) from error
-
-
-def _gib(count: float) -> str:
-    return f"{count / 2**30:.2f} GiB"
 
 
 def _count(name: str, text: str) -> int:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,8 @@ import optax
 from jax.sharding import AbstractMesh, Mesh
 
 from agentcpm_jax.config import ExperimentConfig, RLStage, Stage, TrainShape
+from agentcpm_jax.files import size_text
+from agentcpm_jax.mesh import AXES, mesh_shape
 from agentcpm_jax.model import params as model_params
 from agentcpm_jax.model.attention.choice import fit_to
 from agentcpm_jax.model.config import ModelConfig
@@ -32,9 +35,10 @@ from agentcpm_jax.plan.aot import (
     raise_if_too_large,
     topology_devices,
 )
-from agentcpm_jax.sharding import AXES, make_mesh, mesh_shape
-from agentcpm_jax.train.losses.methods import LossConfig
-from agentcpm_jax.train.optimizer import OptimizerConfig, make_optimizer
+from agentcpm_jax.sharding import make_mesh
+from agentcpm_jax.train.config import OptimizerConfig
+from agentcpm_jax.train.losses.config import LossConfig
+from agentcpm_jax.train.optimizer import make_optimizer
 from agentcpm_jax.train.placement import (
     abstract_inputs,
     report_text,
@@ -43,9 +47,10 @@ from agentcpm_jax.train.placement import (
 )
 from agentcpm_jax.types import UserError
 
-GIB = 2**30
 #: Bytes of a recorded token in the experience log: a third of them sampled, and all of them.
 LOG_BYTES = (2.99, 5.24)
+
+_size = partial(size_text, binary=True)
 MFU = 0.5
 #: What a GPU can do, by the first part of a slice's name (CUDA's compute capability).
 CAPABILITY = {"t4": 7.5, "h200": 9.0}
@@ -89,7 +94,7 @@ def explain(
     dtypes = {stage.rl.pool.weights_dtype for stage in cfg.stages if stage.rl is not None}
     published = max(dtypes, default="") or model.param_dtype
     published_bytes = model_params.count(model) * memory.BYTES[published]
-    chips = f"{math.prod(shape)} chips of {flops.CHIPS[kind].hbm_bytes / GIB:.2f} GiB"
+    chips = f"{math.prod(shape)} chips of {_size(flops.CHIPS[kind].hbm_bytes)}"
     where = slice_name if cfg.mesh.slices == 1 else f"{cfg.mesh.slices} x {slice_name}"
     lines = [
         f"{cfg.name} on {where}: {chips}, mesh {split or 'of one device'}",
@@ -227,13 +232,13 @@ def _engine_line(model: ModelConfig, rl: RLStage) -> str:
     )
 
 
-def _memory(cfg: ExperimentConfig, step: Step, slice_name: str) -> memory.Memory:
+def _memory(cfg: ExperimentConfig, step: Step, slice_name: str) -> memory.MemoryEstimate:
     mesh: Any = AbstractMesh(_mesh_sizes(cfg, slice_name), AXES)
     model, _ = as_run_on(cfg.model, slice_name.split("-")[0])
     return _estimate(model, step, mesh)
 
 
-def _estimate(model: ModelConfig, step: Step, mesh: Mesh | AbstractMesh) -> memory.Memory:
+def _estimate(model: ModelConfig, step: Step, mesh: Mesh | AbstractMesh) -> memory.MemoryEstimate:
     rows = (step.shape.rows, step.shape.row_length, step.shape.micro_rows)
     return memory.estimate(model, _optimizer(step), mesh, *rows)
 
@@ -284,7 +289,3 @@ def _cost(prices: str, kind: str, hours: float) -> str:
 
 def _line(name: str, value: str, source: str) -> str:
     return f"  {name}: {value} [{source}]"
-
-
-def _size(count: float) -> str:
-    return f"{count / GIB:.2f} GiB" if count >= 0.1 * GIB else f"{count / 2**20:.1f} MiB"

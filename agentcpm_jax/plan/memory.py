@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import optax
 from jax.sharding import AbstractMesh, Mesh
 
-from agentcpm_jax.model.chunked_head import chunk_tokens
 from agentcpm_jax.model.config import ModelConfig
+from agentcpm_jax.model.logprobs import chunk_tokens
 from agentcpm_jax.sharding import TOKEN_AXES, WIDTH_AXES, axis_size
 from agentcpm_jax.train.placement import (
     abstract_base,
@@ -34,7 +34,7 @@ BYTES = {"float32": 4, "bfloat16": 2}
 LAYER_WIDTHS, LAYER_INNER = 37, 6
 
 
-class Memory(NamedTuple):
+class MemoryEstimate(NamedTuple):
     """Bytes of one device."""
 
     arguments: float
@@ -70,7 +70,7 @@ def estimate(
     rows: int,
     row_length: int,
     micro_rows: int = 0,
-) -> Memory:
+) -> MemoryEstimate:
     """Memory of a step over rows x row_length tokens, `micro_rows` of them at a time (0: all).
 
     Raises `UserError` when the mesh does not divide the model or the rows.
@@ -81,7 +81,7 @@ def estimate(
     trained = _bytes(state.params)
     tokens = (micro_rows or rows) * row_length / axis_size(mesh, TOKEN_AXES)
     copies = 2 if micro_rows and micro_rows < rows else 1
-    return Memory(
+    return MemoryEstimate(
         _bytes((state, batch, *frozen)),
         tokens * _saved(model, mesh.shape["tensor"]),
         trained * copies,

@@ -1,10 +1,32 @@
-"""The configuration of the stream and of its workers; imports neither the log nor an engine."""
+"""How episodes are played, groups produced, and work shared out to workers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from agentcpm_jax.types import UserError
+
+
+@dataclass(frozen=True)
+class EpisodeConfig:
+    """Limits are counts of turns, tokens (max_context, max_new_tokens, reserve) or characters."""
+
+    system_prompt: str = ""
+    max_turns: int = 100
+    max_context: int = 32768
+    max_new_tokens: int = 4096
+    reserve: int = 64  # room that must be left for a generation to be worth starting
+    temperature: float = 1.0
+    repetition_stop: int = 4  # times the same assistant text may stand in the context
+    no_progress_stop: int = 20  # consecutive turns with neither call nor answer
+    truncated_stop: int = 1  # turns cut at max_new_tokens
+    turn_deadline: float | None = None  # seconds for one generation
+    max_tool_chars: int = 20_000  # of one observation
+    nudge: str = (
+        "Your message held neither a tool call nor an answer. "
+        "Call a tool, or give the final answer between <answer> and </answer>."
+    )
+    nudge_truncated: str = "Your message was cut off because it was too long. Be brief."
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ import json
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -27,6 +26,7 @@ import numpy as np
 from agentcpm_jax.chat.format import ChatFormat, Message
 from agentcpm_jax.chat.parse import ParsedTurn, parse_completion
 from agentcpm_jax.dock.protocol import Toolbox
+from agentcpm_jax.rollout.config import EpisodeConfig
 from agentcpm_jax.rollout.policy import (
     Completion,
     Finish,
@@ -52,28 +52,6 @@ from agentcpm_jax.types import (
 _Tokens: TypeAlias = tuple[np.ndarray, np.ndarray]
 #: why to stop, or the messages that answer the turn
 _Next: TypeAlias = tuple[StopReason | None, list[Message]]
-
-
-@dataclass(frozen=True)
-class EpisodeConfig:
-    """Limits are counts of turns, tokens (max_context, max_new_tokens, reserve) or characters."""
-
-    system_prompt: str = ""
-    max_turns: int = 100
-    max_context: int = 32768
-    max_new_tokens: int = 4096
-    reserve: int = 64  # room that must be left for a generation to be worth starting
-    temperature: float = 1.0
-    repetition_stop: int = 4  # times the same assistant text may stand in the context
-    no_progress_stop: int = 20  # consecutive turns with neither call nor answer
-    truncated_stop: int = 1  # turns cut at max_new_tokens
-    turn_deadline: float | None = None  # seconds for one generation
-    max_tool_chars: int = 20_000  # of one observation
-    nudge: str = (
-        "Your message held neither a tool call nor an answer. "
-        "Call a tool, or give the final answer between <answer> and </answer>."
-    )
-    nudge_truncated: str = "Your message was cut off because it was too long. Be brief."
 
 
 async def run_episode(

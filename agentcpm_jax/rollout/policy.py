@@ -74,7 +74,7 @@ class Engine(TokenPolicy, Protocol):
 
     Three implementations: the engine in this process (`engine.local.LocalEngine`), the pool of
     servers (`run.engines.PoolEngine`) and the engine behind our own server
-    (`engine.served_local.ServedLocal`).
+    (`engine.serving.ServedLocal`).
     """
 
     @property

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from agentcpm_jax.chat.format import ChatFormat, template_text
 from agentcpm_jax.checkpoint import newest_snapshot
-from agentcpm_jax.config import ExperimentConfig, Stage, to_json
+from agentcpm_jax.config import ExperimentConfig, Stage, read_config, to_json
 from agentcpm_jax.files import SHIPPED, write_atomically
 from agentcpm_jax.log.experience import ExperienceLog
 from agentcpm_jax.log.snapshots import locate_log, restore_snapshot
@@ -146,7 +146,7 @@ def open_context(
                 f"tokenizer {cfg.tokenizer or 'of the offline world'} has {chat.vocab_size} ids, "
                 f"config.model.vocab_size is {cfg.model.vocab_size}; raise it"
             )
-        _check_config(cfg, workdir / "config.json")
+        check_config(cfg, workdir / "config.json")
         tokenizer = Path(cfg.tokenizer or workdir / "tokenizer")
         if not tokenizer.exists():
             shutil.copytree(scratch, tokenizer)
@@ -187,12 +187,11 @@ def _no_log() -> ExperienceLog:
     return ExperienceLog.open(Path(scratch.name) / "experience.db")
 
 
-def _check_config(cfg: ExperimentConfig, path: Path) -> None:
+def check_config(cfg: ExperimentConfig, path: Path) -> None:
     """One workdir, one configuration: a resume under another one would not be a resume."""
-    new = json.loads(json.dumps(to_json(cfg)))
     if path.exists():
-        old = json.loads(path.read_text())
-        changed = sorted(set(_differences(old, new)))
+        old = to_json(read_config(path.parent))
+        changed = sorted(set(_differences(old, to_json(cfg))))
         changed = [key for key in changed if key.split(".")[0] not in FREE]
         if changed:
             raise UserError(
@@ -200,7 +199,7 @@ def _check_config(cfg: ExperimentConfig, path: Path) -> None:
                 "differ); use another --workdir or remove it"
             )
         return
-    write_atomically(path, json.dumps(new, indent=2) + "\n")
+    write_atomically(path, json.dumps(to_json(cfg), indent=2) + "\n")
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[str]:
@@ -210,7 +209,7 @@ def _differences(old: Any, new: Any, path: str = "") -> list[str]:
             inner = f"{path}.{key}" if path else key
             found += _differences(old.get(key), new.get(key), inner)
         return found
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+    if isinstance(old, tuple) and isinstance(new, tuple) and len(old) == len(new):
         pairs = zip(old, new, strict=True)
         return [d for i, (a, b) in enumerate(pairs) for d in _differences(a, b, f"{path}[{i}]")]
     return [] if old == new else [path]

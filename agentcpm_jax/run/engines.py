@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from agentcpm_jax.config import RLStage, Stage
-from agentcpm_jax.engine.local import LocalEngine, check_capacity
+from agentcpm_jax.engine.config import check_capacity
+from agentcpm_jax.engine.local import LocalEngine
 from agentcpm_jax.files import write_atomically
 from agentcpm_jax.model.config import ModelConfig, to_hf_config
 from agentcpm_jax.model.logprobs import token_logprobs

@@ -17,7 +17,8 @@ import numpy as np
 
 from agentcpm_jax.chat.format import ChatFormat
 from agentcpm_jax.config import Stage
-from agentcpm_jax.engine.local import LocalEngine, check_capacity
+from agentcpm_jax.engine.config import check_capacity
+from agentcpm_jax.engine.local import LocalEngine
 from agentcpm_jax.evaluate.passk import TaskScore
 from agentcpm_jax.evaluate.runner import evaluate
 from agentcpm_jax.evaluate.skills import skill_documents, skill_scores

@@ -14,7 +14,7 @@ from agentcpm_jax.run.context import RunContext
 from agentcpm_jax.run.learner import Learner, make_learner
 from agentcpm_jax.run.multihost import on_main
 from agentcpm_jax.run.observe.health import stop_if_not_finite
-from agentcpm_jax.train.state import TrainState
+from agentcpm_jax.train.step import TrainState
 
 
 @dataclass

@@ -24,8 +24,7 @@ from agentcpm_jax.run.multihost import on_devices
 from agentcpm_jax.train.buckets import check_lengths, trim
 from agentcpm_jax.train.optimizer import make_optimizer
 from agentcpm_jax.train.placement import step_shardings
-from agentcpm_jax.train.state import TrainState
-from agentcpm_jax.train.step import StepShardings, make_rl_step, needs_reference
+from agentcpm_jax.train.step import StepShardings, TrainState, make_rl_step, needs_reference
 from agentcpm_jax.types import UserError
 
 

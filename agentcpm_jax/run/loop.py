@@ -40,7 +40,7 @@ from agentcpm_jax.run.observe.profile import watched
 from agentcpm_jax.run.observe.staleness import age_metrics, drop_metrics, stale_drops
 from agentcpm_jax.run.sampling import make_finish, make_run_sample, task_sequence
 from agentcpm_jax.run.worker import WorkerThread, make_worker
-from agentcpm_jax.train.state import TrainState
+from agentcpm_jax.train.step import TrainState
 from agentcpm_jax.weights.versions import VersionStore
 
 

@@ -16,7 +16,8 @@ from agentcpm_jax.evaluate.runner import RunSample
 from agentcpm_jax.rewards.advantages import AdvantageConfig, credit_group, punish_overlong
 from agentcpm_jax.rewards.denoise import DenoiseConfig, denoise
 from agentcpm_jax.rewards.grade import Reward, normalize, score
-from agentcpm_jax.rollout.episode import EpisodeConfig, run_episode
+from agentcpm_jax.rollout.config import EpisodeConfig
+from agentcpm_jax.rollout.episode import run_episode
 from agentcpm_jax.rollout.policy import TokenPolicy
 from agentcpm_jax.rollout.stream import GroupOutcome
 from agentcpm_jax.tasks.jsonl import load_tasks

@@ -29,7 +29,8 @@ from agentcpm_jax.run.observe.health import stop_if_not_finite
 from agentcpm_jax.run.observe.metrics import MetricsWriter, NoMetrics
 from agentcpm_jax.run.observe.profile import watched
 from agentcpm_jax.sharding import batch_sharding
-from agentcpm_jax.train.optimizer import OptimizerConfig, make_optimizer
+from agentcpm_jax.train.config import OptimizerConfig
+from agentcpm_jax.train.optimizer import make_optimizer
 from agentcpm_jax.train.placement import step_shardings
 from agentcpm_jax.train.step import make_sft_step
 from agentcpm_jax.types import UserError

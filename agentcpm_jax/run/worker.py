@@ -12,7 +12,8 @@ from typing import Any
 
 from agentcpm_jax.config import ExperimentConfig, RLStage, Stage
 from agentcpm_jax.database import LogUnavailable
-from agentcpm_jax.engine.local import LocalEngine, check_capacity
+from agentcpm_jax.engine.config import check_capacity
+from agentcpm_jax.engine.local import LocalEngine
 from agentcpm_jax.log.experience import ExperienceLog
 from agentcpm_jax.log.signals import POLL
 from agentcpm_jax.rollout.groups import RunSample

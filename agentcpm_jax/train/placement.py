@@ -17,8 +17,7 @@ from agentcpm_jax.model.config import ModelConfig
 from agentcpm_jax.model.lora import adapter_specs
 from agentcpm_jax.model.params import abstract_params, param_specs
 from agentcpm_jax.sharding import RULES, axis_size, batch_sharding, param_shardings
-from agentcpm_jax.train.state import TrainState
-from agentcpm_jax.train.step import StepShardings
+from agentcpm_jax.train.step import StepShardings, TrainState
 from agentcpm_jax.types import UserError
 
 
@@ -48,14 +47,14 @@ def step_shardings(
     known = {_keys(path): sharding for path, sharding in tree_leaves_with_path(params)}
     sizes = {_keys(path): leaf.shape for path, leaf in tree_leaves_with_path(shapes)}
 
-    def beside(path: Any, leaf: Any) -> Any:
+    def of_parameter(path: Any, leaf: Any) -> Any:
         keys = _keys(path)
         for start in range(len(keys)):  # below what the optimiser's own parts are called
             if sizes.get(keys[start:]) == leaf.shape:
                 return known[keys[start:]]
         return everywhere
 
-    moments = jax.tree_util.tree_map_with_path(beside, abstract.opt_state)
+    moments = jax.tree_util.tree_map_with_path(of_parameter, abstract.opt_state)
     state = TrainState(everywhere, everywhere, params, moments)
     tokens = batch_sharding(mesh)
     fields: dict[str, Any] = dict.fromkeys(Batch.__dataclass_fields__, tokens)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
@@ -20,7 +21,7 @@ from agentcpm_jax.model.attention.reference import Attention
 from agentcpm_jax.model.config import ModelConfig
 from agentcpm_jax.model.logprobs import token_logprobs, token_logprobs_and_entropy
 from agentcpm_jax.train.losses.aggregate import count_sequences, trained_mask
-from agentcpm_jax.train.losses.methods import LossConfig, resolve
+from agentcpm_jax.train.losses.config import LossConfig, resolve
 from agentcpm_jax.train.losses.policy import (
     cross_entropy,
     finish_metrics,
@@ -28,10 +29,33 @@ from agentcpm_jax.train.losses.policy import (
     policy_loss,
 )
 from agentcpm_jax.train.optimizer import Schedule
-from agentcpm_jax.train.state import TrainState
 
 Metrics = dict[str, jax.Array]
 BatchLoss = Callable[[Any, Batch], tuple[jax.Array, Metrics]]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Parameters and optimiser state after `step` updates, of which `skipped` changed nothing.
+
+    step i32[], skipped i32[] (updates with a non-finite loss or gradient), params and opt_state
+    pytrees. Donated to the step that consumes it.
+    """
+
+    step: Any  # arrays; or, when the tree is mapped over, shardings and shapes in their place
+    skipped: Any
+    params: Any
+    opt_state: Any
+
+    @classmethod
+    def create(cls, params: Any, tx: optax.GradientTransformation) -> TrainState:
+        """Step 0. The state holds `params` itself: copy them first to use them elsewhere."""
+        return cls(
+            step=jnp.zeros((), jnp.int32),
+            skipped=jnp.zeros((), jnp.int32),
+            params=params,
+            opt_state=tx.init(params),
+        )
 
 
 class StepShardings(NamedTuple):
@@ -75,7 +99,7 @@ def make_sft_step(
 
     def step(state: TrainState, batch: Batch, base: Any = None) -> tuple[TrainState, Metrics]:
         def of_trained(trained: Any, batch: Batch) -> tuple[jax.Array, Metrics]:
-            return loss_fn(_beside(base, trained), batch)
+            return loss_fn(_with_adapters(base, trained), batch)
 
         return _update(state, batch, of_trained, tx, schedule, micro_rows)
 
@@ -116,7 +140,7 @@ def make_rl_step(
         reference = others[0] if needs_reference(cfg) else None
 
         def loss_fn(params: Any, batch: Batch) -> tuple[jax.Array, Metrics]:
-            params = _beside(base, params)
+            params = _with_adapters(base, params)
             where = (batch.tokens, batch.positions, batch.segment_ids)
             logprobs, entropy = token_logprobs_and_entropy(params, model, *where, **run)
             pulled_to = None
@@ -153,7 +177,7 @@ def make_rl_step(
         if cfg.updates == 1:
             return one_update(state, batch)
         if recompute:
-            old = _logprobs(_beside(base, state.params), model, batch, micro_rows, run)
+            old = _logprobs(_with_adapters(base, state.params), model, batch, micro_rows, run)
             batch = replace(batch, proximal_logprobs=old)
         state, metrics = jax.lax.scan(one_update, state, _shares(batch, cfg.updates))
         return state, _over_updates(metrics)
@@ -301,7 +325,7 @@ def _update(
     return TrainState(state.step + 1, skipped, params, opt_state), metrics
 
 
-def _beside(base: Any, trained: Any) -> Any:
+def _with_adapters(base: Any, trained: Any) -> Any:
     """What the backbone reads: the trained parameters, or the frozen ones with trained adapters."""
     return trained if base is None else {**base, "adapters": trained}
 

@@ -11,10 +11,9 @@ import asyncio
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
+from http import HTTPStatus
 from typing import Any, Protocol
 from urllib.parse import quote
-
-import httpx
 
 from agentcpm_jax.types import ToolResult, ToolStatus, UserError
 from agentcpm_jax.world.graph import WorldConfig
@@ -92,6 +91,8 @@ class WorldToolbox:
             return ToolStatus.INFRA_ERROR, f"the {name} server is gone"
         if fault == "tool_error":
             return ToolStatus.TOOL_ERROR, f"{name} failed, try again"
+        import httpx  # here: the config tree imports this module, and takes no HTTP client along
+
         value = _clean(arguments[ARGUMENT[name]])
         try:
             if name == "search":
@@ -193,6 +194,8 @@ class SitePages:
     """Reads the world over HTTP. `url` is the world's prefix on the site, without a final slash."""
 
     def __init__(self, url: str, timeout_s: float = 30.0) -> None:
+        import httpx
+
         self._url = url
         # trust_env=False: a proxy of the environment must not see loopback traffic
         self._client = httpx.AsyncClient(timeout=timeout_s, trust_env=False, verify=False)
@@ -204,7 +207,7 @@ class SitePages:
 
     async def html(self, title: str) -> str | None:
         reply = await self._client.get(f"{self._url}/wiki/{quote(title, safe='')}")
-        if reply.status_code == httpx.codes.NOT_FOUND:
+        if reply.status_code == HTTPStatus.NOT_FOUND:
             return None
         reply.raise_for_status()
         return reply.text

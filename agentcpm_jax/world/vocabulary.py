@@ -11,12 +11,13 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
-
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from typing import TYPE_CHECKING, Any
 
 from agentcpm_jax.world.names import FIRST, RELATIONS, SECOND
 from agentcpm_jax.world.tools import SCHEMAS
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 #: Qwen3's added tokens in the order of their ids; True = special in the tokenizer's sense.
 QWEN3_ADDED_TOKENS: tuple[tuple[str, bool], ...] = (
@@ -93,6 +94,8 @@ def vocabulary() -> list[str]:
 
 def build_tokenizer() -> Tokenizer:
     """A whole-word tokenizer with byte fallback: ids 0..len(vocabulary())-1, then added tokens."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
     vocab = vocabulary()
     longest_first = sorted(vocab[256:], key=len, reverse=True)
     tokenizer = Tokenizer(

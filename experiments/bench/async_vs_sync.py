@@ -42,7 +42,8 @@ import jax.numpy as jnp
 from agentcpm_jax.chat.format import ChatFormat
 from agentcpm_jax.data.pack import pack
 from agentcpm_jax.engine import local
-from agentcpm_jax.engine.local import EngineConfig, LocalEngine
+from agentcpm_jax.engine.config import EngineConfig
+from agentcpm_jax.engine.local import LocalEngine
 from agentcpm_jax.evaluate.report.charts import line_chart
 from agentcpm_jax.files import SHIPPED
 from agentcpm_jax.log.experience import ExperienceLog
@@ -50,18 +51,17 @@ from agentcpm_jax.model.config import TINY
 from agentcpm_jax.model.hf import load_hf
 from agentcpm_jax.rewards.advantages import AdvantageConfig
 from agentcpm_jax.rewards.denoise import DenoiseConfig
-from agentcpm_jax.rollout.config import StreamConfig
-from agentcpm_jax.rollout.episode import EpisodeConfig
+from agentcpm_jax.rollout.config import EpisodeConfig, StreamConfig
 from agentcpm_jax.rollout.staleness import oldest_trained
 from agentcpm_jax.rollout.stream import Stream
 from agentcpm_jax.run.loop import shipped_rows
 from agentcpm_jax.run.observe.meter import rss_mib
 from agentcpm_jax.run.sampling import make_finish, make_run_sample
 from agentcpm_jax.tasks.world import WorldTasks
-from agentcpm_jax.train.losses.policy import LossConfig
-from agentcpm_jax.train.optimizer import OptimizerConfig, make_optimizer
-from agentcpm_jax.train.state import TrainState
-from agentcpm_jax.train.step import make_rl_step
+from agentcpm_jax.train.config import OptimizerConfig
+from agentcpm_jax.train.losses.config import LossConfig
+from agentcpm_jax.train.optimizer import make_optimizer
+from agentcpm_jax.train.step import TrainState, make_rl_step
 from agentcpm_jax.world.graph import WorldConfig
 from agentcpm_jax.world.search import search_index
 from agentcpm_jax.world.tools import LocalPages, WorldToolbox, config_of

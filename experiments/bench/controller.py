@@ -37,8 +37,7 @@ from agentcpm_jax.files import SHIPPED
 from agentcpm_jax.log.experience import ExperienceLog
 from agentcpm_jax.rewards.advantages import AdvantageConfig
 from agentcpm_jax.rewards.denoise import DenoiseConfig
-from agentcpm_jax.rollout.config import StreamConfig
-from agentcpm_jax.rollout.episode import EpisodeConfig
+from agentcpm_jax.rollout.config import EpisodeConfig, StreamConfig
 from agentcpm_jax.rollout.policy import Completion, SampleRequest, Scripted
 from agentcpm_jax.rollout.stream import Stream
 from agentcpm_jax.run.sampling import make_finish, make_run_sample

@@ -40,7 +40,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from agentcpm_jax.engine.local import EngineConfig, LocalEngine
+from agentcpm_jax.engine.config import EngineConfig
+from agentcpm_jax.engine.local import LocalEngine
 from agentcpm_jax.model import params as model_params
 from agentcpm_jax.model.config import QWEN3_0_6B, ModelConfig
 from agentcpm_jax.model.hf import load_hf

@@ -38,10 +38,10 @@ from agentcpm_jax.model.attention.choice import choose, platform_of
 from agentcpm_jax.model.config import QWEN3_4B, ModelConfig
 from agentcpm_jax.model.decode import extend, init_cache
 from agentcpm_jax.plan.flops import CHIPS, train_flops
-from agentcpm_jax.train.losses.methods import LossConfig
-from agentcpm_jax.train.optimizer import OptimizerConfig, make_optimizer
-from agentcpm_jax.train.state import TrainState
-from agentcpm_jax.train.step import make_rl_step, make_sft_step
+from agentcpm_jax.train.config import OptimizerConfig
+from agentcpm_jax.train.losses.config import LossConfig
+from agentcpm_jax.train.optimizer import make_optimizer
+from agentcpm_jax.train.step import TrainState, make_rl_step, make_sft_step
 
 OUT = ROOT / "experiments" / "results" / "gpu_h200"
 ROUNDS = 5

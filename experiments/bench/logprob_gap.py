@@ -28,9 +28,9 @@ sys.path[:0] = [str(ROOT)]
 import numpy as np
 
 from agentcpm_jax.chat.format import ChatFormat
-from agentcpm_jax.engine.local import EngineConfig
-from agentcpm_jax.engine.served_local import ServedLocal
+from agentcpm_jax.engine.config import EngineConfig
 from agentcpm_jax.engine.server import EngineServer, ServerConfig
+from agentcpm_jax.engine.serving import ServedLocal
 from agentcpm_jax.model.hf import load_hf, save_hf
 from tests.doubles.toy_pool import Servers
 from tests.pool.contract_suite import PROMPT, Subject, in_flight

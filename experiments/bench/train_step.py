@@ -164,9 +164,9 @@ def train_steps(workload: str) -> Iterator[float]:
 
     from agentcpm_jax.data.pack import fill
     from agentcpm_jax.data.rows import text_row
-    from agentcpm_jax.train.optimizer import OptimizerConfig, make_optimizer
-    from agentcpm_jax.train.state import TrainState
-    from agentcpm_jax.train.step import make_sft_step
+    from agentcpm_jax.train.config import OptimizerConfig
+    from agentcpm_jax.train.optimizer import make_optimizer
+    from agentcpm_jax.train.step import TrainState, make_sft_step
 
     params, cfg = load(workload, np.float32)
     optimizer = OptimizerConfig(lr=1e-5, weight_decay=0.0, clip_norm=0.0, schedule="constant")
@@ -231,12 +231,13 @@ def rl_steps(workload: str) -> Iterator[float]:
 
     from agentcpm_jax.data.pack import fill
     from agentcpm_jax.data.rows import rows_from_segment
-    from agentcpm_jax.engine.local import EngineConfig, LocalEngine
+    from agentcpm_jax.engine.config import EngineConfig
+    from agentcpm_jax.engine.local import LocalEngine
     from agentcpm_jax.rollout.policy import SampleRequest, SamplingParams
-    from agentcpm_jax.train.losses.methods import LossConfig
-    from agentcpm_jax.train.optimizer import OptimizerConfig, make_optimizer
-    from agentcpm_jax.train.state import TrainState
-    from agentcpm_jax.train.step import make_rl_step
+    from agentcpm_jax.train.config import OptimizerConfig
+    from agentcpm_jax.train.losses.config import LossConfig
+    from agentcpm_jax.train.optimizer import make_optimizer
+    from agentcpm_jax.train.step import TrainState, make_rl_step
     from agentcpm_jax.types import Provenance, Segment
 
     params, cfg = load(workload, np.float32)

@@ -13,7 +13,8 @@ import jax
 import numpy as np
 
 from agentcpm_jax.engine import device
-from agentcpm_jax.engine.local import EngineConfig, LocalEngine
+from agentcpm_jax.engine.config import EngineConfig
+from agentcpm_jax.engine.local import LocalEngine
 from agentcpm_jax.model import params as model_params
 from agentcpm_jax.model.config import TINY
 from agentcpm_jax.rollout.policy import Completion, SampleRequest, SamplingParams

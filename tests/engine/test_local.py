@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from agentcpm_jax.engine import device, weights
-from agentcpm_jax.engine.local import EngineConfig, LocalEngine
+from agentcpm_jax.engine.config import EngineConfig
+from agentcpm_jax.engine.local import LocalEngine
 from agentcpm_jax.model import params as model_params
 from agentcpm_jax.model.config import TINY
 from agentcpm_jax.model.logprobs import token_logprobs

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from agentcpm_jax.chat.format import ChatFormat
-from agentcpm_jax.engine.requests import Limits, parse_generate
+from agentcpm_jax.engine.requests import RequestLimits, parse_generate
 from agentcpm_jax.engine.server import CONTROL, ServerConfig, ServerKeys, is_loopback
 from agentcpm_jax.engine.sessions import version_spans
 from agentcpm_jax.files import SHIPPED
@@ -24,7 +24,7 @@ from tests.doubles.toy_pool import Servers, wait_for
 from tests.pool.contract_suite import body, in_flight
 
 ROOT = Path(__file__).parents[2]
-LIMITS = Limits(capacity=64, vocab_size=100)
+LIMITS = RequestLimits(capacity=64, vocab_size=100)
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +203,7 @@ def test_what_cannot_be_done_is_refused_by_name(changes, message):
 
 
 def test_stop_ids_of_the_model_hold_unless_they_are_switched_off():
-    limits = Limits(64, 100, stop_ids=(7,))
+    limits = RequestLimits(64, 100, stop_ids=(7,))
     params = {"max_new_tokens": 4, "stop_token_ids": [9]}
     (job,) = parse_generate({"input_ids": [1], "sampling_params": params}, limits, None)
     assert job.stop_ids == (9, 7)

@@ -6,12 +6,12 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agentcpm_jax.engine.slots import BLOCK, MIN_COPY, Place, Slots
+from agentcpm_jax.engine.slots import BLOCK, MIN_COPY, CacheSlot, Slots
 
 TEXT = np.arange(100, 200, dtype=np.int32)
 
 
-def taken(slots: Slots, prompt: np.ndarray, *, fed: bool = True) -> Place:
+def taken(slots: Slots, prompt: np.ndarray, *, fed: bool = True) -> CacheSlot:
     place = slots.place(prompt, reuse=True)
     slots.take(place, prompt)
     if fed:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -109,6 +111,46 @@ def test_help_and_no_arguments(capsys) -> None:
     assert "--config=configs/quickstart.py" in capsys.readouterr().out
     assert launch_train.main([]) == 2
     assert "--config=FILE" in capsys.readouterr().err
+
+
+HEAVY = {
+    *("jax", "jaxlib", "flax", "optax", "grain", "orbax", "chex", "sqlalchemy", "httpx"),
+    *("aiohttp", "tokenizers", "transformers", "safetensors", "jinja2"),
+}
+MISTAKEN = f"""
+import sys
+sys.path.insert(0, {str(CHECKOUT / "launch")!r})
+import train
+code = train.main(sys.argv[1:])
+print(*{{name.split(".")[0] for name in sys.modules}})
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--config=configs/quickstart.py", "--config.stage.rl.optimizer.lrr=1"],
+        ["--config=configs/rl_qwen3_4b.py", "--config.stage.rl.loss.name=ppo2"],
+        ["--config=configs/quickstart.py", "--wrokdir=x"],
+        ["--config=nofile.py"],
+    ],
+)
+def test_a_mistake_is_answered_at_once(argv: list[str]) -> None:
+    """Without the heavy libraries, in at most 1 s of CPU (0.5 s in November 2026)."""
+    seconds = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run(
+            [sys.executable, "-c", MISTAKEN, *argv], capture_output=True, text=True, check=False
+        )
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        assert done.returncode == 2 and done.stderr.startswith("error: "), done.stderr
+        assert HEAVY & set(done.stdout.split()) == set()
+        if seconds[-1] <= 1.0:
+            break
+    assert min(seconds) <= 1.0, seconds
 
 
 def test_merge_command_reports_a_missing_recipe(tmp_path: Path, capsys) -> None:

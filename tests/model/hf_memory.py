@@ -17,10 +17,11 @@ import ml_dtypes
 import numpy as np
 
 from agentcpm_jax import tree
+from agentcpm_jax.mesh import MeshConfig
 from agentcpm_jax.model.config import QWEN3_4B, ModelConfig
 from agentcpm_jax.model.hf import load_hf, save_hf
 from agentcpm_jax.model.params import param_specs
-from agentcpm_jax.sharding import MeshConfig, make_mesh, param_shardings
+from agentcpm_jax.sharding import make_mesh, param_shardings
 
 # The shape of 4B, an eighth as wide: like there, all layers of one matrix are larger than the
 # embedding, the largest tensor of the files.

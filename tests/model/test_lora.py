@@ -21,8 +21,7 @@ from agentcpm_jax.model.config import TINY
 from agentcpm_jax.model.hf import hf_tensors
 from agentcpm_jax.model.params import init
 from agentcpm_jax.model.qwen3 import forward
-from agentcpm_jax.train.state import TrainState
-from agentcpm_jax.train.step import make_sft_step
+from agentcpm_jax.train.step import TrainState, make_sft_step
 
 CFG = dataclasses.replace(
     TINY, vocab_size=16, width=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, ffw=24

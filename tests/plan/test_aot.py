@@ -9,7 +9,7 @@ import pytest
 
 from agentcpm_jax.plan.aot import TOPOLOGIES, compile_ahead, device_count, topology_devices
 from agentcpm_jax.plan.flops import GIB
-from agentcpm_jax.plan.memory import Memory
+from agentcpm_jax.plan.memory import MemoryEstimate
 from agentcpm_jax.types import UserError
 
 #: What libtpu 0.0.42 says.
@@ -33,7 +33,7 @@ class Refused:
 
 
 def test_a_step_that_does_not_fit_names_the_need_the_estimate_and_three_remedies() -> None:
-    guess = Memory(*(float(GIB * size) for size in (2, 3, 1, 0, 4, 29)))
+    guess = MemoryEstimate(*(float(GIB * size) for size in (2, 3, 1, 0, 4, 29)))
     with pytest.raises(UserError) as caught:
         compile_ahead(Refused(TOO_LARGE), estimate=guess)
     said = str(caught.value)

@@ -8,9 +8,10 @@ from pathlib import Path
 import jax
 import pytest
 
+from agentcpm_jax.mesh import MeshConfig
 from agentcpm_jax.plan.explain import naming_what_is_too_large
 from agentcpm_jax.run.commandline import explained, parse
-from agentcpm_jax.sharding import MeshConfig, make_mesh
+from agentcpm_jax.sharding import make_mesh
 from agentcpm_jax.types import UserError
 
 RL = "rl_qwen3_4b.py"

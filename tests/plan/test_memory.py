@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 from jax.sharding import AbstractMesh
 
+from agentcpm_jax.mesh import AXES
 from agentcpm_jax.model.config import QWEN3_0_6B, ModelConfig
 from agentcpm_jax.plan import flops, memory
 from agentcpm_jax.plan.explain import as_run_on, steps_of
 from agentcpm_jax.run.commandline import parse
-from agentcpm_jax.sharding import AXES
-from agentcpm_jax.train.optimizer import OptimizerConfig, make_optimizer
+from agentcpm_jax.train.config import OptimizerConfig
+from agentcpm_jax.train.optimizer import make_optimizer
 
 PATH = Path(__file__).parents[2] / "experiments" / "results" / "aot.json"
 TABLE: dict[str, dict[str, Any]] = {row["row"]: row for row in json.loads(PATH.read_text())["rows"]}
@@ -26,7 +27,7 @@ COMPILED = [name for name, row in TABLE.items() if row["source"] == "AOT"]
 TX, _ = make_optimizer(OptimizerConfig(schedule="constant"))
 
 
-def estimate(row: dict[str, Any], **changes: Any) -> memory.Memory:
+def estimate(row: dict[str, Any], **changes: Any) -> memory.MemoryEstimate:
     model = ModelConfig(**row["model"] | changes)
     mesh = AbstractMesh(tuple(row["mesh"][axis] for axis in AXES), AXES)
     return memory.estimate(model, TX, mesh, row["rows"], row["row_length"])

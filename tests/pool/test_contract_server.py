@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import pytest
 
 from agentcpm_jax.chat.format import ChatFormat
-from agentcpm_jax.engine.local import EngineConfig
-from agentcpm_jax.engine.served_local import ServedLocal
+from agentcpm_jax.engine.config import EngineConfig
 from agentcpm_jax.engine.server import EngineServer, ServerConfig
+from agentcpm_jax.engine.serving import ServedLocal
 from tests.doubles.toy_pool import Servers
 from tests.pool.contract_suite import *  # noqa: F403
 from tests.pool.contract_suite import PROMPT, Subject, refused_and_harmless

@@ -16,7 +16,7 @@ from agentcpm_jax.rewards.advantages import (
     soft_overlong,
     turn_advantage,
 )
-from agentcpm_jax.train.losses.methods import METHODS
+from agentcpm_jax.train.losses.config import METHODS
 from agentcpm_jax.types import (
     Provenance,
     Segment,

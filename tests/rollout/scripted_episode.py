@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from agentcpm_jax.chat.format import ChatFormat, template_text
-from agentcpm_jax.rollout.episode import EpisodeConfig, run_episode
+from agentcpm_jax.rollout.config import EpisodeConfig
+from agentcpm_jax.rollout.episode import run_episode
 from agentcpm_jax.rollout.policy import SampleRequest, Scripted, TokenPolicy
 from agentcpm_jax.types import (
     Task,

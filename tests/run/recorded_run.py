@@ -18,22 +18,21 @@ import numpy as np
 from agentcpm_jax.chat.format import ChatFormat
 from agentcpm_jax.checkpoint import Checkpointer
 from agentcpm_jax.config import ExperimentConfig, RLStage, Stage, TrainShape
-from agentcpm_jax.engine.local import EngineConfig
+from agentcpm_jax.engine.config import EngineConfig
 from agentcpm_jax.log.experience import ExperienceLog
 from agentcpm_jax.log.schema import ShipEntry
 from agentcpm_jax.model.config import TINY
 from agentcpm_jax.rewards.advantages import AdvantageConfig, for_loss
 from agentcpm_jax.rewards.denoise import DenoiseConfig
 from agentcpm_jax.rewards.grade import settle
-from agentcpm_jax.rollout.config import StreamConfig
-from agentcpm_jax.rollout.episode import EpisodeConfig
+from agentcpm_jax.rollout.config import EpisodeConfig, StreamConfig
 from agentcpm_jax.rollout.stream import GroupOutcome
 from agentcpm_jax.run.context import open_context
 from agentcpm_jax.run.loop import train
 from agentcpm_jax.run.multihost import StopSignal
 from agentcpm_jax.run.observe.metrics import silent
 from agentcpm_jax.run.sampling import make_finish
-from agentcpm_jax.train.optimizer import OptimizerConfig
+from agentcpm_jax.train.config import OptimizerConfig
 from agentcpm_jax.types import (
     Decision,
     Provenance,

@@ -23,9 +23,9 @@ import train as launch_train
 
 from agentcpm_jax.chat.format import ChatFormat
 from agentcpm_jax.config import ExperimentConfig, RLStage, Stage
-from agentcpm_jax.engine.local import EngineConfig
-from agentcpm_jax.engine.served_local import ServedLocal
+from agentcpm_jax.engine.config import EngineConfig
 from agentcpm_jax.engine.server import EngineServer, ServerConfig
+from agentcpm_jax.engine.serving import ServedLocal
 from agentcpm_jax.files import SHIPPED
 from agentcpm_jax.pool.config import PoolConfig
 from agentcpm_jax.rewards.judge import JudgeConfig

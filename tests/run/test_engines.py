@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agentcpm_jax.engine.local import EngineConfig, LocalEngine
-from agentcpm_jax.engine.served_local import ServedLocal
+from agentcpm_jax.engine.config import EngineConfig
+from agentcpm_jax.engine.local import LocalEngine
+from agentcpm_jax.engine.serving import ServedLocal
 from agentcpm_jax.files import SHIPPED
 from agentcpm_jax.model.hf import load_hf
 from agentcpm_jax.pool.config import PoolConfig

@@ -10,10 +10,11 @@ import pytest
 
 from agentcpm_jax.data.loader import EpochBatches
 from agentcpm_jax.data.rows import text_row
+from agentcpm_jax.mesh import AXES
 from agentcpm_jax.run.multihost import decide, gathered, local_rows, settings, share_batch
 from agentcpm_jax.run.observe import watchdog
 from agentcpm_jax.run.observe.watchdog import Post, Watchdog, verdict
-from agentcpm_jax.sharding import AXES, batch_sharding
+from agentcpm_jax.sharding import batch_sharding
 from agentcpm_jax.types import UserError
 
 PLAIN = {

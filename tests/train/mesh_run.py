@@ -20,14 +20,13 @@ from agentcpm_jax import tree
 from agentcpm_jax.data.batch import Batch
 from agentcpm_jax.data.pack import pack
 from agentcpm_jax.data.rows import text_row
+from agentcpm_jax.mesh import MeshConfig
 from agentcpm_jax.model.config import TINY, ModelConfig
 from agentcpm_jax.model.params import abstract_params
-from agentcpm_jax.sharding import MeshConfig, make_mesh
-from agentcpm_jax.train.losses.correction import Correction
-from agentcpm_jax.train.losses.methods import LossConfig
+from agentcpm_jax.sharding import make_mesh
+from agentcpm_jax.train.losses.config import Correction, LossConfig
 from agentcpm_jax.train.placement import place, step_shardings
-from agentcpm_jax.train.state import TrainState
-from agentcpm_jax.train.step import make_rl_step, make_sft_step
+from agentcpm_jax.train.step import TrainState, make_rl_step, make_sft_step
 
 MODEL = dataclasses.replace(
     TINY, vocab_size=24, width=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, ffw=24

@@ -12,13 +12,13 @@ import pytest
 from agentcpm_jax.config import TrainShape
 from agentcpm_jax.data.pack import fill
 from agentcpm_jax.data.rows import text_row
+from agentcpm_jax.mesh import MeshConfig
 from agentcpm_jax.model.config import TINY
 from agentcpm_jax.model.params import init
 from agentcpm_jax.run.learner import make_cut
-from agentcpm_jax.sharding import MeshConfig, make_mesh
+from agentcpm_jax.sharding import make_mesh
 from agentcpm_jax.train.buckets import check_lengths, trim
-from agentcpm_jax.train.state import TrainState
-from agentcpm_jax.train.step import make_sft_step
+from agentcpm_jax.train.step import TrainState, make_sft_step
 from agentcpm_jax.types import UserError
 
 MODEL = dataclasses.replace(

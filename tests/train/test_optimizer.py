@@ -16,7 +16,8 @@ import transformers
 from agentcpm_jax import tree
 from agentcpm_jax.model import params as model_params
 from agentcpm_jax.model.config import TINY
-from agentcpm_jax.train.optimizer import OptimizerConfig, decay_mask, make_optimizer
+from agentcpm_jax.train.config import OptimizerConfig
+from agentcpm_jax.train.optimizer import decay_mask, make_optimizer
 from agentcpm_jax.types import UserError
 
 SMALL = dataclasses.replace(

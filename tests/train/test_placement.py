@@ -8,9 +8,10 @@ from typing import Any
 import jax
 import pytest
 
+from agentcpm_jax.mesh import AXES
 from agentcpm_jax.model.config import TINY
-from agentcpm_jax.sharding import AXES
-from agentcpm_jax.train.optimizer import OptimizerConfig, make_optimizer
+from agentcpm_jax.train.config import OptimizerConfig
+from agentcpm_jax.train.optimizer import make_optimizer
 from agentcpm_jax.train.placement import (
     abstract_inputs,
     report_text,

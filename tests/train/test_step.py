@@ -25,11 +25,10 @@ from agentcpm_jax.model import params as model_params
 from agentcpm_jax.model.config import TINY
 from agentcpm_jax.model.logprobs import token_logprobs
 from agentcpm_jax.model.qwen3 import forward
-from agentcpm_jax.train.losses.correction import Correction
-from agentcpm_jax.train.losses.methods import LossConfig
-from agentcpm_jax.train.optimizer import OptimizerConfig, make_optimizer
-from agentcpm_jax.train.state import TrainState
-from agentcpm_jax.train.step import make_rl_step, make_sft_step, needs_reference
+from agentcpm_jax.train.config import OptimizerConfig
+from agentcpm_jax.train.losses.config import Correction, LossConfig
+from agentcpm_jax.train.optimizer import make_optimizer
+from agentcpm_jax.train.step import TrainState, make_rl_step, make_sft_step, needs_reference
 
 MODEL = dataclasses.replace(
     TINY, vocab_size=16, width=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, ffw=16
@@ -225,7 +224,8 @@ import dataclasses, jax, numpy as np
 from tests.train.test_step import LOSS, MODEL, RECORD, VERSION, fresh, initial, rows
 from agentcpm_jax.data.pack import pack
 from agentcpm_jax.train.placement import place, step_shardings
-from agentcpm_jax.sharding import MeshConfig, make_mesh
+from agentcpm_jax.mesh import MeshConfig
+from agentcpm_jax.sharding import make_mesh
 from agentcpm_jax.train.step import make_rl_step
 
 batch = pack(rows(), row_length=16, num_rows=4).batch

@@ -22,7 +22,7 @@ PLATFORMS = {"splash": "tpu", "cudnn": "gpu"}
 BFLOAT16_FROM = 8.0
 
 
-class Choice(NamedTuple):
+class AttentionChoice(NamedTuple):
     """The kernel's name, and why it is another than was asked for ('' when it is not)."""
 
     name: str
@@ -38,7 +38,7 @@ def make_attention(cfg: ModelConfig, mesh: Mesh | None = None) -> Attention:
     return attention_context.on_mesh(_kernel(choose(cfg, platform_of(mesh)).name), mesh)
 
 
-def choose(cfg: ModelConfig, platform: str) -> Choice:
+def choose(cfg: ModelConfig, platform: str) -> AttentionChoice:
     """Resolves 'auto', and what the platform or the dtype cannot do."""
     name = cfg.attention
     if name not in ATTENTIONS:
@@ -50,18 +50,20 @@ def choose(cfg: ModelConfig, platform: str) -> Choice:
                 f"model.attention is {name!r}, which runs on {only} only, and this is {platform}; "
                 "use 'auto', 'blockwise' or 'reference'"
             )
-        return Choice(name, "")
+        return AttentionChoice(name, "")
     if platform == "tpu":
         if cfg.head_dim % 128 == 0:
-            return Choice("splash", "")
-        return Choice("blockwise", f"splash needs head_dim of 128 n, this model has {cfg.head_dim}")
+            return AttentionChoice("splash", "")
+        return AttentionChoice(
+            "blockwise", f"splash needs head_dim of 128 n, this model has {cfg.head_dim}"
+        )
     if platform == "gpu":
         if cfg.dtype == "bfloat16":
-            return Choice("cudnn", "")
-        return Choice(
+            return AttentionChoice("cudnn", "")
+        return AttentionChoice(
             "blockwise", f"cuDNN's kernel computes in bfloat16, this model in {cfg.dtype}"
         )
-    return Choice("blockwise", "")
+    return AttentionChoice("blockwise", "")
 
 
 def fit_to(

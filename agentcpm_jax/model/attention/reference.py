@@ -1,7 +1,7 @@
 """Grouped-query attention: the interface, and in plain jnp what every kernel must equal.
 
 An `Attention` takes (q, k, v, segment_ids) and is injected into `qwen3.forward`. It is made from a
-`Kernel` by `attention_context.on_mesh`: a kernel attends from some rows of the sequence to all of
+`Kernel` by `context.on_mesh`: a kernel attends from some rows of the sequence to all of
 it, which is what one device of a mesh does.
 Einsum letters: B batch, T query time, S key time, N query heads, K kv heads, G = N / K, H head dim.
 """

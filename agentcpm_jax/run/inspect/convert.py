@@ -10,15 +10,15 @@ from typing import Any
 import jax
 
 from agentcpm_jax.checkpoint import Checkpointer
-from agentcpm_jax.config import ExperimentConfig, Stage, to_json
+from agentcpm_jax.config import ExperimentConfig, Stage, config_from_json, to_json
+from agentcpm_jax.mesh import MeshConfig
 from agentcpm_jax.model.config import from_hf_config
 from agentcpm_jax.model.hf import TOKENIZER_FILES, load_hf, save_hf
 from agentcpm_jax.model.hf_files import read_json
 from agentcpm_jax.model.lora import PEFT_CONFIG, PEFT_WEIGHTS, save_peft
 from agentcpm_jax.model.params import param_specs
-from agentcpm_jax.run.inspect.opened import config_from_json
 from agentcpm_jax.run.observe.card import LINEAGE, describe
-from agentcpm_jax.sharding import MeshConfig, make_mesh, param_shardings
+from agentcpm_jax.sharding import make_mesh, param_shardings
 from agentcpm_jax.train.placement import trained_shapes
 from agentcpm_jax.types import UserError
 from agentcpm_jax.weights.store import sha256_of

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from agentcpm_jax.chat.format import ChatFormat
 from agentcpm_jax.checkpoint import newest_snapshot
-from agentcpm_jax.config import (
-    SCHEMA_VERSION,
-    ExperimentConfig,
-    RLStage,
-    Stage,
-    from_config_dict,
-)
+from agentcpm_jax.config import ExperimentConfig, RLStage, Stage, read_config
 from agentcpm_jax.log.experience import ExperienceLog
 from agentcpm_jax.log.schema import Issue
 from agentcpm_jax.log.snapshots import locate_log, restore_snapshot
@@ -98,30 +90,6 @@ def open_run(workdir: str | Path) -> Iterator[Run]:
         yield Run(path, cfg, stack.enter_context(ExperienceLog.open(where)))
 
 
-def read_config(workdir: Path) -> ExperimentConfig:
-    """The configuration that a run was started with.
-
-    Raises `UserError`: no run, not JSON, or of another schema version.
-    """
-    file = workdir / "config.json"
-    if not file.is_file():
-        raise UserError(f"no run in {workdir}: it has no config.json; give the --workdir of a run")
-    try:
-        raw = json.loads(file.read_text())
-        version = raw["schema_version"]
-    except (ValueError, KeyError, TypeError) as error:
-        kind = type(error).__name__
-        raise UserError(f"{file} is not a run's configuration ({kind}); restore it") from None
-    if version != SCHEMA_VERSION:
-        fix = (
-            "upgrade agentcpm_jax" if version > SCHEMA_VERSION else "use the release that wrote it"
-        )
-        raise UserError(
-            f"{file} has schema version {version}, this release reads {SCHEMA_VERSION}; {fix}"
-        )
-    return config_from_json(raw)
-
-
 def _copy_of_snapshot(workdir: Path, cfg: ExperimentConfig, live: str, scratch: Path) -> Path:
     stages = [workdir / stage.name / "checkpoints" for stage in reversed(cfg.stages)]
     snapshot = newest_snapshot(stages)
@@ -129,15 +97,3 @@ def _copy_of_snapshot(workdir: Path, cfg: ExperimentConfig, live: str, scratch: 
         raise UserError(f"{live} is missing, and no checkpoint has a snapshot; name another run")
     restore_snapshot(snapshot, scratch / "experience.db")
     return scratch / "experience.db"
-
-
-def config_from_json(raw: Mapping[str, Any]) -> ExperimentConfig:
-    """Inverse of `config.to_json`."""
-    flat: dict[str, Any] = {k: v for k, v in raw.items() if k != "stages"}
-    flat["stages"] = [stage["name"] for stage in raw["stages"]]
-    flat["stage"] = {
-        stage["name"]: {"kind": stage["kind"], "init_from": stage["init_from"]}
-        | stage[stage["kind"]]
-        for stage in raw["stages"]
-    }
-    return from_config_dict(flat)

@@ -23,15 +23,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from agentcpm_jax.train.losses.config import MODES
 from agentcpm_jax.types import UserError
-
-MODES = (
-    "token-sum",
-    "token-mean",
-    "seq-mean-token-sum",
-    "seq-mean-token-mean",
-    "seq-mean-token-sum-norm",
-)
 
 
 def aggregate(

@@ -35,7 +35,6 @@ Deviations:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -43,65 +42,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from agentcpm_jax.train.losses.aggregate import sequence_max, sequence_mean, sequence_sum
-from agentcpm_jax.types import UserError
+from agentcpm_jax.train.losses.config import Rule
 
 CLAMP = 20.0  # of log ratios: exp cannot overflow
-
-
-class Rule(NamedTuple):
-    """What is measured and what follows; see the module's table."""
-
-    metric: str  # ratio | k2 | k3 | k3_back
-    level: str  # token, or over the sequence: sum | mean | max | every
-    action: str  # truncate | zero | mask
-    low: float
-    high: float
-
-
-RULES: dict[str, Rule] = {
-    "token_tis": Rule("ratio", "token", "truncate", 0.0, 2.0),
-    "sequence_tis": Rule("ratio", "sum", "truncate", 0.0, 2.0),
-    "geometric_tis": Rule("ratio", "mean", "truncate", 0.0, 2.0),
-    "icepop": Rule("ratio", "token", "zero", 0.5, 5.0),
-    "sequence_icepop": Rule("ratio", "sum", "zero", 0.5, 2.0),
-    "geometric_icepop": Rule("ratio", "mean", "zero", 0.5, 2.0),
-    "token_mask": Rule("ratio", "token", "mask", 0.5, 2.0),
-    "mis": Rule("ratio", "sum", "mask", 0.5, 2.0),
-    "geometric": Rule("ratio", "mean", "mask", 0.99, 1.01),
-    "veto": Rule("ratio", "every", "mask", 1e-4, 1e4),
-} | {
-    f"{level}_{metric}": Rule(metric, level, "mask", 0.0, high)
-    for level in ("token", "sum", "mean", "max")
-    for metric, high in (("k2", 0.1), ("k3", 0.01), ("k3_back", 0.01))
-}
-
-
-@dataclass(frozen=True)
-class Correction:
-    """One rule of the module's table, by name; "none" stands for no correction at all."""
-
-    name: str
-    low: float = -1.0  # -1: the rule's own
-    high: float = -1.0  # -1: the rule's own; 0: unbounded
-
-    def __post_init__(self) -> None:
-        if self.name != "none" and self.name not in RULES:
-            raise UserError(
-                f"unknown correction {self.name!r}; use one of none, {', '.join(RULES)}"
-            )
-
-    @property
-    def rule(self) -> Rule:
-        """The rule with this correction's bounds."""
-        rule = RULES[self.name]
-        low = rule.low if self.low == -1.0 else self.low
-        high = rule.high if self.high == -1.0 else self.high or float("inf")
-        return rule._replace(low=low, high=high)
-
-    @property
-    def weights(self) -> bool:
-        """Whether it weights tokens (the others keep or drop them)."""
-        return self.name != "none" and self.rule.action != "mask"
 
 
 class Corrected(NamedTuple):

@@ -15,9 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from agentcpm_jax.train.losses.config import KINDS
 from agentcpm_jax.types import UserError
-
-KINDS = ("k1", "k2", "k3", "k1+", "k3+")
 
 
 def kl_per_token(

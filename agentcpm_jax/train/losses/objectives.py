@@ -11,7 +11,7 @@ cispo        L = -sg(clip(r, D, U)) A l
 clip         L = max(-A r, -A clip(r, D, U));  dual clip c: where A < 0, L = min(L, -c A)
 gspo         as clip, with r = sg(s) exp(l - sg(l)) and s = exp(mean over the sequence of l - o)
 
-A region then takes out the tokens that the gradient would push further away (`within`):
+A region then takes out the tokens that the gradient would push further away (`in_trust_region`):
 ratio        A > 0 and r > 1 + eps_high w g, or A < 0 and r < 1 - eps_low w g
 tv           A > 0 and p - q > eps_high w g, or A < 0 and p - q < -eps_low w g;  p = e^l, q = e^o
 kl           as tv, with KL(Bernoulli(q) || Bernoulli(p)) in the place of |p - q|
@@ -33,7 +33,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from agentcpm_jax.train.losses.aggregate import sequence_mean
-from agentcpm_jax.train.losses.methods import LossConfig
+from agentcpm_jax.train.losses.config import LossConfig
 
 GSPO_CLAMP = 10.0
 
@@ -79,7 +79,7 @@ def minirl(x: Tokens, cfg: LossConfig) -> Scored:
 def dppo(x: Tokens, cfg: LossConfig) -> Scored:
     """L = -sg(min(r, cap)) A l."""
     ratio = _ratio(x, cfg)
-    return Scored(_weighted(x, _capped(ratio, cfg)), ratio, ~within(x, ratio, cfg))
+    return Scored(_weighted(x, _capped(ratio, cfg)), ratio, ~in_trust_region(x, ratio, cfg))
 
 
 def cispo(x: Tokens, cfg: LossConfig) -> Scored:
@@ -115,7 +115,7 @@ OBJECTIVES: dict[str, Callable[[Tokens, LossConfig], Scored]] = {
 }
 
 
-def within(x: Tokens, ratio: Float[Array, "B T"], cfg: LossConfig) -> Bool[Array, "B T"]:
+def in_trust_region(x: Tokens, ratio: Float[Array, "B T"], cfg: LossConfig) -> Bool[Array, "B T"]:
     """False where the configured region takes a token out of the loss."""
     if cfg.region == "none":
         return jnp.ones(ratio.shape, bool)

@@ -22,10 +22,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from agentcpm_jax.train.losses.aggregate import aggregate, count_sequences, trained_mask
+from agentcpm_jax.train.losses.config import LossConfig, resolve
 from agentcpm_jax.train.losses.correction import correct, log_linear
 from agentcpm_jax.train.losses.kl import kl_per_token
-from agentcpm_jax.train.losses.methods import LossConfig, resolve
-from agentcpm_jax.train.losses.objectives import OBJECTIVES, Scored, Tokens, log_ratio, within
+from agentcpm_jax.train.losses.objectives import (
+    OBJECTIVES,
+    Scored,
+    Tokens,
+    in_trust_region,
+    log_ratio,
+)
 from agentcpm_jax.types import UserError
 
 Metrics = dict[str, Float[Array, ""]]
@@ -70,7 +76,7 @@ def policy_loss(
     with jax.named_scope("policy_loss"):
         x = _tokens(logprobs, behavior, advantages, mask, segment_ids, age, old, cfg)
         scored = OBJECTIVES[cfg.objective](x, cfg)
-        inside = within(x, jax.lax.stop_gradient(scored.ratio), cfg)
+        inside = in_trust_region(x, jax.lax.stop_gradient(scored.ratio), cfg)
         weight, kept, seen = _corrections(x, cfg)
         per_token = jnp.where(inside & (mask > 0), weight * scored.per_token, 0.0)
         if num_sequences is None:

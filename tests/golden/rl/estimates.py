@@ -12,7 +12,8 @@ import numpy as np
 from agentcpm_jax.model.logprobs import entropy_from_logits, logprobs_from_logits
 from agentcpm_jax.rewards.advantages import AdvantageConfig, estimate, grpo, soft_overlong
 from agentcpm_jax.train.losses.aggregate import aggregate, count_sequences
-from agentcpm_jax.train.losses.correction import Rule, correct, log_linear
+from agentcpm_jax.train.losses.config import Rule
+from agentcpm_jax.train.losses.correction import correct, log_linear
 from agentcpm_jax.train.losses.kl import kl_per_token
 from agentcpm_jax.train.losses.policy import normalize_advantages
 

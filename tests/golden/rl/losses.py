@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from agentcpm_jax.train.losses.correction import Correction, correct
-from agentcpm_jax.train.losses.methods import LossConfig, resolve
+from agentcpm_jax.train.losses.config import Correction, LossConfig, resolve
+from agentcpm_jax.train.losses.correction import correct
 from agentcpm_jax.train.losses.objectives import OBJECTIVES
 from agentcpm_jax.train.losses.policy import _tokens, policy_loss
 

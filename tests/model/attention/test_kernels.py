@@ -226,7 +226,7 @@ def test_cudnn_takes_rows_of_one_segment_and_only_those(packed: bool, monkeypatc
 
 
 def test_the_configuration_chooses_and_says_why() -> None:
-    def choose(platform: str, **changes: Any) -> attention_choice.Choice:
+    def choose(platform: str, **changes: Any) -> attention_choice.AttentionChoice:
         return attention_choice.choose(dataclasses.replace(QWEN3_4B, **changes), platform)
 
     assert choose("tpu") == ("splash", "")

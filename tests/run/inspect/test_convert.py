@@ -24,7 +24,7 @@ from agentcpm_jax.model.hf import load_hf, save_hf
 from agentcpm_jax.model.params import init
 from agentcpm_jax.run.commandline import CHECKOUT
 from agentcpm_jax.run.inspect.convert import convert
-from agentcpm_jax.train.state import TrainState
+from agentcpm_jax.train.step import TrainState
 from agentcpm_jax.types import UserError
 
 sys.path.insert(0, str(CHECKOUT / "launch"))

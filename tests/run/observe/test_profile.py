@@ -26,7 +26,7 @@ from agentcpm_jax.model.hf import hf_tensors, load_hf, save_hf
 from agentcpm_jax.run.observe.metrics import read_metrics
 from agentcpm_jax.run.observe.profile import Operation, phases, read_trace
 from agentcpm_jax.run.stages import run_experiment
-from agentcpm_jax.train.optimizer import OptimizerConfig
+from agentcpm_jax.train.config import OptimizerConfig
 from agentcpm_jax.types import UserError
 from configs.tiny import use_tiny_world
 

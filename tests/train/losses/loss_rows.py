@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from agentcpm_jax.train.losses.config import LossConfig
 from agentcpm_jax.train.losses.policy import policy_loss
 
+#: Arrays by name: [T] of a sequence, or [B, T] of packed rows.
+Arrays = dict[str, np.ndarray]
 APART = [[0], [1], [2], [3], [4]]
 
 
-def sequences(rng, n=5):
+def sequences(rng: np.random.Generator, n: int = 5) -> list[Arrays]:
     """`n` ragged sequences: each a dict of 1-D float64 arrays, masks with holes."""
     found = []
     for _ in range(n):
@@ -33,7 +38,12 @@ def sequences(rng, n=5):
     return found
 
 
-def lay_out(seqs, bins, fill=0.0, shape=(5, 30)):
+def lay_out(
+    seqs: Sequence[Arrays],
+    bins: Sequence[Sequence[int]],
+    fill: float = 0.0,
+    shape: tuple[int, int] = (5, 30),
+) -> Arrays:
     """Sequences packed into rows: bin -> row; `fill` where there is none. Adds segment ids.
 
     One shape for all tests, so that they share compiled operations.
@@ -52,7 +62,12 @@ def lay_out(seqs, bins, fill=0.0, shape=(5, 30)):
     return rows
 
 
-def run(rows, cfg, num_tokens=None, num_sequences=None):
+def run(
+    rows: Arrays,
+    cfg: LossConfig,
+    num_tokens: float | None = None,
+    num_sequences: float | None = None,
+) -> tuple[float, np.ndarray, dict[str, float]]:
     """(loss, gradient as a dense array, metrics) in float64; counts default to those of `rows`."""
     trained = (rows["mask"] > 0) & (rows["segment_ids"] > 0)
     if num_tokens is None:
@@ -67,16 +82,22 @@ def run(rows, cfg, num_tokens=None, num_sequences=None):
 
 
 @functools.cache
-def compiled(cfg):
-    def loss(logprobs, x, num_tokens, num_sequences):
-        arrays = [x.get(k) for k in ("behavior", "advantages", "mask", "segment_ids", "age")]
+def compiled(cfg: LossConfig) -> Callable[..., Any]:
+    """Loss and gradient in one jitted function."""
+
+    def loss(
+        logprobs: jax.Array, x: dict[str, jax.Array], num_tokens: float, num_sequences: float
+    ) -> Any:
+        arrays: Any = [x.get(k) for k in ("behavior", "advantages", "mask", "segment_ids", "age")]
         others = {"old": x.get("old"), "reference": x.get("reference")}
         return policy_loss(logprobs, *arrays, num_tokens, num_sequences, cfg, **others)
 
     return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
-def per_sequence(grad, bins, seqs):
+def per_sequence(
+    grad: np.ndarray, bins: Sequence[Sequence[int]], seqs: Sequence[Arrays]
+) -> list[np.ndarray]:
     """Dense gradient -> one array per sequence."""
     found = {}
     for b, members in enumerate(bins):
@@ -88,7 +109,7 @@ def per_sequence(grad, bins, seqs):
     return [found[i] for i in range(len(seqs))]
 
 
-def one_row(ratios, advantages, age=0.0):
+def one_row(ratios: Sequence[float], advantages: Any, age: float | Sequence[float] = 0.0) -> Arrays:
     """One sequence with these ratios to the behaviour policy."""
     logprobs = np.full(len(ratios), -1.0)
     row = {

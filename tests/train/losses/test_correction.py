@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from agentcpm_jax.train.losses.correction import RULES, Correction, correct, log_linear
+from agentcpm_jax.train.losses.config import RULES, Correction
+from agentcpm_jax.train.losses.correction import correct, log_linear
 from agentcpm_jax.types import UserError
 
 #: Three sequences in one row, and the same three in rows of their own.

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from agentcpm_jax.train.losses.kl import KINDS, kl_per_token
+from agentcpm_jax.train.losses.config import KINDS
+from agentcpm_jax.train.losses.kl import kl_per_token
 from agentcpm_jax.types import UserError
 
 P, Q = np.array([0.7, 0.2, 0.1]), np.array([0.3, 0.3, 0.4])

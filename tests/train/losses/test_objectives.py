@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from agentcpm_jax.train.losses.correction import Correction
-from agentcpm_jax.train.losses.methods import LossConfig, resolve
+from agentcpm_jax.train.losses.config import Correction, LossConfig, resolve
 from agentcpm_jax.types import UserError
 from tests.train.losses.loss_rows import lay_out, one_row, run
 

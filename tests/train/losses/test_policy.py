@@ -9,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from agentcpm_jax.train.losses.aggregate import MODES, aggregate
-from agentcpm_jax.train.losses.correction import Correction
-from agentcpm_jax.train.losses.methods import METHODS, LossConfig
+from agentcpm_jax.train.losses.aggregate import aggregate
+from agentcpm_jax.train.losses.config import METHODS, MODES, Correction, LossConfig
 from agentcpm_jax.train.losses.policy import (
     cross_entropy,
     finish_metrics,

@@ -32,14 +32,76 @@ dppo_tv, dppo_kl       arXiv 2602.04879, thresholds as in prime-rl and verl
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
-from agentcpm_jax.train.losses.aggregate import MODES
-from agentcpm_jax.train.losses.correction import Correction
-from agentcpm_jax.train.losses.kl import KINDS
 from agentcpm_jax.types import UserError
 
+MODES = (  # of aggregation
+    "token-sum",
+    "token-mean",
+    "seq-mean-token-sum",
+    "seq-mean-token-mean",
+    "seq-mean-token-sum-norm",
+)
+KINDS = ("k1", "k2", "k3", "k1+", "k3+")  # of KL estimates
 OWN = -1.0  # of a constant: the method's own
+
+
+class Rule(NamedTuple):
+    """What is measured and what follows; see the table in `correction`."""
+
+    metric: str  # ratio | k2 | k3 | k3_back
+    level: str  # token, or over the sequence: sum | mean | max | every
+    action: str  # truncate | zero | mask
+    low: float
+    high: float
+
+
+RULES: dict[str, Rule] = {
+    "token_tis": Rule("ratio", "token", "truncate", 0.0, 2.0),
+    "sequence_tis": Rule("ratio", "sum", "truncate", 0.0, 2.0),
+    "geometric_tis": Rule("ratio", "mean", "truncate", 0.0, 2.0),
+    "icepop": Rule("ratio", "token", "zero", 0.5, 5.0),
+    "sequence_icepop": Rule("ratio", "sum", "zero", 0.5, 2.0),
+    "geometric_icepop": Rule("ratio", "mean", "zero", 0.5, 2.0),
+    "token_mask": Rule("ratio", "token", "mask", 0.5, 2.0),
+    "mis": Rule("ratio", "sum", "mask", 0.5, 2.0),
+    "geometric": Rule("ratio", "mean", "mask", 0.99, 1.01),
+    "veto": Rule("ratio", "every", "mask", 1e-4, 1e4),
+} | {
+    f"{level}_{metric}": Rule(metric, level, "mask", 0.0, high)
+    for level in ("token", "sum", "mean", "max")
+    for metric, high in (("k2", 0.1), ("k3", 0.01), ("k3_back", 0.01))
+}
+
+
+@dataclass(frozen=True)
+class Correction:
+    """One rule of the table in `correction`, by name; "none" stands for no correction at all."""
+
+    name: str
+    low: float = -1.0  # -1: the rule's own
+    high: float = -1.0  # -1: the rule's own; 0: unbounded
+
+    def __post_init__(self) -> None:
+        if self.name != "none" and self.name not in RULES:
+            raise UserError(
+                f"unknown correction {self.name!r}; use one of none, {', '.join(RULES)}"
+            )
+
+    @property
+    def rule(self) -> Rule:
+        """The rule with this correction's bounds."""
+        rule = RULES[self.name]
+        low = rule.low if self.low == -1.0 else self.low
+        high = rule.high if self.high == -1.0 else self.high or float("inf")
+        return rule._replace(low=low, high=high)
+
+    @property
+    def weights(self) -> bool:
+        """Whether it weights tokens (the others keep or drop them)."""
+        return self.name != "none" and self.rule.action != "mask"
+
 
 #: What a method has unless it says otherwise.
 _SHARED: dict[str, Any] = {
