@@ -197,6 +197,27 @@ def test_a_group_goes_round_and_comes_back(log_url: str) -> None:
         assert log.next_ordinal("rl") == 2 and log.next_ordinal("rl", "eval") == 1
 
 
+def test_who_looks_at_a_log_needs_no_tables(log_url: str) -> None:
+    with ExperienceLog.open(log_url) as log:
+        assert log.id_range() is None and list(log.rows("issue")) == []
+        first, second = ready(log, 2)
+        log.ship("rl", 3, entries([second, first]), [(first, Decision(0, "over_age", "old"))])
+        assert log.id_range() == (first, second) and log.find_issue(9) is None
+        found = log.find_issue(first)
+        assert found is not None and (found.task, found.state) == (task(0), "shipped")
+        (found,) = log.credits(first).values()
+        assert (found.step, found.ordinal) == (3, 1)
+        assert found.credit.advantage.tobytes() == entries([1])[0].credit.advantage.tobytes()
+        # A long reading is not in the way of other calls.
+        groups = [log.load_group(row["issue_id"]).issue_id for row in log.rows("issue")]
+        assert groups == [first, second]
+        (row,) = log.rows("decision")
+        assert (row["issue_id"], row["filter"], row["reason"]) == (first, "over_age", "old")
+        tokens = trajectory(first).num_tokens
+        assert log.lengths_and_losses("rl", "over_age") == [(tokens, True), (tokens, False)]
+        assert log.lengths_and_losses("rl", "over_age", recent=1) == [(tokens, False)]
+
+
 def test_each_issue_ends_exactly_once(log_url: str) -> None:
     with ExperienceLog.open(log_url) as log:
         a, b, c = ready(log, 3)
