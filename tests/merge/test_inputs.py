@@ -26,7 +26,7 @@ QUERY = "model.layers.1.self_attn.q_proj"
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch) -> Path:
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """org/name with commits abc1234 (main) and def5678 (v1)."""
     repository = tmp_path / "hub" / "models--org--name"
     for commit, ref in [("abc1234" + "0" * 33, "main"), ("def5678" + "0" * 33, "v1")]:
@@ -69,7 +69,7 @@ def test_what_is_not_found_says_where_it_was_looked_for(hub, tmp_path):
 
 
 @pytest.fixture
-def base(tmp_path) -> Path:
+def base(tmp_path: Path) -> Path:
     save_hf(tmp_path / "base", params.init(jax.random.key(0), MODEL), MODEL)
     return tmp_path / "base"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from agentcpm_jax.merge import soups
+from agentcpm_jax.merge.kernels.trees import Tree
 from agentcpm_jax.merge.search import Point, alpha_sweep, pareto_set, soup_search, sweep
 from agentcpm_jax.types import UserError
 
@@ -19,11 +21,11 @@ def tree(seed: int) -> dict:
     return {"embed": rng.normal(size=(5, 8)).astype("f4"), "norm": {"w": np.ones(4, "f4") * seed}}
 
 
-def close(a, b, rtol=1e-5):
+def close(a: Tree, b: Tree, rtol: float = 1e-5) -> None:
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=1e-6), a, b)
 
 
-def nearness(target: dict):
+def nearness(target: Tree) -> Callable[[Tree], float]:
     """Evaluator: minus the squared distance to a model."""
 
     def score(params) -> float:

@@ -29,7 +29,7 @@ HALF = parse_recipe(
 
 
 @pytest.fixture
-def models(tmp_path) -> Path:
+def models(tmp_path: Path) -> Path:
     """Copies of the models, which a test may change."""
     shutil.copytree(INPUTS, tmp_path / "models")
     return tmp_path / "models"

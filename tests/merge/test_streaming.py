@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import ml_dtypes
@@ -78,7 +79,7 @@ def test_float32_arithmetic_is_nearer_the_truth_than_mergekits(tmp_path):
 
 
 @pytest.fixture
-def models(tmp_path) -> Path:
+def models(tmp_path: Path) -> Path:
     """Writable copies of the models, the first two with tokenizer files."""
     root = tmp_path / "models"
     shutil.copytree(INPUTS, root)
@@ -209,7 +210,7 @@ def test_mixed_precision_is_promoted_and_out_dtype_rounds_once(models, tmp_path)
     assert json.loads((tmp_path / "narrow" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def edit(model: Path, change) -> None:
+def edit(model: Path, change: Callable[[dict], object]) -> None:
     tensors = load_file(model / "model.safetensors")
     change(tensors)
     (model / "model.safetensors").unlink()

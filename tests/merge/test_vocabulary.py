@@ -14,7 +14,9 @@ from agentcpm_jax.types import UserError
 EMBED = "model.embed_tokens.weight"
 
 
-def write_model(directory: Path, words: list[str], added: list[str], rows: int, first: float):
+def write_model(
+    directory: Path, words: list[str], added: list[str], rows: int, first: float
+) -> None:
     """One matrix whose row i holds `first + i`; ids are places in words + added."""
     directory.mkdir()
     rows_of = (first + np.arange(rows, dtype=np.float32))[:, None] * np.ones((1, 4), np.float32)
@@ -39,7 +41,7 @@ def write_model(directory: Path, words: list[str], added: list[str], rows: int, 
 
 
 @pytest.fixture
-def models(tmp_path) -> Path:
+def models(tmp_path: Path) -> Path:
     """base: a b <e> and 2 padding rows; x: b c <e> <f>, other ids; y: a d <e>."""
     write_model(tmp_path / "base", ["a", "b"], ["<e>"], 5, 100.0)
     write_model(tmp_path / "x", ["b", "c"], ["<e>", "<f>"], 4, 200.0)

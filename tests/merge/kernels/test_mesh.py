@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +73,9 @@ print(json.dumps(digests))
 """
 
 
-def inputs(method: str):
+def inputs(
+    method: str,
+) -> tuple[dict[str, np.ndarray] | None, list[dict[str, np.ndarray]], dict[str, Any], list[Any]]:
     """(base, trees, shared, own) for one method; bfloat16-like ties in the deltas."""
     rng = np.random.default_rng(5)
     base = {"w": rng.normal(size=(48, 64))}

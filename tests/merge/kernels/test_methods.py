@@ -6,9 +6,11 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -29,11 +31,19 @@ BF16 = ml_dtypes.bfloat16
 W = {"weight": 1.0}
 
 
-def normal(seed: int, shape=(6, 40), dtype=np.float32) -> np.ndarray:
+def normal(
+    seed: int, shape: tuple[int, ...] = (6, 40), dtype: npt.DTypeLike = np.float32
+) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape).astype(dtype)
 
 
-def one(method: str, tensor, base, own=None, **keys):
+def one(
+    method: str,
+    tensor: np.ndarray,
+    base: np.ndarray,
+    own: dict[str, float] | None = None,
+    **keys: Any,
+) -> np.ndarray:
     return merge_tensors(method, [tensor], base=base, model_params=[own or W], **keys)
 
 
@@ -50,7 +60,7 @@ def test_arcee_fusion_equals_mergekit_but_for_its_cancellation(tmp_path):
     assert_agrees(load_file(tmp_path / "out" / "model.safetensors"), case)
 
 
-def assert_agrees(got, case: Path) -> None:
+def assert_agrees(got: dict[str, np.ndarray], case: Path) -> None:
     want = load_file(case.with_suffix(".safetensors"))
     wrong = total = 0
     for name, reference in want.items():
@@ -149,7 +159,7 @@ def test_the_size_of_a_chunk_changes_no_bit(method, dtype, monkeypatch):
     assert whole.dtype == dtype and np.isfinite(whole.astype(np.float32)).all()
 
 
-def arguments(method: str, dtype=np.float32, count: int = 3) -> dict:
+def arguments(method: str, dtype: npt.DTypeLike = np.float32, count: int = 3) -> dict[str, Any]:
     """Arguments that use the parts of a method; deltas small beside the weights."""
     spec = METHODS[method]
     count = min(spec.max_models or count, count)

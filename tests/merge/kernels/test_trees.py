@@ -4,13 +4,15 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 import pytest
 
+from agentcpm_jax.merge.kernels.ops import Array
 from agentcpm_jax.merge.kernels.trees import linear, task_arithmetic
 from agentcpm_jax.types import UserError
 
 
-def tree(seed: int, dtype=np.float32) -> dict:
+def tree(seed: int, dtype: npt.DTypeLike = np.float32) -> dict[str, Array]:
     rng = np.random.default_rng(seed)
     return {
         "embed": rng.normal(size=(7, 4)).astype(dtype),
@@ -18,7 +20,7 @@ def tree(seed: int, dtype=np.float32) -> dict:
     }
 
 
-def assert_same_bits(a, b):
+def assert_same_bits(a: Array, b: Array) -> None:
     assert jax.tree.structure(a) == jax.tree.structure(b)
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         assert x.dtype == y.dtype
