@@ -29,9 +29,9 @@ from jaxtyping import install_import_hook
 from tests.log.postgres_server import log_url, postgres  # noqa: F401  (fixtures)
 
 TESTS = Path(__file__).parent
-DEVICE_WORLD = ["model", "merge", "train", "plan", "sharding", "tree"]
+CHECKED = ["model", "merge", "train", "sharding", "tree", "plan.aot", "plan.flops", "plan.memory"]
 
-_hook = install_import_hook([f"agentcpm_jax.{name}" for name in DEVICE_WORLD], "beartype.beartype")
+_hook = install_import_hook([f"agentcpm_jax.{name}" for name in CHECKED], "beartype.beartype")
 
 from tests.doubles.toy_pool import servers  # noqa: E402, F401  (a fixture; imports what is checked)
 

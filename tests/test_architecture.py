@@ -6,6 +6,7 @@ import ast
 import re
 import sys
 import tomllib
+from collections import Counter
 from collections.abc import Iterator
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -44,6 +45,17 @@ TEXT_ALLOWED_INSIDE_FUNCTIONS = "model/hf.py"
 BANNED_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "base", "_lib"}
 MAX_LINES = 700
 MAX_LAUNCH_LINES = 60
+FILES_OF_A_FOLDER = range(3, 16)
+#: Rooms that are being furnished.
+SMALL_FOLDERS = {
+    "dock": "the tool protocol; routers, sandboxes and tool servers come to stand beside it",
+    "tasks": "two sources of questions; other schemas come to stand beside them",
+}
+#: Requirements that no file imports.
+NOT_IMPORTED = {
+    "transformers": "reads the directories that we write, and is the oracle of the parity tests",
+    "json5": "the oracle of the lenient parser",
+}
 
 
 def package_files() -> list[Path]:
@@ -186,6 +198,21 @@ def test_every_imported_library_is_a_direct_requirement() -> None:
     assert wrong == []
 
 
+def test_every_direct_requirement_is_imported() -> None:
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    required = {re.split(r"[<>=\[; ]", line)[0] for line in lines if line and line[0] != "#"}
+    libraries = {
+        name.split(".")[0]
+        for path in [*package_files(), *(ROOT / "launch").glob("*.py")]
+        for name, _, _ in imports_of(path)
+    }
+    distributions = packages_distributions()
+    imported = {
+        d.lower().replace("_", "-") for library in libraries for d in distributions.get(library, ())
+    }
+    assert required - imported == NOT_IMPORTED.keys()
+
+
 def test_torch_is_an_oracle_of_tests_only() -> None:
     files = [*package_files(), *(ROOT / "launch").glob("*.py"), *(ROOT / "configs").glob("*.py")]
     wrong = [str(p) for p in files if any(n.split(".")[0] == "torch" for n, _, _ in imports_of(p))]
@@ -215,6 +242,22 @@ def test_files_are_short_and_named_after_what_they_hold() -> None:
         limit = MAX_LAUNCH_LINES if path.parent == ROOT / "launch" else MAX_LINES
         assert lines <= limit, f"{path.relative_to(ROOT)} has {lines} lines, {limit} allowed"
         assert not is_banned(path.stem), f"{path.relative_to(ROOT)} says nothing about its content"
+
+
+def test_folders_are_rooms() -> None:
+    """3 to 15 files each; no name repeats the folder's; three of one family have a folder."""
+    wrong = []
+    for folder in sorted({path.parent for path in package_files()} - {ROOT / PACKAGE}):
+        name = str(folder.relative_to(ROOT / PACKAGE))
+        stems = [path.stem for path in folder.glob("*.py") if path.stem != "__init__"]
+        if len(stems) not in FILES_OF_A_FOLDER and name not in SMALL_FOLDERS:
+            wrong.append(f"{name}/ has {len(stems)} files")
+        heads = Counter(stem.split("_")[0] for stem in stems)
+        wrong += [f"{name}/{n}_*: {count} files" for n, count in heads.items() if count >= 3]
+        wrong += [f"{name}/{s}.py repeats it" for s in stems if s.split("_")[0] == folder.name]
+        if not ast.get_docstring(ast.parse((folder / "__init__.py").read_text())):
+            wrong.append(f"{name}/__init__.py does not say what the folder is for")
+    assert wrong == []
 
 
 def is_banned(stem: str) -> bool:

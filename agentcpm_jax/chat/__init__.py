@@ -1,0 +1,1 @@
+"""Conversations as token ids, and calls read back from text."""

@@ -1,0 +1,1 @@
+"""Trajectories and demonstrations become rows, rows become batches."""

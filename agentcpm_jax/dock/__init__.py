@@ -1,0 +1,1 @@
+"""The tools of an agent: what they are called with and answer."""

@@ -1,0 +1,1 @@
+"""Decoding in this process, and its server in SGLang's protocol."""

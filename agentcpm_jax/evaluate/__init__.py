@@ -1,0 +1,1 @@
+"""Scores of models with their uncertainty, and the report."""

@@ -1,0 +1,1 @@
+"""The experience log: what was asked, sampled, graded and shipped."""

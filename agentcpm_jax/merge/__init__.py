@@ -1,0 +1,1 @@
+"""Models become one, tensor by tensor."""

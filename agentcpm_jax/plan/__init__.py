@@ -1,0 +1,1 @@
+"""What a configuration will take: memory, time, cost."""

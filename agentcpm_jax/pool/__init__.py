@@ -1,0 +1,1 @@
+"""SGLang servers that sample for the trainer."""

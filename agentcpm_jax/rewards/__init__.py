@@ -1,0 +1,1 @@
+"""Grading, denoising and advantages of groups."""

@@ -1,0 +1,1 @@
+"""Episodes and groups of them, within a bound of staleness."""

@@ -1,0 +1,1 @@
+"""Stages put together; the only room that knows all others."""

@@ -1,0 +1,1 @@
+"""Steps: gradients, optimisers, placement on a mesh."""

@@ -1,0 +1,1 @@
+"""A seeded offline web with questions about it."""

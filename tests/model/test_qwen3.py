@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from agentcpm_jax.model import qwen3
-from agentcpm_jax.model.attention.reference import reference as attention
+from agentcpm_jax.model.attention import reference as attention
 from agentcpm_jax.model.config import REMATS, TINY
 from agentcpm_jax.model.params import init
 

@@ -1,0 +1,1 @@
+"""Pages for people: the report of a run, and why an issue was trained as it was."""

@@ -1,0 +1,1 @@
+"""The arithmetic of merge methods, in numpy and in jax."""

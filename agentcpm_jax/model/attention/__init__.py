@@ -1,0 +1,1 @@
+"""Attention: the reference and its faster equals."""

@@ -1,0 +1,1 @@
+"""Policy losses as pure functions, each with its equation."""

@@ -14,10 +14,10 @@ import pytest
 
 from agentcpm_jax.model.attention import choice as attention_choice
 from agentcpm_jax.model.attention import cudnn as attention_cudnn
+from agentcpm_jax.model.attention import reference as attention
 from agentcpm_jax.model.attention.blockwise import blockwise
 from agentcpm_jax.model.attention.context import on_mesh, time_order
 from agentcpm_jax.model.attention.reference import reference, reference_kernel
-from agentcpm_jax.model.attention.reference import reference as attention
 from agentcpm_jax.model.attention.splash import CausalOrder, block_size, splash_kernel
 from agentcpm_jax.model.config import ATTENTIONS, QWEN3_4B, TINY
 from agentcpm_jax.types import UserError
