@@ -68,7 +68,7 @@ class AdvantageConfig:
             )
 
 
-#: The estimator of each method of `train.methods`.
+#: The estimator of each method of `train.losses.config`.
 ESTIMATOR_OF = {
     "minirl": "leave_one_out",
     "minirl_paper": "grpo_no_std",

@@ -3,7 +3,7 @@
     L = aggregate(w M L_objective) + kl_coef aggregate(KL(pi || ref))
 
 The objective and the region M stand in `objectives`, the off-policy factor w in `correction`, the
-aggregation in `aggregate`, the published combinations of them in `methods`.
+aggregation in `aggregate`, the published combinations of them in `config`.
 
 Deviations from the original implementation (AgentCPM-Explore):
 1. Denominators count the tokens before M and w (`denominator="all"`). The original counts what M
