@@ -28,7 +28,7 @@ from tests.test_architecture import (
 )
 
 OUT = ROOT / "docs" / "architecture.svg"
-WIDTH, BOX, HEIGHT, GAP, ROW, LETTERS = 1240, 196, 58, 14, 104, 31
+WIDTH, BOX, HEIGHT, GAP, ROW, LETTERS = 1240, 204, 58, 60, 104, 31
 STYLE = """
   text { font: 13px system-ui, sans-serif; fill: #1f2328 } .name { font-weight: 600 }
   .what { font-size: 11px; fill: #57606a } rect { fill: #f6f8fa; stroke: #8c959f }

@@ -19,8 +19,8 @@ PACKAGE = "agentcpm_jax"
 #: Imports point from a later line to an earlier one, never within a line and never upwards.
 LAYERS: list[set[str]] = [
     {"types", "tree", "files"},
-    {"mesh"},
-    {"sharding", "database", "world"},
+    {"mesh", "database"},
+    {"sharding", "world"},
     {"chat", "dock", "rewards"},
     {"log", "model", "tasks", "data"},
     {"rollout", "merge"},
