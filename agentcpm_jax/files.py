@@ -42,9 +42,9 @@ def sync_directory(path: Path) -> None:
 
 
 def nearest_existing(path: Path) -> Path:
-    """The path itself or the nearest folder above it that is there: its disk is the path's disk."""
+    """The nearest folder that is there, the path itself or above it: its disk is the path's disk."""
     path = path.absolute()
-    while not path.exists():
+    while not path.is_dir():
         path = path.parent
     return path
 

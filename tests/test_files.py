@@ -37,6 +37,8 @@ def test_what_cannot_be_written_leaves_the_old_file(
 def test_the_nearest_folder_that_is_there(tmp_path: Path) -> None:
     assert files.nearest_existing(tmp_path / "a" / "b") == tmp_path
     assert files.nearest_existing(tmp_path) == tmp_path
+    (tmp_path / "file").write_text("")
+    assert files.nearest_existing(tmp_path / "file") == tmp_path
 
 
 @pytest.mark.parametrize(
