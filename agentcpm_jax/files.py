@@ -42,7 +42,7 @@ def sync_directory(path: Path) -> None:
 
 
 def nearest_existing(path: Path) -> Path:
-    """The nearest folder that is there, the path itself or above it: its disk is the path's disk."""
+    """The nearest folder that is there, at or above the path: its disk is the path's disk."""
     path = path.absolute()
     while not path.is_dir():
         path = path.parent
