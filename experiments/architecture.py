@@ -82,10 +82,11 @@ def draw() -> str:
             f'<text class="what" x="{x + 10}" y="{y + 34}">{html.escape(first)}</text>'
             f'<text class="what" x="{x + 10}" y="{y + 48}">{html.escape(second)}</text></g>'
         )
-    key = "blue: host world (never imports jax); orange: device world (never waits or serves)"
-    parts.append(
-        f'<text class="what" x="20" y="{height - 12}">{key}; grey: what both need, bridges</text>'
+    key = (
+        "blue: host world, never imports jax; orange: device world, never waits or serves; "
+        "grey: bridges and what both need. Everything may import the lowest row."
     )
+    parts.append(f'<text class="what" x="20" y="{height - 12}">{key}</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 

@@ -45,7 +45,7 @@ class Conversation:
 
 
 class Renderer(Protocol):
-    """What is needed of `rollout.chat.ChatFormat`: token ids with provenance."""
+    """What is needed of `chat.format.ChatFormat`: token ids with provenance."""
 
     def demo_segment(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
