@@ -74,7 +74,7 @@ class Members:
         self._logprobs: Logprobs | None = trainer.logprobs
         self._fingerprint: list[Answer] | None = None
         self._numbers = itertools.count()
-        self._looks: dict[str, asyncio.Task[None]] = {}
+        self._checks: dict[str, asyncio.Task[None]] = {}
         self._wake = asyncio.Event()
 
     def add(self, url: str) -> None:
@@ -137,13 +137,13 @@ class Members:
                 self._wake.clear()
                 self._read_urls_file()
                 for worker in list(self.workers.values()):
-                    running = self._looks.get(worker.url)
+                    running = self._checks.get(worker.url)
                     if running is None or running.done():
-                        self._looks[worker.url] = asyncio.create_task(self._look(worker))
+                        self._checks[worker.url] = asyncio.create_task(self._check(worker))
         finally:
-            for look in self._looks.values():
+            for look in self._checks.values():
                 look.cancel()
-            await asyncio.gather(*self._looks.values(), return_exceptions=True)
+            await asyncio.gather(*self._checks.values(), return_exceptions=True)
 
     async def update(self, weights: Weights, logprobs: Logprobs | None) -> Mapping[str, str]:
         """Every ready worker to `weights`, each in its own time; url -> '' or what went wrong.
@@ -187,7 +187,7 @@ class Members:
             reason = str(error) or f"no weights within {self.cfg.update_timeout:g} s"
             self._set(worker, State.JOINING, reason)
 
-    async def _look(self, worker: Worker) -> None:
+    async def _check(self, worker: Worker) -> None:
         if worker.state is State.JOINING:
             await self._join(worker)
         elif worker.state is State.READY:
