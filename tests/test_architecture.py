@@ -40,8 +40,6 @@ DEVICE_WORLD = {"model", "merge", "train", "plan", "sharding", "mesh", "tree"}
 ARRAY_LIBRARIES = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "chex"}
 SERVING_LIBRARIES = {"asyncio", "aiohttp", "httpx", "requests", "urllib3", "fastapi", "uvicorn"}
 TEXT_LIBRARIES = {"transformers", "tokenizers"}
-#: `transformers` is needed to hand a directory over to it, and nowhere else in the device world.
-TEXT_ALLOWED_INSIDE_FUNCTIONS = "model/hf.py"
 
 BANNED_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "base", "_lib"}
 MAX_LINES = 700
@@ -168,15 +166,12 @@ def test_the_device_world_never_waits_serves_or_tokenises() -> None:
     for path in package_files():
         if unit_of(path) not in DEVICE_WORLD:
             continue
-        for name, line, at_module_level in imports_of(path):
+        for name, line, _ in imports_of(path):
             library = name.split(".")[0]
-            text_allowed = not at_module_level and path == (
-                ROOT / PACKAGE / TEXT_ALLOWED_INSIDE_FUNCTIONS
-            )
             if (
                 library in SERVING_LIBRARIES
                 or name.startswith(("http.", "urllib.request"))
-                or (library in TEXT_LIBRARIES and not text_allowed)
+                or library in TEXT_LIBRARIES
                 or imported_unit(name) in HOST_WORLD
             ):
                 wrong.append(f"{path.relative_to(ROOT)}:{line} imports {name}")

@@ -141,8 +141,8 @@ class Members:
                     if running is None or running.done():
                         self._checks[worker.url] = asyncio.create_task(self._check(worker))
         finally:
-            for look in self._checks.values():
-                look.cancel()
+            for check in self._checks.values():
+                check.cancel()
             await asyncio.gather(*self._checks.values(), return_exceptions=True)
 
     async def update(self, weights: Weights, logprobs: Logprobs | None) -> Mapping[str, str]:
