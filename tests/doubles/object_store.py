@@ -104,7 +104,7 @@ class EmulatedFileSystem(fsspec.AbstractFileSystem):
     def _strip_protocol(cls, path: Any) -> Any:
         return path.removeprefix("emu://").rstrip("/") if isinstance(path, str) else path
 
-    def ls(self, path: str, detail: bool = True, **_: Any) -> Any:
+    def ls(self, path: str, detail: bool = True, **_options: Any) -> Any:
         path = self._strip_protocol(path)
         host, _, prefix = path.partition("/")
         lines = self._call("GET", f"{host}/{prefix}?list").text.split("\n")

@@ -71,6 +71,7 @@ def gradient(kind: str, sizes: list[int] | None) -> tuple[float, np.ndarray]:
     if sizes is not None:
         mesh = make_mesh(MeshConfig(*sizes))
         shardings = step_shardings(mesh, MODEL, RECORD, 8)
+        assert shardings is not None
         data = jax.device_put(data, shardings.batch)
     state = place(TrainState.create(initial(MODEL), RECORD), shardings)
     if sizes is not None:

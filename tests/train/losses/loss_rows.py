@@ -88,9 +88,19 @@ def compiled(cfg: LossConfig) -> Callable[..., Any]:
     def loss(
         logprobs: jax.Array, x: dict[str, jax.Array], num_tokens: float, num_sequences: float
     ) -> Any:
-        arrays: Any = [x.get(k) for k in ("behavior", "advantages", "mask", "segment_ids", "age")]
-        others = {"old": x.get("old"), "reference": x.get("reference")}
-        return policy_loss(logprobs, *arrays, num_tokens, num_sequences, cfg, **others)
+        return policy_loss(
+            logprobs,
+            x["behavior"],
+            x["advantages"],
+            x["mask"],
+            x.get("segment_ids"),
+            x.get("age"),
+            num_tokens,
+            num_sequences,
+            cfg,
+            old=x.get("old"),
+            reference=x.get("reference"),
+        )
 
     return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
