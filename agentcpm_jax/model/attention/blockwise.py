@@ -37,7 +37,7 @@ def blockwise(
     *,
     block: int = 0,
 ) -> Float[Array, "B T N H"]:
-    """What `attention.reference_kernel` computes, `block` queries times `block` keys at a time.
+    """What `reference.reference_kernel` computes, `block` queries times `block` keys at a time.
 
     Args:
       block: 0 takes 64 up to 4096 keys (on a CPU the scores of a block then stay in its cache, and

@@ -31,7 +31,7 @@ def attend(
     kv_segments: Int[Array, "B S"],
     q_index: Int[Array, " T"],
 ) -> Float[Array, "B T N H"]:
-    """Equal to `attention.reference_kernel` but at padding, where nothing is read."""
+    """Equal to `reference.reference_kernel` but at padding, where nothing is read."""
 
     def packed() -> jax.Array:
         return blockwise(q, k, v, q_segments, kv_segments, q_index, block=BLOCK)
