@@ -68,8 +68,10 @@ def body(new: int, temperature: float = 0.0, **changes: Any) -> dict[str, Any]:
     return request | changes
 
 
-def check(subject: Subject, answer: dict[str, Any], names: dict[str, int], start: int = 0) -> float:
-    """An answer's spans, lengths and log-probabilities; the largest gap (nats).
+def check(
+    subject: Subject, answer: dict[str, Any], names: dict[str, int], start: int = 0
+) -> np.ndarray:
+    """An answer's spans and lengths; |log-prob - trainer's| (nats) of its tokens from `start` on.
 
     `names`: version -> index of the weights; tokens before `start` are not compared.
     """
@@ -81,12 +83,28 @@ def check(subject: Subject, answer: dict[str, Any], names: dict[str, int], start
     assert spans[-1]["end"] == len(ids)
     assert meta["weight_version"] == spans[-1]["version"]
     assert all(a["version"] != b["version"] for a, b in pairwise(spans))
-    text, worst = np.asarray([*PROMPT, *ids], np.int32), 0.0
+    text, gaps = np.asarray([*PROMPT, *ids], np.int32), []
     for span in spans:
         expected = subject.logprobs[names[span["version"]]](text)[len(PROMPT) :]
         for i in range(max(span["start"], start), span["end"]):
-            worst = max(worst, abs(rows[i][0] - float(expected[i])))
-    return worst
+            gaps.append(abs(rows[i][0] - float(expected[i])))
+    return np.asarray(gaps)
+
+
+def check_gaps(subject: Subject, gaps: np.ndarray) -> None:
+    """Fails, with the worst of them, unless `agree`."""
+    assert agree(subject, gaps), f"of {len(gaps)} tokens: {np.sort(gaps)[-5:]}"
+
+
+def agree(subject: Subject, gaps: np.ndarray) -> bool:
+    """Whether log-probabilities are the trainer's under the version they are said to be of.
+
+    These are two float32 forward passes: about one sampled token in five thousand differs by more
+    than `max_gap`, as each of the two differs from float64. So one token in a hundred, and one of
+    any answer, may differ by up to ten times `max_gap`. Another version differs by whole nats.
+    """
+    beyond = int((gaps > subject.max_gap).sum())
+    return beyond <= max(1, len(gaps) // 100) and bool(gaps.max() <= 10 * subject.max_gap)
 
 
 @contextmanager
@@ -137,7 +155,7 @@ def test_ids_logprobs_and_versions_belong_together(subject: Subject) -> None:
         assert answer["meta_info"]["id"] == f"together/{temperature}/"
         assert answer["meta_info"]["finish_reason"] == {"type": "length", "length": 24}
         assert answer["meta_info"]["prompt_tokens"] == len(PROMPT)
-        assert check(subject, answer, {"c-0": 0}) <= subject.max_gap
+        check_gaps(subject, check(subject, answer, {"c-0": 0}))
 
 
 def test_greedy_is_reproducible_and_stop_ids_end_it(subject: Subject) -> None:
@@ -189,7 +207,7 @@ def test_a_stream_adds_up_and_its_last_part_has_the_spans(subject: Subject) -> N
         pass
     lengths = [len(a["output_ids"]) for a in answers]
     assert lengths == sorted(lengths) and lengths[-1] == 48
-    assert check(subject, answers[-1], {"c-0": 0}) <= subject.max_gap
+    check_gaps(subject, check(subject, answers[-1], {"c-0": 0}))
 
 
 def test_text_is_read_as_the_trainer_reads_it(subject: Subject) -> None:
@@ -226,9 +244,9 @@ def test_an_update_changes_weights_and_version(subject: Subject) -> None:
     for index in (1, 0):
         subject.load(index, f"u-{index}")
         assert subject.get("/model_info").json()["weight_version"] == f"u-{index}"
-        assert check(subject, subject.generate(16), {f"u-{index}": index}) <= subject.max_gap
+        check_gaps(subject, check(subject, subject.generate(16), {f"u-{index}": index}))
     wrong = check(subject, subject.generate(16), {"u-0": 1})
-    assert wrong > 100 * subject.max_gap, "the two sets of weights must differ"
+    assert wrong.max() > 100 * subject.max_gap, "the two sets of weights must differ"
 
 
 def test_an_update_from_nowhere_is_refused_and_harmless(subject: Subject) -> None:
@@ -241,7 +259,7 @@ def refused_and_harmless(subject: Subject, path: str) -> None:
     answer = subject.post("/update_weights_from_disk", update)
     assert (answer.status_code, answer.json()["success"]) == (400, False)
     assert subject.get("/model_info").json()["weight_version"] == "c-0"
-    assert check(subject, subject.generate(8), {"c-0": 0}) <= subject.max_gap
+    check_gaps(subject, check(subject, subject.generate(8), {"c-0": 0}))
 
 
 def test_abort_returns_what_there_is(subject: Subject) -> None:
@@ -251,7 +269,7 @@ def test_abort_returns_what_there_is(subject: Subject) -> None:
     last = answers[-1]
     assert last["meta_info"]["finish_reason"]["type"] == "abort"
     assert 0 < len(last["output_ids"]) < LONG
-    assert check(subject, last, {"c-0": 0}) <= subject.max_gap
+    check_gaps(subject, check(subject, last, {"c-0": 0}))
 
 
 def test_pause_abort_ends_requests_and_holds_new_ones(subject: Subject) -> None:
@@ -266,21 +284,19 @@ def test_pause_abort_ends_requests_and_holds_new_ones(subject: Subject) -> None:
     assert not held
     subject.post("/continue_generation", {})
     waiting.join()
-    assert check(subject, held[0], {"c-1": 1}) <= subject.max_gap
+    check_gaps(subject, check(subject, held[0], {"c-1": 1}))
 
 
 def test_retract_splits_a_request_exactly(subject: Subject) -> None:
-    gap = split_by_update(subject, "retract")
-    assert gap <= subject.max_gap
+    check_gaps(subject, split_by_update(subject, "retract"))
 
 
 def test_in_place_is_exact_only_without_old_keys_and_values(subject: Subject) -> None:
-    gap = split_by_update(subject, "in_place")
-    assert (gap <= subject.max_gap) == subject.exact_in_place
+    assert agree(subject, split_by_update(subject, "in_place")) == subject.exact_in_place
 
 
-def split_by_update(subject: Subject, mode: str) -> float:
-    """A request that lives through an update; the largest gap of any of its tokens (nats)."""
+def split_by_update(subject: Subject, mode: str) -> np.ndarray:
+    """A request that lives through an update; the gaps of its tokens, as `check` gives them."""
     subject.load(0, "s-0")
     with in_flight(subject) as answers:
         subject.post("/pause_generation", {"mode": mode})
@@ -320,7 +336,7 @@ def test_the_pool_refuses_a_server_of_another_model(subject: Subject) -> None:
         pool.start(trainer, 0, subject.other_model)
     pool.close()
     assert "\n" not in str(error.value) and pool.counters.tokens == 0
-    assert check(subject, subject.generate(8), {"c-0": 0}) <= subject.max_gap
+    check_gaps(subject, check(subject, subject.generate(8), {"c-0": 0}))
 
 
 def pool_run(
@@ -372,11 +388,3 @@ def pool_run(
             mine = c.versions == version
             gaps.append(np.abs(c.logprobs - expected)[mine])
     return np.concatenate(gaps), done, figures
-
-
-def check_gaps(subject: Subject, gaps: np.ndarray) -> None:
-    """Two float32 forward passes: after random prompts a few tokens in a thousand differ by more
-    than `max_gap`, as each of the two differs from float64. Another version differs by whole nats.
-    """
-    assert np.quantile(gaps, 0.99) <= subject.max_gap
-    assert gaps.max() <= 10 * subject.max_gap
