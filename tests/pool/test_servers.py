@@ -290,8 +290,8 @@ def test_a_worker_that_restarts_with_other_weights_catches_up(servers, tmp_path)
     [
         (Fault("update_false", "/update_weights_from_disk"), "update_refused.*shapes differ"),
         (Fault("error_500", "/update_weights_from_disk"), "server_error"),
-        (Fault("hang", "/update_weights_from_disk"), "timeout.*within 0.5 s"),
-        (Fault("slow", "/update_weights_from_disk", 30.0), "timeout.*within 0.5 s"),
+        (Fault("hang", "/update_weights_from_disk"), "timeout.*within 3 s"),
+        (Fault("slow", "/update_weights_from_disk", 30.0), "timeout.*within 3 s"),
         (Fault("lies", "/update_weights_from_disk"), "version mismatch.*other weights"),
     ],
 )
@@ -300,7 +300,7 @@ def test_a_worker_that_fails_an_update_is_out_and_the_others_go_on(
 ):
     good, bad = FaultServer(), FaultServer()
     urls = [servers.start(good), servers.start(bad)]
-    pool = open_pool(urls, tmp_path, update_timeout=0.5, health_every=60.0)
+    pool = open_pool(urls, tmp_path, update_timeout=3.0, health_every=60.0)
     bad.arm(*[fault] * 5)
     path = toy_weights(tmp_path, "w1")
     trainer = toy_trainer("w1").logprobs
