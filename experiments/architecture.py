@@ -1,6 +1,6 @@
 """Draws which folder of the package imports which: docs/architecture.svg, from the syntax trees.
 
-    python experiments/architecture.py            # a second; nothing but the standard library
+    python experiments/architecture.py            # a second; imports nothing of the package
 
 A box is a folder (or a file beside them) with the first sentence of its docstring. Boxes stand in
 the order that `tests/test_architecture.py` enforces, users above what they use. An arrow is an
@@ -19,6 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from tests.test_architecture import (
+    DEVICE_WORLD,
+    HOST_WORLD,
     LAYERS,
     PACKAGE,
     imported_unit,
@@ -52,8 +54,6 @@ def main() -> int:
 
 def draw() -> str:
     """The picture as SVG text."""
-    from tests.test_architecture import DEVICE_WORLD, HOST_WORLD
-
     boxes = _places()
     height = ROW * len(LAYERS) + 40
     parts = [

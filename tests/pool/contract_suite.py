@@ -1,7 +1,7 @@
 """What every server of a pool must do: the same test bodies for ours, a real SGLang and the toy.
 
 A `Subject` is a running server with two sets of weights and the trainer's view of both. The test
-files `test_contract_*.py` and `test_sglang_contract.py` import these functions and provide one.
+files `test_contract_*.py` import these functions and provide one.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Subject:
     weights: tuple[str, str]
     logprobs: tuple[Logprobs, Logprobs]
     chat: ChatFormat
-    max_gap: float  # nats, any token
+    max_gap: float  # nats; see `agree`
     exact_in_place: bool  # whether tokens after an in-place update are the new model's
     other_model: str  # a directory of another model, which the server must not take
 
@@ -68,12 +68,10 @@ def body(new: int, temperature: float = 0.0, **changes: Any) -> dict[str, Any]:
     return request | changes
 
 
-def check(
-    subject: Subject, answer: dict[str, Any], names: dict[str, int], start: int = 0
-) -> np.ndarray:
-    """An answer's spans and lengths; |log-prob - trainer's| (nats) of its tokens from `start` on.
+def check(subject: Subject, answer: dict[str, Any], names: dict[str, int]) -> np.ndarray:
+    """An answer's spans and lengths; |log-prob - trainer's| (nats) of each of its tokens.
 
-    `names`: version -> index of the weights; tokens before `start` are not compared.
+    `names`: version -> index of the weights.
     """
     ids, meta = answer["output_ids"], answer["meta_info"]
     rows = meta["output_token_logprobs"]
@@ -86,7 +84,7 @@ def check(
     text, gaps = np.asarray([*PROMPT, *ids], np.int32), []
     for span in spans:
         expected = subject.logprobs[names[span["version"]]](text)[len(PROMPT) :]
-        for i in range(max(span["start"], start), span["end"]):
+        for i in range(span["start"], span["end"]):
             gaps.append(abs(rows[i][0] - float(expected[i])))
     return np.asarray(gaps)
 
