@@ -31,7 +31,7 @@ from agentcpm_jax.run.sampling import make_finish, make_run_sample
 from agentcpm_jax.train.config import OptimizerConfig
 from agentcpm_jax.train.losses.config import LossConfig
 from agentcpm_jax.train.optimizer import make_optimizer
-from agentcpm_jax.train.step import TrainState, make_rl_step
+from agentcpm_jax.train.step import Frozen, TrainState, make_rl_step
 from agentcpm_jax.types import StopReason, Task, Trajectory, Verdict
 from agentcpm_jax.world.tools import open_toolbox
 from configs.tiny import CONTEXT, use_tiny_world
@@ -123,7 +123,7 @@ def learn(name: str, steps: int, seed: int) -> dict:
         with stream:
             stream.start(0)
             for version in range(steps):
-                state, _ = step(state, next(batches), jnp.int32(version))
+                state, _ = step(state, next(batches), jnp.int32(version), Frozen())
                 engine.set_params(state.params, version + 1)
                 stream.set_version(version + 1)
                 print(f"{name}: step {version + 1} of {steps}", flush=True)

@@ -24,7 +24,7 @@ from agentcpm_jax.plan.memory import MemoryEstimate, estimate
 from agentcpm_jax.train.losses.config import LossConfig
 from agentcpm_jax.train.optimizer import Schedule
 from agentcpm_jax.train.placement import abstract_base, abstract_inputs, step_shardings
-from agentcpm_jax.train.step import make_rl_step, make_sft_step, needs_reference
+from agentcpm_jax.train.step import Frozen, make_rl_step, make_sft_step, needs_reference
 from agentcpm_jax.types import UserError
 
 #: Slices by the name they are rented under (v5p counts cores, two a chip) -> libtpu's grid.
@@ -124,16 +124,17 @@ def compile_step(
     """
     shardings = step_shardings(mesh, model, tx, micro_rows or rows)
     state, batch = abstract_inputs(model, tx, rows, row_length, shardings)
-    base = [abstract_base(model, shardings)] if model.lora_rank else []
+    base = abstract_base(model, shardings) if model.lora_rank else None
     options: dict[str, Any] = {"micro_rows": micro_rows, "shardings": shardings}
     expected = estimate(model, tx, mesh, rows, row_length, micro_rows)
     if loss is None:
         step = make_sft_step(model, tx, schedule, **options)
-        return compile_ahead(step, state, batch, *base, estimate=expected)
+        return compile_ahead(step, state, batch, Frozen(base), estimate=expected)
     step = make_rl_step(model, loss, tx, schedule, **options)
     version = jax.ShapeDtypeStruct((), jnp.int32)
-    reference = (base or [state.params]) if needs_reference(loss) else []
-    return compile_ahead(step, state, batch, version, *reference, *base, estimate=expected)
+    whole = state.params if base is None else base
+    frozen = Frozen(base, whole if needs_reference(loss) else None)
+    return compile_ahead(step, state, batch, version, frozen, estimate=expected)
 
 
 def compile_ahead(step: Any, *arguments: Any, estimate: MemoryEstimate | None = None) -> Compiled:

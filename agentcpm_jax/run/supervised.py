@@ -32,7 +32,7 @@ from agentcpm_jax.sharding import batch_sharding
 from agentcpm_jax.train.config import OptimizerConfig
 from agentcpm_jax.train.optimizer import make_optimizer
 from agentcpm_jax.train.placement import step_shardings
-from agentcpm_jax.train.step import make_sft_step
+from agentcpm_jax.train.step import Frozen, make_sft_step
 from agentcpm_jax.types import UserError
 from agentcpm_jax.world.questions import demonstration
 from agentcpm_jax.world.search import search_index
@@ -181,7 +181,7 @@ def _train(
     writer = MetricsWriter if is_main() else NoMetrics
     metrics = writer(directory / "metrics.jsonl", start)
     step_fn = make_sft_step(model, tx, schedule, micro_rows=shape.micro_rows, shardings=shardings)
-    others, cut = () if base is None else (base,), make_cut(shape, ctx.mesh)
+    cut = make_cut(shape, ctx.mesh)
     bar = ctx.progress(name, shape.steps, start)
     unread: list[tuple[int, Batch, Any]] = []  # steps whose loss nobody has looked at
 
@@ -192,7 +192,7 @@ def _train(
             batch: Batch = next(iterator)
             on_phase(step, "train step")
             placed = on_devices(cut(batch), shardings and shardings.batch, shape.rows)
-            state, values = step_fn(state, placed, *others)
+            state, values = step_fn(state, placed, Frozen(base))
             if ctx.cfg.profile:
                 jax.block_until_ready(values)  # so that its time is its own
             unread.append((step, batch, values["train/loss"]))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -22,7 +23,9 @@ from agentcpm_jax.model.config import ModelConfig
 from agentcpm_jax.model.logprobs import token_logprobs, token_logprobs_and_entropy
 from agentcpm_jax.train.losses.aggregate import count_sequences, trained_mask
 from agentcpm_jax.train.losses.config import LossConfig, resolve
+from agentcpm_jax.train.losses.objectives import Tokens
 from agentcpm_jax.train.losses.policy import (
+    Counts,
     cross_entropy,
     finish_metrics,
     normalize_advantages,
@@ -58,6 +61,18 @@ class TrainState:
         )
 
 
+@flax.struct.dataclass
+class Frozen:
+    """Parameters that a step reads and never changes; None where it has no use for them.
+
+    base: what trained adapters are added to (`model.lora_rank`). reference: the policy that
+    `kl_coef` pulls to (`needs_reference`), laid out like the parameters of a model.
+    """
+
+    base: Any = None
+    reference: Any = None
+
+
 class StepShardings(NamedTuple):
     """Shardings on a mesh (trees of `jax.sharding.Sharding` or prefixes of them)."""
 
@@ -65,6 +80,22 @@ class StepShardings(NamedTuple):
     batch: Any
     mesh: Mesh | AbstractMesh | None = None  # of the shardings; constrains activations
     base: Any = None  # with adapters: of the frozen parameters
+
+
+class Backbone(NamedTuple):
+    """The model of a step and how its forward pass runs: constants of the compiled program."""
+
+    model: ModelConfig
+    attention: Attention | None  # the kernel; None: that of `model.attention` on the mesh
+    mesh: Mesh | AbstractMesh | None
+
+
+class Descent(NamedTuple):
+    """How gradients become an update: constants of the compiled program."""
+
+    tx: optax.GradientTransformation
+    schedule: Schedule | None  # its learning rate, for the metric `train/lr` only
+    micro_rows: int  # rows of a forward pass; 0: all at once
 
 
 def make_sft_step(
@@ -75,7 +106,7 @@ def make_sft_step(
     micro_rows: int = 0,
     shardings: StepShardings | None = None,
     attention: Attention | None = None,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, Batch, Frozen], tuple[TrainState, Metrics]]:
     """The step of pretraining and SFT: weighted cross entropy of the trained tokens.
 
     Args:
@@ -85,25 +116,20 @@ def make_sft_step(
       shardings: of the state and the batch on a mesh; None: one device.
       attention: the kernel; None: that of `model.attention` on the mesh.
     Returns:
-      A jitted (state, batch) -> (state, metrics). The state is donated. A non-finite loss or
-      gradient changes nothing but `step` and `skipped`.
+      A jitted (state, batch, frozen) -> (state, metrics). The state is donated. A non-finite loss
+      or gradient changes nothing but `step` and `skipped`.
     """
-
-    run = {"attention": attention, "mesh": shardings and shardings.mesh}
-
-    def loss_fn(params: Any, batch: Batch) -> tuple[jax.Array, Metrics]:
-        where = (batch.tokens, batch.positions, batch.segment_ids)
-        logprobs = token_logprobs(params, model, *where, **run)
-        loss = cross_entropy(logprobs, batch.loss_mask, batch.weights, batch.num_tokens)
-        return loss, {}
-
-    def step(state: TrainState, batch: Batch, base: Any = None) -> tuple[TrainState, Metrics]:
-        def of_trained(trained: Any, batch: Batch) -> tuple[jax.Array, Metrics]:
-            return loss_fn(_with_adapters(base, trained), batch)
-
-        return _update(state, batch, of_trained, tx, schedule, micro_rows)
-
-    return _jit(step, shardings, ("base",) if model.lora_rank else ())
+    backbone = Backbone(model, attention, shardings and shardings.mesh)
+    descent = Descent(tx, schedule, micro_rows)
+    step = partial(sft_step, backbone=backbone, descent=descent)
+    if shardings is None:
+        return jax.jit(step, donate_argnums=0)
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        in_shardings=(shardings.state, shardings.batch, Frozen(base=shardings.base)),
+        out_shardings=(shardings.state, None),
+    )
 
 
 def make_rl_step(
@@ -115,7 +141,7 @@ def make_rl_step(
     micro_rows: int = 0,
     shardings: StepShardings | None = None,
     attention: Attention | None = None,
-) -> Callable[..., tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, Batch, Any, Frozen], tuple[TrainState, Metrics]]:
     """The step of reinforcement learning; arguments as in `make_sft_step`.
 
     With `loss_cfg.updates` = K, a batch makes K optimizer updates, each on every K-th row and with
@@ -124,70 +150,113 @@ def make_rl_step(
     current ones, which costs nothing; with more, one forward pass.
 
     Returns:
-      A jitted (state, batch, version) -> (state, metrics). `version` i32[] is that of the current
-      parameters: the age of a token is `version - batch.versions`. When `needs_reference(loss_cfg)`
-      a fourth argument holds the parameters that `kl_coef` pulls to; with `model.lora_rank` a
-      fourth (fifth) the frozen base.
+      A jitted (state, batch, version, frozen) -> (state, metrics). `version` i32[] is that of the
+      current parameters: the age of a token is `version - batch.versions`.
     """
     cfg = resolve(loss_cfg)
-    recompute = cfg.proximal == "recompute"
-    run = {"attention": attention, "mesh": shardings and shardings.mesh}
+    backbone = Backbone(model, attention, shardings and shardings.mesh)
+    descent = Descent(tx, schedule, micro_rows)
+    step = partial(rl_step, cfg=cfg, backbone=backbone, descent=descent)
+    if shardings is None:
+        return jax.jit(step, donate_argnums=0)
+    frozen = Frozen(base=shardings.base)
+    if needs_reference(cfg):  # laid out like the model's parameters
+        whole = shardings.base if model.lora_rank else shardings.state.params
+        frozen = frozen.replace(reference=whole)
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        in_shardings=(shardings.state, shardings.batch, None, frozen),
+        out_shardings=(shardings.state, None),
+    )
 
-    def step(
-        state: TrainState, batch: Batch, version: jax.Array, *others: Any
-    ) -> tuple[TrainState, Metrics]:
-        base = others[-1] if model.lora_rank else None
-        reference = others[0] if needs_reference(cfg) else None
 
-        def loss_fn(params: Any, batch: Batch) -> tuple[jax.Array, Metrics]:
-            params = _with_adapters(base, params)
-            where = (batch.tokens, batch.positions, batch.segment_ids)
-            logprobs, entropy = token_logprobs_and_entropy(params, model, *where, **run)
-            pulled_to = None
-            if reference is not None:
-                pulled_to = token_logprobs(reference, model, *where, **run)
-            old = batch.proximal_logprobs
-            if recompute and old is None:
-                old = jax.lax.stop_gradient(logprobs)
-            age = jnp.where(batch.versions >= 0, version - batch.versions, 0)
-            loss, metrics = policy_loss(
-                logprobs,
-                batch.behavior_logprobs,
-                batch.advantages,
-                batch.loss_mask,
-                batch.segment_ids,
-                age.astype(jnp.float32),
-                batch.num_tokens,
-                batch.num_sequences,
-                cfg,
-                old=old,
-                reference=pulled_to,
-            )
-            tokens = jnp.maximum(batch.num_tokens, 1.0)
-            entropy = jax.lax.stop_gradient(entropy) * batch.loss_mask
-            metrics["train/entropy"] = jnp.sum(entropy) / tokens
-            return loss, metrics
+def sft_step(
+    state: TrainState, batch: Batch, frozen: Frozen, *, backbone: Backbone, descent: Descent
+) -> tuple[TrainState, Metrics]:
+    """One update on one batch, not jitted: see `make_sft_step`."""
+    loss_fn = partial(sft_loss, frozen=frozen, backbone=backbone)
+    return _update(state, batch, loss_fn, descent)
 
-        def one_update(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-            return _update(state, batch, loss_fn, tx, schedule, micro_rows)
 
-        if cfg.normalize == "batch":
-            where = (batch.advantages, batch.loss_mask, batch.segment_ids)
-            batch = replace(batch, advantages=normalize_advantages(*where))
-        if cfg.updates == 1:
-            return one_update(state, batch)
-        if recompute:
-            old = _logprobs(_with_adapters(base, state.params), model, batch, micro_rows, run)
-            batch = replace(batch, proximal_logprobs=old)
-        state, metrics = jax.lax.scan(one_update, state, _shares(batch, cfg.updates))
-        return state, _over_updates(metrics)
+def rl_step(
+    state: TrainState,
+    batch: Batch,
+    version: jax.Array,
+    frozen: Frozen,
+    *,
+    cfg: LossConfig,
+    backbone: Backbone,
+    descent: Descent,
+) -> tuple[TrainState, Metrics]:
+    """The `cfg.updates` updates on one batch, not jitted: see `make_rl_step`."""
+    if cfg.normalize == "batch":
+        normalized = normalize_advantages(batch.advantages, batch.loss_mask, batch.segment_ids)
+        batch = replace(batch, advantages=normalized)
+    loss_fn = partial(rl_loss, version=version, frozen=frozen, cfg=cfg, backbone=backbone)
+    if cfg.updates == 1:
+        return _update(state, batch, loss_fn, descent)
+    if cfg.proximal == "recompute":
+        params = _with_adapters(frozen.base, state.params)
+        old = _constant_logprobs(params, batch, backbone, descent.micro_rows)
+        batch = replace(batch, proximal_logprobs=old)
 
-    extra = ["version"]
-    if needs_reference(cfg):
-        extra.append("base" if model.lora_rank else "state")
-    if model.lora_rank:
-        extra.append("base")
-    return _jit(step, shardings, tuple(extra))
+    def one_update(state: TrainState, share: Batch) -> tuple[TrainState, Metrics]:
+        return _update(state, share, loss_fn, descent)
+
+    state, metrics = jax.lax.scan(one_update, state, _shares(batch, cfg.updates))
+    return state, _over_updates(metrics)
+
+
+def sft_loss(
+    params: Any, batch: Batch, *, frozen: Frozen, backbone: Backbone
+) -> tuple[jax.Array, Metrics]:
+    """Weighted cross entropy of a (micro-)batch, and no metrics beside it."""
+    logprobs = _logprobs(_with_adapters(frozen.base, params), batch, backbone)
+    loss = cross_entropy(logprobs, batch.loss_mask, batch.weights, batch.num_tokens)
+    return loss, {}
+
+
+def rl_loss(
+    params: Any,
+    batch: Batch,
+    *,
+    version: jax.Array,
+    frozen: Frozen,
+    cfg: LossConfig,
+    backbone: Backbone,
+) -> tuple[jax.Array, Metrics]:
+    """`policy_loss` of a (micro-)batch under `params`, with its metrics and `train/entropy`."""
+    logprobs, entropy = token_logprobs_and_entropy(
+        _with_adapters(frozen.base, params),
+        backbone.model,
+        batch.tokens,
+        batch.positions,
+        batch.segment_ids,
+        attention=backbone.attention,
+        mesh=backbone.mesh,
+    )
+    proximal = batch.proximal_logprobs
+    if cfg.proximal == "recompute" and proximal is None:  # before the only update
+        proximal = jax.lax.stop_gradient(logprobs)
+    reference = None
+    if frozen.reference is not None:
+        reference = _logprobs(frozen.reference, batch, backbone)
+    age = jnp.where(batch.versions >= 0, version - batch.versions, 0)
+    tokens = Tokens(
+        logprobs=logprobs,
+        behavior=batch.behavior_logprobs,
+        advantages=batch.advantages,
+        mask=batch.loss_mask,
+        segment_ids=batch.segment_ids,
+        age=age.astype(jnp.float32),
+        proximal=proximal,
+        reference=reference,
+    )
+    loss, metrics = policy_loss(tokens, cfg, Counts(batch.num_tokens, batch.num_sequences))
+    entropy = jax.lax.stop_gradient(entropy) * batch.loss_mask
+    metrics["train/entropy"] = jnp.sum(entropy) / jnp.maximum(batch.num_tokens, 1.0)
+    return loss, metrics
 
 
 def needs_reference(loss_cfg: LossConfig) -> bool:
@@ -258,23 +327,25 @@ def _shares(batch: Batch, updates: int) -> Batch:
     return replace(parts, num_tokens=tokens, num_sequences=sequences)
 
 
-def _logprobs(
-    params: Any,
-    model: ModelConfig,
-    batch: Batch,
-    micro_rows: int,
-    run: dict[str, Any],
-) -> jax.Array:
-    """log pi of every token of a batch, `micro_rows` rows at a time: f32[B,T], a constant."""
+def _logprobs(params: Any, batch: Batch, backbone: Backbone) -> jax.Array:
+    """log pi of every token of a batch: f32[B,T]."""
+    return token_logprobs(
+        params,
+        backbone.model,
+        batch.tokens,
+        batch.positions,
+        batch.segment_ids,
+        attention=backbone.attention,
+        mesh=backbone.mesh,
+    )
+
+
+def _constant_logprobs(params: Any, batch: Batch, backbone: Backbone, micro_rows: int) -> jax.Array:
+    """`_logprobs` of a batch, `micro_rows` rows at a time, without a gradient."""
     rows, length = batch.shape
-
-    def some(part: Batch) -> jax.Array:
-        where = (part.tokens, part.positions, part.segment_ids)
-        return token_logprobs(params, model, *where, **run)
-
     if micro_rows <= 0 or micro_rows >= rows:
-        return jax.lax.stop_gradient(some(batch))
-    parts = jax.lax.map(some, _split(batch, micro_rows))
+        return jax.lax.stop_gradient(_logprobs(params, batch, backbone))
+    parts = jax.lax.map(lambda part: _logprobs(params, part, backbone), _split(batch, micro_rows))
     return jax.lax.stop_gradient(parts.swapaxes(0, 1).reshape(rows, length))
 
 
@@ -293,18 +364,13 @@ def _over_updates(metrics: Metrics) -> Metrics:
 
 
 def _update(
-    state: TrainState,
-    batch: Batch,
-    loss_fn: BatchLoss,
-    tx: optax.GradientTransformation,
-    schedule: Schedule | None,
-    micro_rows: int,
+    state: TrainState, batch: Batch, loss_fn: BatchLoss, descent: Descent
 ) -> tuple[TrainState, Metrics]:
-    loss, metrics, grads = accumulate(loss_fn, state.params, batch, micro_rows)
+    loss, metrics, grads = accumulate(loss_fn, state.params, batch, descent.micro_rows)
     metrics = finish_metrics(metrics)
     with jax.named_scope("optimizer"):
         grad_norm = optax.tree.norm(grads)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        updates, opt_state = descent.tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         params, opt_state = jax.tree.map(
@@ -320,30 +386,11 @@ def _update(
         "train/sequences": batch.num_sequences,
         "train/nonfinite": skipped,
     }
-    if schedule is not None:  # the optimiser counts the updates it made, not the batches it saw
-        metrics["train/lr"] = schedule(state.step - state.skipped)
+    if descent.schedule is not None:  # it counts the updates that were made, not the batches
+        metrics["train/lr"] = descent.schedule(state.step - state.skipped)
     return TrainState(state.step + 1, skipped, params, opt_state), metrics
 
 
 def _with_adapters(base: Any, trained: Any) -> Any:
     """What the backbone reads: the trained parameters, or the frozen ones with trained adapters."""
     return trained if base is None else {**base, "adapters": trained}
-
-
-def _jit(step: Callable, shardings: StepShardings | None, extra: tuple[str, ...] = ()) -> Callable:
-    """`extra` names the sharding of each argument after the batch."""
-    if shardings is None:
-        return jax.jit(step, donate_argnums=0)
-    state = shardings.state
-    # The parameters of a reference policy are laid out like those of the state.
-    known = {
-        "version": None,
-        "state": getattr(state, "params", state),
-        "base": shardings.base,
-    }
-    return jax.jit(
-        step,
-        donate_argnums=0,
-        in_shardings=(state, shardings.batch, *(known[name] for name in extra)),
-        out_shardings=(state, None),
-    )

@@ -61,7 +61,7 @@ from agentcpm_jax.tasks.world import WorldTasks
 from agentcpm_jax.train.config import OptimizerConfig
 from agentcpm_jax.train.losses.config import LossConfig
 from agentcpm_jax.train.optimizer import make_optimizer
-from agentcpm_jax.train.step import TrainState, make_rl_step
+from agentcpm_jax.train.step import Frozen, TrainState, make_rl_step
 from agentcpm_jax.world.graph import WorldConfig
 from agentcpm_jax.world.search import search_index
 from agentcpm_jax.world.tools import LocalPages, WorldToolbox, config_of
@@ -252,7 +252,7 @@ class Bench:
             shipped = stream.next_step_segments(version)
             rows = shipped_rows(shipped)
             batch = pack(rows, ROW_LENGTH, row_multiple=ROWS, micro_rows=MICRO_ROWS).batch
-            state, _ = self.step(state, batch, jnp.int32(version))
+            state, _ = self.step(state, batch, jnp.int32(version), Frozen())
             engine.set_params(state.params, version + 1)
             stream.set_version(version + 1)
             oldest = (oldest_trained(s.segment, s.credit.keep) for s in shipped)

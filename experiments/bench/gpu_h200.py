@@ -41,7 +41,7 @@ from agentcpm_jax.plan.flops import CHIPS, train_flops
 from agentcpm_jax.train.config import OptimizerConfig
 from agentcpm_jax.train.losses.config import LossConfig
 from agentcpm_jax.train.optimizer import make_optimizer
-from agentcpm_jax.train.step import TrainState, make_rl_step, make_sft_step
+from agentcpm_jax.train.step import Frozen, TrainState, make_rl_step, make_sft_step
 
 OUT = ROOT / "experiments" / "results" / "gpu_h200"
 ROUNDS = 5
@@ -109,10 +109,10 @@ def train(
     batch = jax.device_put(one_segment_batch(model, rows, length))
     if kind == "sft":
         step: Any = make_sft_step(model, tx, schedule, micro_rows=1)
-        rest: tuple[Any, ...] = ()
+        rest: tuple[Any, ...] = (Frozen(),)
     else:
         step = make_rl_step(model, LossConfig(), tx, schedule, micro_rows=1)
-        rest = (jnp.int32(0),)
+        rest = (jnp.int32(0), Frozen())
     carried = [state]
     del state
 

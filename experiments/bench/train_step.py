@@ -166,7 +166,7 @@ def train_steps(workload: str) -> Iterator[float]:
     from agentcpm_jax.data.rows import text_row
     from agentcpm_jax.train.config import OptimizerConfig
     from agentcpm_jax.train.optimizer import make_optimizer
-    from agentcpm_jax.train.step import TrainState, make_sft_step
+    from agentcpm_jax.train.step import Frozen, TrainState, make_sft_step
 
     params, cfg = load(workload, np.float32)
     optimizer = OptimizerConfig(lr=1e-5, weight_decay=0.0, clip_norm=0.0, schedule="constant")
@@ -177,7 +177,7 @@ def train_steps(workload: str) -> Iterator[float]:
     rows = fill([[text_row(r)] for r in tokens], tokens.shape[1], len(tokens))
     batch = jax.tree.map(jax.numpy.asarray, rows)
     while True:
-        state, metrics = jax.block_until_ready(step(state, batch))
+        state, metrics = jax.block_until_ready(step(state, batch, Frozen()))
         yield float(metrics["train/loss"])
 
 
@@ -237,7 +237,7 @@ def rl_steps(workload: str) -> Iterator[float]:
     from agentcpm_jax.train.config import OptimizerConfig
     from agentcpm_jax.train.losses.config import LossConfig
     from agentcpm_jax.train.optimizer import make_optimizer
-    from agentcpm_jax.train.step import TrainState, make_rl_step
+    from agentcpm_jax.train.step import Frozen, TrainState, make_rl_step
     from agentcpm_jax.types import Provenance, Segment
 
     params, cfg = load(workload, np.float32)
@@ -266,7 +266,7 @@ def rl_steps(workload: str) -> Iterator[float]:
             credit = SimpleNamespace(advantage=score, keep=np.ones(128, bool))
             rows.append(rows_from_segment(segment, credit))
         batch = jax.tree.map(jnp.asarray, fill(rows, 128, 16))
-        state, metrics = jax.block_until_ready(step(state, batch, jnp.int32(version)))
+        state, metrics = jax.block_until_ready(step(state, batch, jnp.int32(version), Frozen()))
         engine.set_params(state.params, version + 1)
         yield float(metrics["train/loss"])
 

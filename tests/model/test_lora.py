@@ -21,7 +21,7 @@ from agentcpm_jax.model.config import TINY
 from agentcpm_jax.model.hf import hf_tensors
 from agentcpm_jax.model.params import init
 from agentcpm_jax.model.qwen3 import forward
-from agentcpm_jax.train.step import TrainState, make_sft_step
+from agentcpm_jax.train.step import Frozen, TrainState, make_sft_step
 
 CFG = dataclasses.replace(
     TINY, vocab_size=16, width=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, ffw=24
@@ -46,7 +46,7 @@ def trained():
     batch = fill([[text_row(np.asarray(TOKENS[0]))]], 6, 1)
     losses = []
     for _ in range(30):
-        state, metrics = step(state, batch, base)
+        state, metrics = step(state, batch, Frozen(base))
         losses.append(float(metrics["train/loss"]))
     return base, start, state.params, losses
 

@@ -31,7 +31,7 @@ from agentcpm_jax.run.sampling import make_finish
 from agentcpm_jax.train.config import OptimizerConfig
 from agentcpm_jax.train.losses.config import LossConfig
 from agentcpm_jax.train.optimizer import make_optimizer
-from agentcpm_jax.train.step import TrainState, make_rl_step
+from agentcpm_jax.train.step import Frozen, TrainState, make_rl_step
 from agentcpm_jax.types import (
     Provenance,
     Segment,
@@ -92,7 +92,7 @@ def test_reward_rises(tmp_path: Path, loss: str) -> None:
         with stream:
             stream.start(0)
             for version in range(STEPS):
-                state, _ = step(state, next(batches), jnp.int32(version))
+                state, _ = step(state, next(batches), jnp.int32(version), Frozen())
                 engine.set_params(state.params, version + 1)
                 stream.set_version(version + 1)
             ages = stream.snapshot()["stream/age_max"]

@@ -26,7 +26,7 @@ from agentcpm_jax.model.params import abstract_params
 from agentcpm_jax.sharding import make_mesh
 from agentcpm_jax.train.losses.config import Correction, LossConfig
 from agentcpm_jax.train.placement import place, step_shardings
-from agentcpm_jax.train.step import TrainState, make_rl_step, make_sft_step
+from agentcpm_jax.train.step import Frozen, TrainState, make_rl_step, make_sft_step
 
 MODEL = dataclasses.replace(
     TINY, vocab_size=24, width=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, ffw=24
@@ -80,10 +80,10 @@ def gradient(kind: str, sizes: list[int] | None) -> tuple[float, np.ndarray]:
         assert share == sizes[1] * sizes[2] * sizes[3], "parameters are not split"
     if kind == "sft":
         step = make_sft_step(MODEL, RECORD, shardings=shardings)
-        rest = ()
+        rest = (Frozen(),)
     else:
         step = make_rl_step(MODEL, LOSS, RECORD, shardings=shardings)
-        rest = (np.int32(1),)
+        rest = (np.int32(1), Frozen())
     state, metrics = step(state, data, *rest)
     if shardings is not None:
         state, metrics = step(state, data, *rest)

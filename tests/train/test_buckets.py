@@ -18,7 +18,7 @@ from agentcpm_jax.model.params import init
 from agentcpm_jax.run.learner import make_cut
 from agentcpm_jax.sharding import make_mesh
 from agentcpm_jax.train.buckets import check_lengths, trim
-from agentcpm_jax.train.step import TrainState, make_sft_step
+from agentcpm_jax.train.step import Frozen, TrainState, make_sft_step
 from agentcpm_jax.types import UserError
 
 MODEL = dataclasses.replace(
@@ -38,7 +38,7 @@ def test_the_loss_is_that_of_the_whole_rows_and_buckets_compile_once() -> None:
         losses = []
         for b in (batch, short):
             state = TrainState.create(jax.tree.map(jax.numpy.array, params), optax.sgd(0.0))
-            losses.append(float(step(state, b)[1]["train/loss"]))
+            losses.append(float(step(state, b, Frozen())[1]["train/loss"]))
         assert losses[1] == pytest.approx(losses[0], rel=1e-6)
     assert shapes == [4, 8, 8, 8, 16, 4, 16]
     assert step._cache_size() == 3

@@ -28,7 +28,7 @@ from agentcpm_jax.model.qwen3 import forward
 from agentcpm_jax.train.config import OptimizerConfig
 from agentcpm_jax.train.losses.config import Correction, LossConfig
 from agentcpm_jax.train.optimizer import make_optimizer
-from agentcpm_jax.train.step import TrainState, make_rl_step, make_sft_step, needs_reference
+from agentcpm_jax.train.step import Frozen, TrainState, make_rl_step, make_sft_step, needs_reference
 
 MODEL = dataclasses.replace(
     TINY, vocab_size=16, width=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, ffw=16
@@ -91,9 +91,10 @@ def fresh(tx: optax.GradientTransformation) -> TrainState:
 @functools.cache
 def recorder(kind: str, micro_rows: int = 0):
     if kind == "sft":
-        return make_sft_step(MODEL, RECORD, micro_rows=micro_rows)
+        step = make_sft_step(MODEL, RECORD, micro_rows=micro_rows)
+        return lambda state, batch: step(state, batch, Frozen())
     step = make_rl_step(MODEL, LOSS, RECORD, micro_rows=micro_rows)
-    return lambda state, batch: step(state, batch, VERSION)
+    return lambda state, batch: step(state, batch, VERSION, Frozen())
 
 
 def gradient(kind: str, batch: Batch, micro_rows: int = 0) -> tuple[np.ndarray, dict]:
@@ -159,7 +160,7 @@ def test_masked_tokens_give_no_gradient(kind: str) -> None:
 def updated(cfg: LossConfig, batch: Batch, micro_rows: int = 0) -> tuple[np.ndarray, dict]:
     """Parameters after one step of plain descent, large enough to move the ratios."""
     step = make_rl_step(MODEL, cfg, optax.sgd(0.5), micro_rows=micro_rows)
-    state, metrics = step(fresh(optax.sgd(0.5)), batch, VERSION)
+    state, metrics = step(fresh(optax.sgd(0.5)), batch, VERSION, Frozen())
     return np.concatenate([np.asarray(p).ravel() for p in jax.tree.leaves(state.params)]), metrics
 
 
@@ -184,7 +185,7 @@ def test_several_updates_are_steps_on_shares_with_the_first_policy_as_proximal()
     state = fresh(optax.sgd(0.5))
     seen = []
     for j in range(2):
-        state, each = step(state, share(batch, j, 2), VERSION)
+        state, each = step(state, share(batch, j, 2), VERSION, Frozen())
         seen.append(each)
     alone = np.concatenate([np.asarray(p).ravel() for p in jax.tree.leaves(state.params)])
     np.testing.assert_allclose(together, alone, rtol=1e-5, atol=1e-6)
@@ -209,10 +210,10 @@ def test_the_reference_policy_pulls_back() -> None:
     assert needs_reference(cfg) and not needs_reference(LossConfig())
     step = make_rl_step(MODEL, cfg, RECORD)
     batch = pack(rows(), row_length=16, num_rows=4).batch
-    at_reference, metrics = step(fresh(RECORD), batch, VERSION, initial())
+    at_reference, metrics = step(fresh(RECORD), batch, VERSION, Frozen(reference=initial()))
     assert metrics["loss/kl_reference"] == pytest.approx(0.0, abs=1e-6)
     elsewhere = jax.tree.map(lambda p: 1.1 * p, initial())
-    away, metrics = step(fresh(RECORD), batch, VERSION, elsewhere)
+    away, metrics = step(fresh(RECORD), batch, VERSION, Frozen(reference=elsewhere))
     assert metrics["loss/kl_reference"] > 1e-4
     assert optax.tree.norm(away.opt_state[0].trace) > optax.tree.norm(
         at_reference.opt_state[0].trace
@@ -226,7 +227,7 @@ from agentcpm_jax.data.pack import pack
 from agentcpm_jax.train.placement import place, step_shardings
 from agentcpm_jax.mesh import MeshConfig
 from agentcpm_jax.sharding import make_mesh
-from agentcpm_jax.train.step import make_rl_step
+from agentcpm_jax.train.step import Frozen, make_rl_step
 
 batch = pack(rows(), row_length=16, num_rows=4).batch
 found = []
@@ -240,7 +241,8 @@ for sizes in ((1, 1, 1, 1), (2, 2, 1, 1), (1, 2, 1, 2)):
     reference = jax.tree.map(lambda p: 1.1 * p, initial())
     if shardings is not None:
         reference = jax.device_put(reference, shardings.state.params)
-    state, metrics = step(place(fresh(RECORD), shardings), batch, VERSION, reference)
+    frozen = Frozen(reference=reference)
+    state, metrics = step(place(fresh(RECORD), shardings), batch, VERSION, frozen)
     flat = [np.asarray(g).ravel() for g in jax.tree.leaves(state.opt_state[0].trace)]
     found.append((np.concatenate(flat), float(metrics["train/loss"])))
 (grad, loss), *others = found
@@ -274,10 +276,10 @@ def test_a_non_finite_update_is_skipped_and_counted() -> None:
     bad = good.replace(weights=np.where(good.loss_mask > 0, np.inf, 0).astype(np.float32))
     skipping, straight = fresh(tx), fresh(tx)
     for batch in (good, bad, good):
-        skipping, metrics = step(skipping, batch)
+        skipping, metrics = step(skipping, batch, Frozen())
     assert (skipping.step, skipping.skipped, metrics["train/nonfinite"]) == (3, 1, 1)
     for _ in range(2):
-        straight, straight_metrics = step(straight, good)
+        straight, straight_metrics = step(straight, good, Frozen())
     assert metrics["train/lr"] == straight_metrics["train/lr"] == pytest.approx(0.075)
     for left, right in (
         (skipping.params, straight.params),
@@ -294,7 +296,7 @@ def test_a_few_rows_are_learned_by_heart(name: str) -> None:
     batch = pack([text_row([3, 1, 4, 1, 5, 9, 2, 6]), text_row([2, 7, 1, 8, 2, 8])], 16).batch
     state, losses = fresh(tx), []
     for _ in range(80):
-        state, metrics = step(state, batch)
+        state, metrics = step(state, batch, Frozen())
         losses.append(float(metrics["train/loss"]))
     assert losses[0] > 2.0
     assert losses[-1] < 0.1
@@ -319,9 +321,9 @@ def test_rl_raises_what_was_good_and_lowers_what_was_bad() -> None:
         for token, advantage in ((3, 1.0), (4, -1.0))
     )
     batch = pack([good, bad], 8).batch
-    state, first = step(fresh(tx), batch, 0)
+    state, first = step(fresh(tx), batch, 0, Frozen())
     for _ in range(10):
-        state, metrics = step(state, batch, 0)
+        state, metrics = step(state, batch, 0, Frozen())
     assert 0 < metrics["train/entropy"] < first["train/entropy"] <= np.log(16)
     tokens, positions = jnp.array([[1, 2]]), jnp.array([[0, 1]])
     read = jax.jit(lambda params: forward(params, MODEL, tokens, positions, tokens * 0 + 1)[0, -1])
@@ -334,4 +336,4 @@ def test_rows_must_split_evenly() -> None:
     with pytest.raises(ValueError, match="6 rows are not a multiple of updates=4"):
         updated(LossConfig(updates=4), batch)
     with pytest.raises(ValueError, match="6 rows are not a multiple of micro_rows=4"):
-        make_sft_step(MODEL, RECORD, micro_rows=4)(fresh(RECORD), batch)
+        make_sft_step(MODEL, RECORD, micro_rows=4)(fresh(RECORD), batch, Frozen())

@@ -26,7 +26,7 @@ Deviations:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,15 +39,19 @@ GSPO_CLAMP = 10.0
 
 
 class Tokens(NamedTuple):
-    """What an objective reads; every float is finite everywhere (0 where not trained)."""
+    """What a loss is computed from, by token; `policy_loss` takes it and fills in what is None.
 
-    logprobs: Float[Array, "B T"]  # of pi: the one differentiated
-    proximal: Float[Array, "B T"]  # of pi_old
-    behavior: Float[Array, "B T"]  # of mu
+    Objectives read it filled in: every float is finite there, 0 where not trained.
+    """
+
+    logprobs: Float[Array, "B T"]  # log pi in nats, of the current parameters: differentiated
+    behavior: Float[Array, "B T"]  # log mu, of the engine that sampled the token
     advantages: Float[Array, "B T"]
-    mask: Float[Array, "B T"]
-    segment_ids: Int[Array, "B T"] | None
-    age: Float[Array, "B T"]
+    mask: Float[Array, "B T"]  # 1 where trained; where it is 0 every float may hold NaN
+    segment_ids: Int[Array, "B T"] | None = None  # 1..K in a packed row; None: a sequence a row
+    age: Any = None  # f32[B,T]: current version minus the sampler's; None: 0 everywhere
+    proximal: Any = None  # f32[B,T]: log pi_old, needed by `proximal="recompute"` only
+    reference: Any = None  # f32[B,T]: log-probabilities of the policy that `kl_coef` pulls to
 
 
 class Scored(NamedTuple):

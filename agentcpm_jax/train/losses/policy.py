@@ -15,7 +15,8 @@ Deviations from the original implementation (AgentCPM-Explore):
 
 from __future__ import annotations
 
-import functools
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,72 +38,79 @@ from agentcpm_jax.types import UserError
 Metrics = dict[str, Float[Array, ""]]
 
 
+class Counts(NamedTuple):
+    """Of a whole optimizer batch: trained tokens, and sequences that have one."""
+
+    tokens: Float[Array, ""] | float
+    sequences: Float[Array, ""] | float
+
+
 def policy_loss(
-    logprobs: Float[Array, "B T"],
-    behavior: Float[Array, "B T"],
-    advantages: Float[Array, "B T"],
-    mask: Float[Array, "B T"],
-    segment_ids: Int[Array, "B T"] | None,
-    age: Float[Array, "B T"] | None,
-    num_tokens: Float[Array, ""] | float | None,
-    num_sequences: Float[Array, ""] | float | None,
-    cfg: LossConfig,
-    *,
-    old: Float[Array, "B T"] | None = None,
-    reference: Float[Array, "B T"] | None = None,
+    x: Tokens, cfg: LossConfig, counts: Counts | None = None
 ) -> tuple[Float[Array, ""], Metrics]:
     """The loss to minimise, and what to watch.
 
     Args:
-      logprobs: log pi of each token under the current parameters, nats; the one differentiated.
-      behavior: log mu of each token, from the engine that sampled it.
-      advantages: of each token.
-      mask: 1 where the token is trained. Where it is 0 every float input may hold NaN.
-      segment_ids: 1..K within a packed row, 0 = padding; None: one sequence per row.
-      age: current version minus the version that sampled the token; None: 0 everywhere.
-      num_tokens, num_sequences: counts over the whole optimizer batch; None: counted here.
+      x: the tokens of a (micro-)batch.
       cfg: which method, and its constants.
-      old: log pi_old, read with `proximal="recompute"` only.
-      reference: log-probabilities of the policy that `kl_coef` pulls to.
+      counts: over the whole optimizer batch; None: counted in `x`.
     Returns:
       (loss, metrics): scalars named `loss/...`. With the global counts given, losses and metrics
       of micro-batches add up to those of the batch, except `loss/ratio_max`: take the maximum.
       `finish_metrics` turns the sums into what is reported.
     Raises:
-      UserError: `kl_coef` without `reference`, `proximal="recompute"` without `old`.
+      UserError: `kl_coef` without `reference`, `proximal="recompute"` without `proximal`.
     """
     cfg = resolve(cfg)
-    mask = trained_mask(mask.astype(logprobs.dtype), segment_ids)
     with jax.named_scope("policy_loss"):
-        x = _tokens(logprobs, behavior, advantages, mask, segment_ids, age, old, cfg)
+        x = filled_in(x, cfg)
+        if counts is None:
+            counts = Counts(jnp.sum(x.mask), count_sequences(x.mask, x.segment_ids))
         scored = OBJECTIVES[cfg.objective](x, cfg)
         inside = in_trust_region(x, jax.lax.stop_gradient(scored.ratio), cfg)
         weight, kept, seen = _corrections(x, cfg)
-        per_token = jnp.where(inside & (mask > 0), weight * scored.per_token, 0.0)
-        if num_sequences is None:
-            num_sequences = count_sequences(mask, segment_ids)
-        if num_tokens is None:
-            num_tokens = jnp.sum(mask)
-        reduce = functools.partial(
+        per_token = jnp.where(inside & (x.mask > 0), weight * scored.per_token, 0.0)
+        reduce = partial(
             aggregate,
-            segment_ids=segment_ids,
+            segment_ids=x.segment_ids,
             mode=cfg.aggregation,
-            num_sequences=num_sequences,
+            num_sequences=counts.sequences,
             norm=cfg.norm,
         )
         if cfg.denominator == "kept":
-            policy = reduce(per_token, jnp.where(inside & kept, mask, 0.0))
+            loss = reduce(per_token, jnp.where(inside & kept, x.mask, 0.0))
         else:
-            policy = reduce(per_token, mask, num_tokens=num_tokens)
+            loss = reduce(per_token, x.mask, num_tokens=counts.tokens)
         seen |= _watch(x, scored, cfg)
         seen["loss/bound_fraction"] = ~inside
-        loss, metrics = policy, {"loss/policy": policy} | _means(seen, mask, num_tokens)
-        metrics["loss/ratio_max"] = jnp.max(jnp.where(mask > 0, scored.ratio, 0.0))
+        metrics = {"loss/policy": loss} | _means(seen, x.mask, counts.tokens)
+        metrics["loss/ratio_max"] = jnp.max(jnp.where(x.mask > 0, scored.ratio, 0.0))
         if cfg.kl_coef:
-            kl = _kl_to_reference(x, reference, cfg)
-            metrics["loss/kl_reference"] = reduce(kl, mask, num_tokens=num_tokens)
-            loss = policy + cfg.kl_coef * metrics["loss/kl_reference"]
+            kl = reduce(_kl_to_reference(x, cfg), x.mask, num_tokens=counts.tokens)
+            metrics["loss/kl_reference"] = kl
+            loss = loss + cfg.kl_coef * kl
     return loss, jax.lax.stop_gradient(metrics)
+
+
+def filled_in(x: Tokens, cfg: LossConfig) -> Tokens:
+    """`x` as the objectives read it: masked floats are 0, and pi_old is that of `cfg.proximal`.
+
+    Raises `UserError` as `policy_loss` does.
+    """
+    if cfg.proximal == "recompute" and x.proximal is None:
+        raise UserError("proximal='recompute' needs the log-probabilities of pi_old (proximal)")
+    if cfg.kl_coef and x.reference is None:
+        raise UserError(f"kl_coef={cfg.kl_coef} needs reference log-probabilities; set 0")
+    mask = trained_mask(x.mask.astype(x.logprobs.dtype), x.segment_ids)
+    logprobs, behavior, advantages = _clean(mask, x.logprobs, x.behavior, x.advantages)
+    (age,) = _clean(mask, jnp.zeros_like(logprobs) if x.age is None else x.age)
+    proximal = behavior
+    if cfg.proximal == "loglinear":
+        proximal = log_linear(logprobs, behavior, age)
+    elif cfg.proximal == "recompute":
+        (proximal,) = _clean(mask, x.proximal)
+    reference = None if x.reference is None else _clean(mask, x.reference)[0]
+    return Tokens(logprobs, behavior, advantages, mask, x.segment_ids, age, proximal, reference)
 
 
 def finish_metrics(metrics: Metrics) -> Metrics:
@@ -162,28 +170,6 @@ def _clean(mask: Float[Array, "B T"], *arrays: Float[Array, "B T"]) -> tuple[Arr
     return tuple(jnp.where(mask > 0, x, 0.0) for x in arrays)
 
 
-def _tokens(
-    logprobs: Array,
-    behavior: Array,
-    advantages: Array,
-    mask: Array,
-    segment_ids: Array | None,
-    age: Array | None,
-    old: Array | None,
-    cfg: LossConfig,
-) -> Tokens:
-    if cfg.proximal == "recompute" and old is None:
-        raise UserError("proximal='recompute' needs the log-probabilities of pi_old (old)")
-    age = jnp.zeros_like(logprobs) if age is None else age
-    logprobs, behavior, advantages, age = _clean(mask, logprobs, behavior, advantages, age)
-    proximal = behavior
-    if cfg.proximal == "loglinear":
-        proximal = log_linear(logprobs, behavior, age)
-    elif cfg.proximal == "recompute" and old is not None:
-        (proximal,) = _clean(mask, old)
-    return Tokens(logprobs, proximal, behavior, advantages, mask, segment_ids, age)
-
-
 def _corrections(
     x: Tokens, cfg: LossConfig
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"], dict[str, Array]]:
@@ -205,13 +191,10 @@ def _corrections(
     return weight, kept, seen
 
 
-def _kl_to_reference(x: Tokens, reference: Array | None, cfg: LossConfig) -> Float[Array, "B T"]:
-    if reference is None:
-        raise UserError(f"kl_coef={cfg.kl_coef} needs reference log-probabilities; set 0")
-    (reference,) = _clean(x.mask, reference)
+def _kl_to_reference(x: Tokens, cfg: LossConfig) -> Float[Array, "B T"]:
     kl = kl_per_token(
         x.logprobs,
-        reference,
+        x.reference,
         cfg.kl,
         exponent_clamp=cfg.log_ratio_clamp,
         value_clamp=cfg.kl_clamp if cfg.kl.startswith("k3") else 0.0,

@@ -11,8 +11,8 @@ import numpy as np
 
 from agentcpm_jax.train.losses.config import Correction, LossConfig, resolve
 from agentcpm_jax.train.losses.correction import correct
-from agentcpm_jax.train.losses.objectives import OBJECTIVES
-from agentcpm_jax.train.losses.policy import _tokens, policy_loss
+from agentcpm_jax.train.losses.objectives import OBJECTIVES, Tokens
+from agentcpm_jax.train.losses.policy import Counts, filled_in, policy_loss
 
 Arrays = dict[str, Any]
 Params = dict[str, Any]
@@ -36,17 +36,25 @@ def loss(
         cfg = config(params)
         rows, slots = raw["mask"].shape
         x = {k: pad(v) for k, v in raw.items()}
-        mu, old = x[behavior], x.get("old")
+        mu = x[behavior]
         age = (params["now"] - x["step"]).astype(jnp.float32) if "step" in x else None
-        sequences = float(rows) if all_rows(params) else None
+        counts = Counts(x["mask"].sum(), float(rows)) if all_rows(params) else None
+        tokens = Tokens(
+            x["cur"],
+            mu,
+            x["adv"],
+            x["mask"],
+            age=age,
+            proximal=x.get("old"),
+            reference=x.get(reference),
+        )
 
         def one(cur: jax.Array) -> Any:
-            arrays = (cur, mu, x["adv"], x["mask"], None, age, None, sequences, cfg)
-            return policy_loss(*arrays, old=old, reference=x.get(reference))
+            return policy_loss(tokens._replace(logprobs=cur), cfg, counts)
 
         (value, metrics), grad = jax.value_and_grad(one, has_aux=True)(x["cur"])
         assert all(np.isfinite(v) for v in metrics.values()), metrics
-        tokens = _tokens(x["cur"], mu, x["adv"], x["mask"], None, age, old, resolve(cfg))
+        tokens = filled_in(tokens, resolve(cfg))
         each = OBJECTIVES[resolve(cfg).objective](tokens, resolve(cfg)).per_token
         weights = x["mask"]
         for c in cfg.corrections:

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from agentcpm_jax.train.losses.config import LossConfig
-from agentcpm_jax.train.losses.policy import policy_loss
+from agentcpm_jax.train.losses.objectives import Tokens
+from agentcpm_jax.train.losses.policy import Counts, policy_loss
 
 #: Arrays by name: [T] of a sequence, or [B, T] of packed rows.
 Arrays = dict[str, np.ndarray]
@@ -88,19 +89,17 @@ def compiled(cfg: LossConfig) -> Callable[..., Any]:
     def loss(
         logprobs: jax.Array, x: dict[str, jax.Array], num_tokens: float, num_sequences: float
     ) -> Any:
-        return policy_loss(
+        tokens = Tokens(
             logprobs,
             x["behavior"],
             x["advantages"],
             x["mask"],
             x.get("segment_ids"),
             x.get("age"),
-            num_tokens,
-            num_sequences,
-            cfg,
-            old=x.get("old"),
-            reference=x.get("reference"),
+            x.get("old"),
+            x.get("reference"),
         )
+        return policy_loss(tokens, cfg, Counts(num_tokens, num_sequences))
 
     return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
