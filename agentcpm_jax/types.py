@@ -249,6 +249,20 @@ class Credit:
 
 
 @dataclass(frozen=True)
+class ShippedSegment:
+    """A segment that is trained in some step: whose it is, and the credit of its tokens.
+
+    `segment_index` is its place in the trajectory of (issue_id, sample).
+    """
+
+    issue_id: int
+    sample: int
+    segment_index: int
+    segment: Segment
+    credit: Credit
+
+
+@dataclass(frozen=True)
 class Decision:
     """What a filter decided, about what, and why. JSON-able.
 

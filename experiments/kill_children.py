@@ -23,9 +23,10 @@ import train as launch_train
 from agentcpm_jax.checkpoint import Checkpointer
 from agentcpm_jax.log.claims import Claims
 from agentcpm_jax.log.experience import ExperienceLog
-from agentcpm_jax.run import loop, stages
+from agentcpm_jax.run import stages
 from agentcpm_jax.run import worker as run_worker
 from agentcpm_jax.run.observe.metrics import MetricsWriter
+from agentcpm_jax.run.sampler import Sampler
 from agentcpm_jax.weights.store import VersionWriter
 from tests.log.postgres_server import PostgresServer, kill_server
 
@@ -34,7 +35,7 @@ POINTS: dict[str, tuple[Any, str]] = {
     "record": (ExperienceLog, "record_trajectory"),
     "settle": (ExperienceLog, "finish_group"),
     "ship": (ExperienceLog, "ship"),
-    "publish": (loop.RLTrainer, "publish"),
+    "publish": (Sampler, "publish"),
     "weights": (VersionWriter, "commit"),
     "metrics": (MetricsWriter, "write"),
     "save": (Checkpointer, "save"),
@@ -195,17 +196,17 @@ def crash(spec: str, server: int = 0) -> None:
 
 def witness(path: Path) -> None:
     """Writes (version, SHA-256 of the parameters) whenever a version is about to be published."""
-    publish = loop.RLTrainer.publish
+    publish = Sampler.publish
 
-    def witnessed(trainer: Any, version: int) -> None:
+    def witnessed(sampler: Sampler, version: int, params: Any) -> None:
         sha = hashlib.sha256()
-        for leaf in jax.tree.leaves(jax.device_get(trainer.state.params)):
+        for leaf in jax.tree.leaves(jax.device_get(params)):
             sha.update(np.asarray(leaf).tobytes())
         with path.open("a") as file:
             file.write(json.dumps([version, sha.hexdigest()]) + "\n")
-        publish(trainer, version)
+        publish(sampler, version, params)
 
-    loop.RLTrainer.publish = witnessed
+    Sampler.publish = witnessed
 
 
 def _wait(pid: int) -> int:

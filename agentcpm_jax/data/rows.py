@@ -13,13 +13,13 @@ share twice (trained once): one pass over the trie itself would need tree attent
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass, fields, replace
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import numpy as np
 
-from agentcpm_jax.types import Credit, Provenance, Segment, Trajectory
+from agentcpm_jax.types import Credit, Provenance, Segment, ShippedSegment
 
 
 @dataclass(frozen=True)
@@ -83,20 +83,17 @@ def rows_from_segment(segment: Segment, credit: Credit) -> list[Row]:
     return [row] if row.num_trained else []
 
 
-def rows_from_trajectory(trajectory: Trajectory, credits: Sequence[Credit]) -> list[Row]:
-    """RL rows of one trajectory (`credits` run parallel to its segments), merged as a trie.
+def shipped_rows(shipped: Iterable[ShippedSegment]) -> list[Row]:
+    """RL rows of a batch in shipped order; the segments of one trajectory are merged as a trie.
 
-    Raises:
-      ValueError: as `rows_from_segment`; or the trajectory is not trainable (its text came from a
-        chat endpoint), or the credits do not match the segments.
+    Raises `ValueError` as `rows_from_segment` does.
     """
-    if not trajectory.trainable:
-        raise ValueError(
-            f"trajectory {trajectory.issue_id}/{trajectory.sample} is not trainable: it holds "
-            "text, not sampled tokens"
-        )
-    pairs = zip(trajectory.segments, credits, strict=True)
-    return merge_prefixes([row for s, c in pairs for row in rows_from_segment(s, c)])
+    return [row for rows, _ in _by_trajectory(shipped) for row in rows]
+
+
+def shipped_stats(shipped: Iterable[ShippedSegment]) -> RowStats:
+    """What the forward passes over the rows of a batch are spent on."""
+    return sum((count_rows(*found) for found in _by_trajectory(shipped)), RowStats())
 
 
 def merge_prefixes(rows: Sequence[Row]) -> list[Row]:
@@ -124,6 +121,14 @@ def merge_prefixes(rows: Sequence[Row]) -> list[Row]:
     return _trained_once([merged[i] for i in sorted(merged) if len(merged[i])])
 
 
+def _by_trajectory(shipped: Iterable[ShippedSegment]) -> Iterator[tuple[list[Row], int]]:
+    """(rows, recorded segments) of each trajectory."""
+    for _, found in groupby(shipped, key=lambda s: (s.issue_id, s.sample)):
+        segments = list(found)
+        rows = [row for s in segments for row in rows_from_segment(s.segment, s.credit)]
+        yield merge_prefixes(rows), len(segments)
+
+
 @dataclass(frozen=True)
 class RowStats:
     """What the forward passes of a batch are spent on, in tokens.
@@ -141,6 +146,15 @@ class RowStats:
 
     def __add__(self, other: RowStats) -> RowStats:
         return RowStats(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def metrics(self) -> dict[str, float]:
+        """`data/...`, as `metrics.jsonl` holds them."""
+        return {
+            "data/rows": self.rows,
+            "data/rows_merged": self.segments - self.rows,
+            "data/token_efficiency": self.efficiency,
+            "data/shared_prefix": self.shared,
+        }
 
     @property
     def efficiency(self) -> float:

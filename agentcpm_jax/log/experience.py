@@ -29,10 +29,18 @@ from agentcpm_jax.database import LogUnavailable, first_line, is_shared, open_en
 from agentcpm_jax.log import codec
 from agentcpm_jax.log import schema as db
 from agentcpm_jax.log.claims import Claims, check_holds
-from agentcpm_jax.log.schema import Issue, Result, ShipEntry, ShippedCredit, ShippedSegment
+from agentcpm_jax.log.schema import Issue, Result, ShipEntry, ShippedCredit
 from agentcpm_jax.log.signals import Signals, listen_postgres, notify
 from agentcpm_jax.log.snapshots import take_snapshot
-from agentcpm_jax.types import Decision, StopReason, Task, Trajectory, TrajectoryGroup, Verdict
+from agentcpm_jax.types import (
+    Decision,
+    ShippedSegment,
+    StopReason,
+    Task,
+    Trajectory,
+    TrajectoryGroup,
+    Verdict,
+)
 
 
 class ExperienceLog:

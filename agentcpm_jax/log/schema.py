@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from sqlalchemy import exc as sa_exc
 
 from agentcpm_jax.database import first_line, is_shared
-from agentcpm_jax.types import Credit, Segment, StopReason, Task, UserError, Verdict
+from agentcpm_jax.types import Credit, StopReason, Task, UserError, Verdict
 
 #: 2 added `claim`.
 SCHEMA_VERSION = 2
@@ -130,17 +130,6 @@ class ShipEntry:
     issue_id: int
     sample: int
     segment_index: int
-    credit: Credit
-
-
-@dataclass(frozen=True)
-class ShippedSegment:
-    """One segment of a recorded batch, as stored."""
-
-    issue_id: int
-    sample: int
-    segment_index: int
-    segment: Segment
     credit: Credit
 
 

@@ -16,7 +16,6 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 
 from agentcpm_jax.log.experience import ExperienceLog
-from agentcpm_jax.log.schema import ShippedSegment
 from agentcpm_jax.rollout.config import StreamConfig
 from agentcpm_jax.rollout.groups import (
     BreakerOpen,
@@ -27,7 +26,7 @@ from agentcpm_jax.rollout.groups import (
     StreamStalled,
 )
 from agentcpm_jax.rollout.producer import GroupOutcome, NoSignal, Producer
-from agentcpm_jax.types import Task, TrajectoryGroup
+from agentcpm_jax.types import ShippedSegment, Task, TrajectoryGroup
 
 __all__ = [
     "BreakerOpen",

@@ -24,7 +24,13 @@ from agentcpm_jax.run.multihost import on_devices
 from agentcpm_jax.train.buckets import check_lengths, trim
 from agentcpm_jax.train.optimizer import make_optimizer
 from agentcpm_jax.train.placement import step_shardings
-from agentcpm_jax.train.step import StepShardings, TrainState, make_rl_step, needs_reference
+from agentcpm_jax.train.step import (
+    Frozen,
+    StepShardings,
+    TrainState,
+    make_rl_step,
+    needs_reference,
+)
 from agentcpm_jax.types import UserError
 
 
@@ -71,19 +77,18 @@ def make_learner(ctx: RunContext, stage: Stage, rl: RLStage) -> Learner:
         micro_rows=rl.shape.micro_rows,
         shardings=shardings,
     )
-    others = () if base is None else (base,)
+    frozen = Frozen(base)
     if needs_reference(rl.loss):
         # What kl_coef pulls to: the stage's first parameters, kept apart from the state. Adapters
         # begin as nothing: there it is their base.
         first = shardings and shardings.state.params
-        reference = load(first) if base is None else base
-        others = (reference, *others)
+        frozen = frozen.replace(reference=load(first) if base is None else base)
 
     cut = make_cut(rl.shape, ctx.mesh)
 
     def placed(state: TrainState, batch: Batch, version: Any) -> tuple[TrainState, dict[str, Any]]:
         batch = on_devices(cut(batch), shardings and shardings.batch, batch.shape[0])
-        return step(state, batch, version, *others)
+        return step(state, batch, version, frozen)
 
     return Learner(state, placed, lambda state: plain(state.params, base, ctx.cfg.model))
 

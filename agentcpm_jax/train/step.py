@@ -87,7 +87,7 @@ class Backbone(NamedTuple):
 
     model: ModelConfig
     attention: Attention | None  # the kernel; None: that of `model.attention` on the mesh
-    mesh: Mesh | AbstractMesh | None
+    mesh: Any  # Mesh, AbstractMesh (to compile ahead of time) or None
 
 
 class Descent(NamedTuple):

@@ -41,6 +41,7 @@ import jax.numpy as jnp
 
 from agentcpm_jax.chat.format import ChatFormat
 from agentcpm_jax.data.pack import pack
+from agentcpm_jax.data.rows import shipped_rows
 from agentcpm_jax.engine import local
 from agentcpm_jax.engine.config import EngineConfig
 from agentcpm_jax.engine.local import LocalEngine
@@ -54,7 +55,6 @@ from agentcpm_jax.rewards.denoise import DenoiseConfig
 from agentcpm_jax.rollout.config import EpisodeConfig, StreamConfig
 from agentcpm_jax.rollout.staleness import oldest_trained
 from agentcpm_jax.rollout.stream import Stream
-from agentcpm_jax.run.loop import shipped_rows
 from agentcpm_jax.run.observe.meter import rss_mib
 from agentcpm_jax.run.sampling import make_finish, make_run_sample
 from agentcpm_jax.tasks.world import WorldTasks

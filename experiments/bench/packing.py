@@ -29,9 +29,8 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 
 from agentcpm_jax.data.pack import forward_fill, pack
-from agentcpm_jax.data.rows import text_row
+from agentcpm_jax.data.rows import shipped_rows, text_row
 from agentcpm_jax.log.experience import ExperienceLog
-from agentcpm_jax.run.loop import shipped_rows
 
 LENGTHS = Path(__file__).with_name("packing_lengths.json")
 RESULTS = ROOT / "experiments" / "results"

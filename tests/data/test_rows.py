@@ -14,10 +14,11 @@ from agentcpm_jax.data.rows import (
     demo_row,
     merge_prefixes,
     rows_from_segment,
-    rows_from_trajectory,
+    shipped_rows,
+    shipped_stats,
     text_row,
 )
-from agentcpm_jax.types import Credit, Provenance, Segment, StopReason, Trajectory
+from agentcpm_jax.types import Credit, Provenance, Segment, ShippedSegment
 
 T, S, D, H, O = (  # noqa: E741
     Provenance.TEMPLATE,
@@ -85,8 +86,7 @@ def test_bugs_upstream_are_refused() -> None:
 def test_a_fork_that_continues_its_parent_becomes_one_row() -> None:
     parent = segment([T, S, S], ids=[1, 2, 3])
     child = segment([T, H, H, O, S], ids=[1, 2, 3, 4, 5], parent_segment=0, shared_prefix_len=3)
-    trajectory = Trajectory((parent, child), (), StopReason.ANSWERED)
-    (row,) = rows_from_trajectory(trajectory, [credit(3, 0.5), credit(5, 0.5)])
+    (row,) = shipped_rows(shipped((parent, credit(3, 0.5)), (child, credit(5, 0.5))))
     np.testing.assert_array_equal(row.ids, child.ids)
     np.testing.assert_array_equal(np.flatnonzero(row.loss_mask), [1, 2, 4])
     np.testing.assert_allclose(row.logprobs, [0, -0.1, -0.2, 0, -0.4], rtol=1e-6)
@@ -96,10 +96,17 @@ def test_a_fork_that_continues_its_parent_becomes_one_row() -> None:
 def test_a_fork_that_leaves_its_parent_stays_a_row_of_its_own() -> None:
     parent = segment([T, S, O, S], ids=[1, 2, 3, 4])
     child = segment([T, H, T, S], ids=[1, 2, 9, 8], parent_segment=0, shared_prefix_len=2)
-    trajectory = Trajectory((parent, child), (), StopReason.ANSWERED)
-    rows = rows_from_trajectory(trajectory, [credit(4), credit(4)])
+    rows = shipped_rows(shipped((parent, credit(4)), (child, credit(4))))
     assert [list(row.ids) for row in rows] == [[1, 2, 3, 4], [1, 2, 9, 8]]
     assert [list(np.flatnonzero(row.loss_mask)) for row in rows] == [[1, 3], [3]]
+
+
+def test_only_segments_of_one_trajectory_are_merged() -> None:
+    """Two samples of equal tokens are two samples, however much their rows agree."""
+    one = segment([T, S, S], ids=[1, 2, 3])
+    both = shipped((one, credit(3))) + shipped((one, credit(3)), sample=1)
+    assert [list(row.ids) for row in shipped_rows(both)] == [[1, 2, 3], [1, 2, 3]]
+    assert shipped_stats(both) == RowStats(segments=2, rows=2, trained=4, forward=6, unique=6)
 
 
 def test_merging_never_changes_what_is_trained() -> None:
@@ -135,8 +142,7 @@ def test_what_no_trained_token_sees_is_not_forwarded() -> None:
     """Only an observation keeps the first segment from being a prefix of the second."""
     parent = segment([T, S, O], ids=[1, 2, 3])
     child = segment([T, H, O, S, O], ids=[1, 2, 9, 8, 7], parent_segment=0, shared_prefix_len=2)
-    trajectory = Trajectory((parent, child), (), StopReason.ANSWERED)
-    (row,) = rows_from_trajectory(trajectory, [credit(3), credit(5)])
+    (row,) = shipped_rows(shipped((parent, credit(3)), (child, credit(5))))
     assert list(row.ids) == [1, 2, 9, 8]
     assert list(np.flatnonzero(row.loss_mask)) == [1, 3]
 
@@ -157,10 +163,9 @@ def test_disagreeing_rows_are_not_merged() -> None:
     assert len(merge_prefixes([row, other])) == 2
 
 
-def test_text_of_a_chat_endpoint_is_not_trained() -> None:
-    trajectory = Trajectory((segment([T, S]),), (), StopReason.ANSWERED, trainable=False)
-    with pytest.raises(ValueError, match="not trainable"):
-        rows_from_trajectory(trajectory, [credit(2)])
+def shipped(*segments: tuple[Segment, Credit], sample: int = 0) -> list[ShippedSegment]:
+    """The segments of one trajectory, in its order."""
+    return [ShippedSegment(7, sample, i, s, c) for i, (s, c) in enumerate(segments)]
 
 
 def random_prefix(stem: np.ndarray, rng: np.random.Generator) -> Row:

@@ -10,12 +10,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from agentcpm_jax.log.schema import (
-    Issue,
-    ShipEntry,
-    ShippedSegment,
-)
-from agentcpm_jax.types import Decision, Task, Trajectory, TrajectoryGroup
+from agentcpm_jax.log.schema import Issue, ShipEntry
+from agentcpm_jax.types import Decision, ShippedSegment, Task, Trajectory, TrajectoryGroup
 
 
 class MemoryLog:

@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from agentcpm_jax.data.rows import rows_from_trajectory
+from agentcpm_jax.data.rows import rows_from_segment
 from agentcpm_jax.rewards.advantages import AdvantageConfig, credit_group
 from agentcpm_jax.rewards.denoise import DenoiseConfig, denoise
 from agentcpm_jax.rewards.grade import reward_metrics, score, settle
@@ -191,7 +191,7 @@ def test_removing_a_turn_shifts_the_log_probabilities_of_the_next():
     whole = episode(0, 1.0)
     keep = np.array([False, False, False, False, True, True])
     credit = Credit(np.where(keep, 2.0, 0.0).astype(np.float32), keep)
-    (row,) = rows_from_trajectory(whole, [credit])
+    (row,) = rows_from_segment(whole.segments[0], credit)
     trained = row.loss_mask
     assert row.logprobs[trained].tolist() == pytest.approx([-0.4, -0.5])
     assert row.advantages[trained].tolist() == [2.0, 2.0]

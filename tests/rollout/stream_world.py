@@ -10,7 +10,6 @@ from collections.abc import Callable
 import numpy as np
 
 from agentcpm_jax.log.experience import ExperienceLog
-from agentcpm_jax.log.schema import ShippedSegment
 from agentcpm_jax.rollout.config import StreamConfig
 from agentcpm_jax.rollout.stream import (
     GroupOutcome,
@@ -21,6 +20,7 @@ from agentcpm_jax.types import (
     Decision,
     Provenance,
     Segment,
+    ShippedSegment,
     StopReason,
     Task,
     Trajectory,

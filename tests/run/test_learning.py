@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from agentcpm_jax.data.loader import StepBatches
+from agentcpm_jax.data.rows import shipped_rows
 from agentcpm_jax.engine.config import EngineConfig
 from agentcpm_jax.engine.local import LocalEngine
 from agentcpm_jax.log.experience import ExperienceLog
@@ -26,7 +27,6 @@ from agentcpm_jax.rewards.grade import settle
 from agentcpm_jax.rollout.config import StreamConfig
 from agentcpm_jax.rollout.policy import SampleRequest, SamplingParams
 from agentcpm_jax.rollout.stream import Stream
-from agentcpm_jax.run.loop import shipped_rows
 from agentcpm_jax.run.sampling import make_finish
 from agentcpm_jax.train.config import OptimizerConfig
 from agentcpm_jax.train.losses.config import LossConfig

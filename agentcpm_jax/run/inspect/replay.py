@@ -15,11 +15,11 @@ import jax.numpy as jnp
 
 from agentcpm_jax.checkpoint import Checkpointer
 from agentcpm_jax.config import RLStage, Stage
+from agentcpm_jax.data.rows import shipped_rows
 from agentcpm_jax.log.experience import ExperienceLog
 from agentcpm_jax.run.context import RunContext
 from agentcpm_jax.run.inspect.opened import open_run
 from agentcpm_jax.run.learner import make_batches, make_learner
-from agentcpm_jax.run.loop import shipped_rows
 from agentcpm_jax.run.observe import machine
 from agentcpm_jax.run.observe.metrics import read_metrics, scalar
 from agentcpm_jax.types import UserError

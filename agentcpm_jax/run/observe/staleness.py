@@ -13,9 +13,9 @@ from itertools import pairwise
 import numpy as np
 
 from agentcpm_jax.log.experience import ExperienceLog
-from agentcpm_jax.log.schema import ShippedSegment
 from agentcpm_jax.rollout.producer import OVER_AGE
 from agentcpm_jax.rollout.staleness import oldest_trained
+from agentcpm_jax.types import ShippedSegment
 
 RECENT_ISSUES = 256  # how far back the per-step figures look
 DECILES = 10

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 
 from agentcpm_jax.log.experience import ExperienceLog
-from agentcpm_jax.log.schema import ShippedSegment
 from agentcpm_jax.run.inspect.opened import open_run
 from agentcpm_jax.run.observe.metrics import read_metrics
 from agentcpm_jax.run.observe.staleness import (
@@ -16,7 +15,15 @@ from agentcpm_jax.run.observe.staleness import (
     length_deciles,
     stale_drops,
 )
-from agentcpm_jax.types import Credit, Provenance, Segment, StopReason, Task, Trajectory
+from agentcpm_jax.types import (
+    Credit,
+    Provenance,
+    Segment,
+    ShippedSegment,
+    StopReason,
+    Task,
+    Trajectory,
+)
 from tests.run.recorded_run import finished
 
 

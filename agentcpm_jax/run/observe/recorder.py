@@ -1,0 +1,87 @@
+"""What a training step leaves behind: a line of metrics, alerts, the progress bar."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from typing import Any
+
+import jax
+import numpy as np
+
+from agentcpm_jax.config import RLStage, Stage
+from agentcpm_jax.data.batch import Batch
+from agentcpm_jax.data.pack import forward_fill
+from agentcpm_jax.data.rows import shipped_stats
+from agentcpm_jax.run.context import RunContext
+from agentcpm_jax.run.multihost import is_main
+from agentcpm_jax.run.observe import machine
+from agentcpm_jax.run.observe.alerts import Alerts
+from agentcpm_jax.run.observe.health import is_lockstep, stop_if_not_finite
+from agentcpm_jax.run.observe.metrics import MetricsWriter, NoMetrics
+from agentcpm_jax.run.observe.staleness import age_metrics, drop_metrics, stale_drops
+from agentcpm_jax.types import ShippedSegment
+
+
+class Recorder:
+    """Of an RL stage that goes on after step `start`; of several processes the first one writes."""
+
+    def __init__(self, ctx: RunContext, stage: Stage, rl: RLStage, start: int) -> None:
+        self._ctx, self._stage, self._rl = ctx, stage, rl
+        writer = MetricsWriter if is_main() else NoMetrics
+        self._metrics = writer(ctx.directory(stage) / "metrics.jsonl", start)
+        self._alerts = Alerts(ctx.announce, self._metrics.kept, lockstep=is_lockstep(stage))
+        self._bar = ctx.progress(stage.name, rl.shape.steps, start)
+
+    def record(
+        self,
+        step: int,
+        values: Mapping[str, Any],
+        batch: Batch,
+        shipped: Sequence[ShippedSegment],
+        rollouts: Mapping[str, float],
+        waited: float,
+        seconds: float,
+    ) -> None:
+        """Metrics of one step: losses, rewards, staleness, filters, time.
+
+        Args:
+          values: what the step returned.
+          batch, shipped: what it was trained on; `shipped` in the first process only.
+          rollouts: `Sampler.metrics`.
+          waited, seconds: for the batch, and for the whole step with publishing.
+        Raises:
+          UserError: the loss is not finite, see `stop_if_not_finite`.
+        """
+        values = dict(jax.device_get(values))
+        where = self._ctx.directory(self._stage), self._stage.name, step
+        stop_if_not_finite(values, batch, *where, (s.issue_id for s in shipped))
+        if not is_main():
+            return
+        values |= rollouts
+        values |= age_metrics(shipped, step - 1) | shipped_stats(shipped).metrics()
+        values |= drop_metrics(stale_drops(self._ctx.log, self._stage.name))
+        values |= {
+            "data/fill": forward_fill(np.asarray(batch.segment_ids), self._rl.shape.micro_rows),
+            "time/step_seconds": seconds,
+            "time/waited_seconds": waited,
+            "time/trainer_idle": waited / seconds,
+        }
+        self._alerts.observe(self._metrics.write(step, values))
+        reward = values.get("reward/mean")
+        shown = "" if reward is None else f"reward {reward:.2f}  "
+        self._bar.set_postfix_str(f"{shown}age {values['stale/age_mean']:.1f}")
+        self._bar.update(1)
+
+    def close(self) -> None:
+        """Leaves the progress bar as it is."""
+        self._bar.close()
+
+
+@contextmanager
+def open_recorder(ctx: RunContext, stage: Stage, rl: RLStage, start: int) -> Iterator[Recorder]:
+    """A recorder that forgets the metrics of steps after `start`, and notes the machine."""
+    if is_main():
+        machine.record(ctx.directory(stage), start)
+    with closing(Recorder(ctx, stage, rl, start)) as recorder:
+        yield recorder

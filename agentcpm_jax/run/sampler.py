@@ -1,0 +1,163 @@
+"""What runs beside the trainer, in threads of its own: tasks become credited trajectories."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from agentcpm_jax.config import RLStage, Stage
+from agentcpm_jax.log.experience import ExperienceLog
+from agentcpm_jax.rewards.grade import Reward
+from agentcpm_jax.rollout.episode import check_prompt
+from agentcpm_jax.rollout.groups import ClaimedGroups, RunSample
+from agentcpm_jax.rollout.policy import Engine
+from agentcpm_jax.rollout.stream import GroupOutcome, Stream
+from agentcpm_jax.run.context import RunContext
+from agentcpm_jax.run.custom import make_tools
+from agentcpm_jax.run.engines import engine_metrics, open_engine
+from agentcpm_jax.run.observe.meter import RolloutMeter
+from agentcpm_jax.run.sampling import make_run_sample
+from agentcpm_jax.run.worker import WorkerThread, make_worker
+from agentcpm_jax.types import ShippedSegment, Task, TrajectoryGroup
+from agentcpm_jax.weights.versions import VersionStore
+
+
+@dataclass
+class Sampler:
+    """The stream of credited groups, the engine behind it and the weights that it samples with.
+
+    Attributes:
+      last: the segments of the batch that was asked for last.
+    """
+
+    rl: RLStage
+    log: ExperienceLog
+    engine: Engine
+    stream: Stream
+    store: VersionStore
+    meter: RolloutMeter
+    last: list[ShippedSegment] = field(default_factory=list)
+
+    def segments(self, batch: int) -> list[ShippedSegment]:
+        """What is trained in batch 0, 1, ..., with its credit, in order; blocks until the log holds
+        it. A batch that the log holds already comes back as it was recorded, bit for bit.
+
+        Raises `StreamError` when no more groups come.
+        """
+        self.last = self.stream.next_step_segments(batch)
+        return self.last
+
+    def publish(self, version: int, params: Any) -> None:
+        """Hand new weights to the engine and the new version to admission."""
+        self.store.put(version, params)
+        if self.log.shared:
+            self.log.announce("version")
+        if not self.rl.stream.deterministic:  # there the stream asks for versions itself
+            self.engine.set_params(params, version)
+        self.stream.set_version(version)
+
+    def forget(self, resumable: int | None) -> None:
+        """Remove stored weights that a resume from step `resumable` cannot ask for."""
+        if resumable is not None:
+            self.store.collect_garbage(resumable - self.rl.stream.max_staleness)
+
+    def metrics(self) -> dict[str, float]:
+        """Of the rollouts since the last call, of the stream and the engine now."""
+        return self.meter.drain() | self.stream.snapshot() | engine_metrics(self.engine)
+
+
+class NoSampler(Sampler):
+    """In the processes after the first: batches come from there, and weights go there."""
+
+    def __init__(self) -> None:
+        self.last = []
+
+    def segments(self, batch: int) -> list[ShippedSegment]:
+        raise AssertionError("the first process makes the batches")
+
+    def publish(self, version: int, params: Any) -> None: ...
+
+    def forget(self, resumable: int | None) -> None: ...
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
+
+@contextmanager
+def open_sampler(
+    ctx: RunContext,
+    stage: Stage,
+    rl: RLStage,
+    params: Any,
+    version: int,
+    *,
+    tasks: Callable[[int], Task],
+    reward: Reward,
+    advantage: Callable[[TrajectoryGroup], GroupOutcome],
+) -> Iterator[Sampler]:
+    """Starts sampling with `params` as `version`; everything is stopped on every exit path.
+
+    Args:
+      tasks: ordinal -> task, without end.
+      reward: of each trajectory.
+      advantage: a complete group -> what is kept of it and the credit of its tokens.
+    Raises:
+      UserError: the prompt does not fit the context; an engine that cannot be opened.
+    """
+    deterministic = rl.stream.deterministic
+    open_tools, schemas = make_tools(ctx.cfg.tools)
+    check_prompt(ctx.chat, ctx.cfg.episode, schemas)
+    with ExitStack() as closing:  # whatever fails to close, the rest is closed; last one first
+        engine = open_engine(ctx, stage, rl, params, version)
+        closing.callback(engine.close)
+        stored = deterministic or ctx.log.shared
+        store = VersionStore(ctx.directory(stage), ctx.cfg.model, enabled=stored)
+        store.put(version, params)
+
+        async def use_version(wanted: int) -> None:
+            engine.set_params(await store.wait(wanted), wanted)
+
+        meter = RolloutMeter()
+        sample = make_run_sample(
+            meter.watching_policy(engine),
+            ctx.chat,
+            ctx.cfg.episode,
+            open_tools,
+            seed=ctx.cfg.seed,
+            reward=reward,
+            deadline=0.0 if deterministic else rl.judge.deadline,
+        )
+        groups = None
+        if ctx.log.shared and not deterministic:  # others may claim, and so does this process
+            groups = ClaimedGroups(ctx.log, stage.name, lambda: engine.version, meter.on_sample)
+            worker = _worker(ctx, stage, rl, engine, sample, groups)
+            closing.callback(worker.stop)
+            worker.start()
+        stream = Stream(
+            ctx.log,
+            stage.name,
+            tasks,
+            meter.watching(sample),
+            advantage,
+            rl.stream,
+            use_version=use_version,
+            groups=groups,
+        )
+        closing.callback(stream.stop)
+        stream.start(version)
+        yield Sampler(rl, ctx.log, engine, stream, store, meter)
+
+
+def _worker(
+    ctx: RunContext,
+    stage: Stage,
+    rl: RLStage,
+    engine: Engine,
+    sample: RunSample,
+    groups: ClaimedGroups,
+) -> WorkerThread:
+    own = rl.workers.trainer_groups
+    own = rl.stream.max_concurrent_groups if own < 0 else own
+    return WorkerThread(make_worker(ctx, stage, rl, engine, own, sample), groups.fail)
