@@ -82,7 +82,7 @@ def make_learner(ctx: RunContext, stage: Stage, rl: RLStage) -> Learner:
         # What kl_coef pulls to: the stage's first parameters, kept apart from the state. Adapters
         # begin as nothing: there it is their base.
         first = shardings and shardings.state.params
-        frozen = frozen.replace(reference=load(first) if base is None else base)
+        frozen = replace(frozen, reference=load(first) if base is None else base)
 
     cut = make_cut(rl.shape, ctx.mesh)
 

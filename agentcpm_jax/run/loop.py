@@ -63,6 +63,8 @@ def train(ctx: RunContext, stage: Stage) -> None:
             if step % rl.shape.checkpoint_every == 0 or last or stopping:
                 on_phase(step, "saving the checkpoint")
                 _save(ctx, checkpoints, step, state, batches)
+                if last or stopping:  # no step is left that it could be written behind
+                    checkpoints.wait()
                 sampler.forget(checkpoints.latest_step())
             if stopping and not last:
                 raise Interrupted(

@@ -162,7 +162,7 @@ def make_rl_step(
     frozen = Frozen(base=shardings.base)
     if needs_reference(cfg):  # laid out like the model's parameters
         whole = shardings.base if model.lora_rank else shardings.state.params
-        frozen = frozen.replace(reference=whole)
+        frozen = replace(frozen, reference=whole)
     return jax.jit(
         step,
         donate_argnums=0,
