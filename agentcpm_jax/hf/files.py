@@ -17,8 +17,6 @@ import json
 import math
 import mmap
 import os
-import re
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +24,6 @@ from typing import Any
 
 import ml_dtypes  # registers bfloat16 with numpy
 import numpy as np
-import xxhash
 
 from agentcpm_jax.hf.names import CONFIG, INDEX, SINGLE
 from agentcpm_jax.types import UserError
@@ -86,15 +83,8 @@ class Checkpoint:
     def read(self, name: str) -> np.ndarray:
         """A read-only view of one tensor in its stored dtype."""
         mapped, start, end = self._mapped[name]
-        info = self.tensors[name]
-        dtype = FLOATS.get(info.dtype)
-        if dtype is None:
-            raise UserError(
-                f"tensor {name} of {self.directory} has dtype {info.dtype}: only floating tensors "
-                "can be merged; convert the checkpoint first"
-            )
-        flat = np.frombuffer(mapped, np.uint8, end - start, start)
-        return flat.view(dtype).reshape(info.shape)
+        named = f"{self.places[name]}: tensor {name}"
+        return _view(named, mapped, self.tensors[name], start, end)
 
     def copies(self, name: str) -> bool:
         """Whether `read` makes a new array instead of a view."""
@@ -108,25 +98,6 @@ class Checkpoint:
         if length > 0:
             mapped.madvise(mmap.MADV_DONTNEED, first, length)
 
-    def identity(self) -> list[list[str | int]]:
-        """File, size, time of change and header digest of every file: cheap, for resuming."""
-        out = []
-        for path in [self.directory / CONFIG, *self.files]:
-            stat = path.stat()
-            with path.open("rb") as f:
-                head = f.read(8 + int.from_bytes(f.read(8), "little") if path in self.files else -1)
-            digest = hashlib.sha256(head).hexdigest()
-            out.append([path.name, stat.st_size, stat.st_mtime_ns, digest])
-        return out
-
-    def fingerprint(self, stop: threading.Event | None = None) -> dict[str, str]:
-        """What identifies each weight file's content, by file name; incomplete once `stop` is set.
-
-        `sha256:...` of a file in the Hub's local cache, which is named by it; else `xxh3-128:...`,
-        as `xxhsum -H2` prints it: a fraction of SHA-256's cost.
-        """
-        return fingerprints(self.directory, self.files, stop)
-
     def _check_index(self) -> None:
         index = self.directory / INDEX
         if index.exists():
@@ -136,25 +107,10 @@ class Checkpoint:
                 )
 
 
-def fingerprints(
-    directory: Path, files: Sequence[Path], stop: threading.Event | None = None
-) -> dict[str, str]:
-    """See `Checkpoint.fingerprint`; files are named by their paths below `directory`."""
-    out = {}
-    block = bytearray(1 << 20)
-    for path in files:
-        inside = path.is_relative_to(directory)
-        name = str(path.relative_to(directory)) if inside else path.name
-        blob = path.resolve()
-        if blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name):
-            out[name] = f"sha256:{blob.name}"
-            continue
-        digest = xxhash.xxh3_128()
-        with path.open("rb", buffering=0) as f:
-            while (count := f.readinto(block)) and not (stop and stop.is_set()):
-                digest.update(memoryview(block)[:count])
-        out[name] = f"xxh3-128:{digest.hexdigest()}"
-    return out
+def read_file(path: Path) -> dict[str, np.ndarray]:
+    """Read-only views of the tensors of one file. Raises UserError."""
+    mapped, tensors = open_safetensors(path)
+    return {name: _view(f"{path}: tensor {name}", mapped, *at) for name, at in tensors.items()}
 
 
 def open_safetensors(path: Path) -> tuple[mmap.mmap, dict[str, tuple[TensorInfo, int, int]]]:
@@ -193,6 +149,13 @@ def _entry(name: str, entry: dict[str, Any], data: int) -> tuple[TensorInfo, int
     if info.dtype in FLOATS and info.nbytes != end - start:
         raise ValueError(f"{name} of shape {info.shape} has {end - start} bytes")
     return info, data + start, data + end
+
+
+def _view(name: str, mapped: mmap.mmap, info: TensorInfo, start: int, end: int) -> np.ndarray:
+    if info.dtype not in FLOATS:
+        raise UserError(f"{name} has dtype {info.dtype}, which is no float; convert it first")
+    flat = np.frombuffer(mapped, np.uint8, end - start, start)
+    return flat.view(FLOATS[info.dtype]).reshape(info.shape)
 
 
 @dataclass(frozen=True)

@@ -236,18 +236,19 @@ def _pieces(
     Each takes memory that it may use.
     """
     rows, *rest = file_shape(spec)
-    width = math.prod(rest) * np.dtype(jnp.dtype(dtype)).itemsize
-    step = max(1, PIECE_BYTES // width)
+    kind = jnp.dtype(dtype)
+    step = max(1, PIECE_BYTES // (math.prod(rest) * kind.itemsize))
     turned = math.prod(inputs_outputs(spec)[0]) if spec.hf_inputs else 0
-    convert = _host_rows
-    if isinstance(leaf, jax.Array) and len(leaf.devices()) > 1:
+    if isinstance(leaf, jax.Array):
+        if len(leaf.devices()) == 1 and not _in_host_memory(leaf):
+            for start in range(0, rows, step):
+                size = min(step, rows - start)
+                yield partial(_device_rows, leaf, layer, start, size, turned, dtype)
+            return
         leaf, layer = _on_host(leaf, layer), None
-    elif isinstance(leaf, jax.Array) and _in_host_memory(leaf):
-        leaf = np.asarray(leaf)  # a view
-    elif isinstance(leaf, jax.Array):
-        convert = _device_rows
+    x = leaf if layer is None else leaf[layer]
     for start in range(0, rows, step):
-        yield partial(convert, leaf, layer, start, min(step, rows - start), turned, dtype)
+        yield partial(_host_rows, x, slice(start, start + step), turned, kind)
 
 
 def _in_host_memory(leaf: jax.Array) -> bool:
@@ -260,6 +261,8 @@ def _on_host(leaf: jax.Array, layer: int | None) -> np.ndarray:
         whole = NamedSharding(leaf.sharding.mesh, PartitionSpec())  # type: ignore[attr-defined]
         number = None if layer is None else jnp.int32(layer)
         return np.asarray(_gather(whole)(leaf, number).addressable_data(0))
+    if len(leaf.devices()) == 1:
+        return np.asarray(leaf) if layer is None else np.asarray(leaf)[layer]  # a view
     first = 0 if layer is None else 1
     out = np.empty(leaf.shape[first:], leaf.dtype)
     for shard in leaf.addressable_shards:  # no rule splits the axis of layers
@@ -278,37 +281,20 @@ def _gather(whole: NamedSharding) -> Any:
 
 
 def _host_rows(
-    x: np.ndarray,
-    layer: int | None,
-    start: int,
-    size: int,
-    turned: int,
-    dtype: str,
-    out: np.ndarray,
+    x: np.ndarray, rows: slice, turned: int, kind: np.dtype, out: np.ndarray
 ) -> np.ndarray:
-    if layer is not None:
-        x = x[layer]
-    kind = jnp.dtype(dtype)
     if not turned:
-        return x[start : start + size].astype(kind, copy=False)
-    part = x.reshape(turned, -1)[:, start : start + size]
+        return x[rows].astype(kind, copy=False)
+    part = x.reshape(turned, -1)[:, rows]
     needed = part.size * kind.itemsize
     memory = out[:needed] if needed <= len(out) else np.empty(needed, np.uint8)
-    rows = memory.view(kind).reshape(size, turned)
-    transpose_into(rows, part)
-    return rows
+    piece = memory.view(kind).reshape(part.shape[::-1])
+    transpose_into(piece, part)
+    return piece
 
 
-def _device_rows(
-    x: jax.Array,
-    layer: int | None,
-    start: int,
-    size: int,
-    turned: int,
-    dtype: str,
-    out: np.ndarray,
-) -> np.ndarray:
-    return np.ascontiguousarray(_rows(x, layer, start, size, turned, dtype))
+def _device_rows(*what: Any) -> np.ndarray:
+    return np.ascontiguousarray(_rows(*what[:-1]))  # its memory is its own
 
 
 @partial(jax.jit, static_argnums=(3, 4, 5))

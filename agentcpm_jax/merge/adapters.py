@@ -11,18 +11,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-import threading
 from pathlib import Path
 
 import numpy as np
 
-from agentcpm_jax.hf.files import (
-    FLOATS,
-    Checkpoint,
-    fingerprints,
-    open_safetensors,
-    read_json,
-)
+from agentcpm_jax.hf.files import Checkpoint, read_file, read_json
 from agentcpm_jax.hf.names import PEFT_CONFIG, PEFT_WEIGHTS, check_shape
 from agentcpm_jax.types import UserError
 
@@ -55,12 +48,9 @@ class AdaptedCheckpoint(Checkpoint):
         path = self.adapter / PEFT_WEIGHTS
         if not path.is_file():
             raise UserError(f"{path} is missing; save the adapter with safetensors")
-        mapped, entries = open_safetensors(path)
-        for name, (info, start, end) in entries.items():
-            if info.dtype not in FLOATS:
-                raise UserError(f"{path}: tensor {name} has dtype {info.dtype}; convert it")
-            flat = np.frombuffer(mapped, np.uint8, end - start, start)
-            self._place(path, name, flat.view(FLOATS[info.dtype]).reshape(info.shape))
+        self.files += [self.adapter / PEFT_CONFIG, path]
+        for name, value in read_file(path).items():
+            self._place(path, name, value)
         for name, pair in self._factors.items():
             if set(pair) != {"A", "B"}:
                 raise UserError(f"{path} has only one of the two factors of {name}; save it again")
@@ -89,17 +79,6 @@ class AdaptedCheckpoint(Checkpoint):
     def copies(self, name: str) -> bool:
         """Whether the adapter changes this tensor."""
         return name in self._factors
-
-    def identity(self) -> list[list[str | int]]:
-        """As of a Checkpoint, with the adapter's files."""
-        files = [self.adapter / PEFT_CONFIG, self.adapter / PEFT_WEIGHTS]
-        stats = [(p, p.stat()) for p in files]
-        return super().identity() + [[p.name, s.st_size, s.st_mtime_ns, ""] for p, s in stats]
-
-    def fingerprint(self, stop: threading.Event | None = None) -> dict[str, str]:
-        """As of a Checkpoint, with the adapter's weights."""
-        own = fingerprints(self.adapter, [self.adapter / PEFT_WEIGHTS], stop)
-        return {**super().fingerprint(stop), **own}
 
     def _place(self, path: Path, name: str, value: np.ndarray) -> None:
         module = name.removeprefix(PREFIX)

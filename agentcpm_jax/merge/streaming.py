@@ -18,7 +18,7 @@ from agentcpm_jax.hf.card import CARD
 from agentcpm_jax.hf.files import FLOATS, index_text, json_digest, plan_files, write_files
 from agentcpm_jax.hf.names import INDEX
 from agentcpm_jax.merge.companions import card, donor_of, template_for, write_companions
-from agentcpm_jax.merge.inputs import MergeInput, open_input
+from agentcpm_jax.merge.inputs import MergeInput, fingerprint, identity, open_input
 from agentcpm_jax.merge.kernels.methods import merge_tensors
 from agentcpm_jax.merge.recipe import MergeRecipe
 from agentcpm_jax.merge.resolve import TensorJob, resolve_jobs, unmatched_filters
@@ -190,8 +190,7 @@ def merged_tensor(
 def _identity(recipe: MergeRecipe, seed: int, models: Mapping[str, MergeInput]) -> str:
     """Of a merge: equal for the same recipe, seed and inputs."""
     merge = {"recipe": dict(recipe.raw), "seed": seed, "shards": MAX_FILE_BYTES}
-    inputs = [model.identity() for model in models.values()]
-    return json_digest([merge, inputs, [str(m.directory) for m in models.values()]])
+    return json_digest([merge, [identity(model) for model in models.values()]])
 
 
 def _cast(value: np.ndarray, recipe: MergeRecipe) -> np.ndarray:
@@ -265,7 +264,7 @@ def _hashes(
     """Digests of all inputs, computed beside the merge; call what this yields to wait for them."""
     stop = threading.Event()
     with ThreadPoolExecutor(1, "hashes") as executor:
-        digests = {n: executor.submit(m.fingerprint, stop) for n, m in models.items()}
+        digests = {n: executor.submit(fingerprint, m, stop) for n, m in models.items()}
         try:
             yield lambda: {name: future.result() for name, future in digests.items()}
         finally:

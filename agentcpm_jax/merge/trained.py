@@ -10,19 +10,12 @@ from __future__ import annotations
 
 import mmap
 import tempfile
-import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from agentcpm_jax.hf.files import (
-    TensorInfo,
-    as_bytes,
-    fingerprints,
-    read_json,
-    transpose_into,
-)
+from agentcpm_jax.hf.files import TensorInfo, as_bytes, read_json, transpose_into
 from agentcpm_jax.hf.names import check_shape, file_shape, file_tensors, stacked
 from agentcpm_jax.types import UserError
 
@@ -92,15 +85,6 @@ class TrainingStep:
 
     def release(self, name: str) -> None:
         """Nothing: a shared array stays mapped until all its layers are merged."""
-
-    def identity(self) -> list[list[str | int]]:
-        """File, size and time of change of every stored file."""
-        stats = [(p, p.stat()) for p in self.files]
-        return [[str(p.relative_to(self.directory)), s.st_size, s.st_mtime_ns] for p, s in stats]
-
-    def fingerprint(self, stop: threading.Event | None = None) -> dict[str, str]:
-        """Digest of every stored file, by path below the step."""
-        return fingerprints(self.directory, self.files, stop)
 
     def _open(self, path: str) -> Any:
         import tensorstore

@@ -156,9 +156,8 @@ class Aligned:
         place = vocabulary.places[name]
         self._unmoved = np.array_equal(place, np.arange(len(place)))
         self.directory, self.companions = inner.directory, inner.companions
-        self.config = inner.config
+        self.config, self.files = inner.config, inner.files
         self.release = inner.release
-        self.identity, self.fingerprint = inner.identity, inner.fingerprint
         self.tensors = {n: self._info(n, t) for n, t in inner.tensors.items()}
 
     def read(self, name: str) -> np.ndarray:

@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerFast
 
 from agentcpm_jax.chat.format import IM_END, TEMPLATES, ChatFormat, template_text
 from agentcpm_jax.chat.tokenizer import MARK, MarkedTokenizer
-from agentcpm_jax.hf.tokenizer import load_chat
 from agentcpm_jax.types import Provenance, UserError
 from tests.chat.qwen_style import SPECIAL, STRUCTURAL, qwen_style_tokenizer
 
@@ -223,23 +222,6 @@ def test_token_spans_cover_the_characters() -> None:
     spans = form.token_spans(ids, [(city, city + 3), (start, end)])
     assert spans[1] == expected
     assert form.decode(ids[slice(*spans[0])]).strip() == "瓦杜兹"
-
-
-def test_load_reads_a_hugging_face_directory(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no tokenizer\.json"):
-        load_chat(tmp_path)
-    qwen_style_tokenizer().save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(UserError, match="no chat template"):
-        load_chat(tmp_path)
-    template = template_text("qwen3-hybrid")
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
-    form = load_chat(tmp_path, enable_thinking=False)
-    assert form.render([DEMO[1]]).endswith("<think>\n\n</think>\n\n")
-    (tmp_path / "chat_template.jinja").write_text(template_text("qwen3-thinking-2507"))
-    assert load_chat(tmp_path).in_thought  # the file wins, as in transformers
-    (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(UserError, match="is not a tokenizer"):
-        load_chat(tmp_path)
 
 
 @pytest.mark.parametrize(

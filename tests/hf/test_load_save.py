@@ -14,6 +14,7 @@ from safetensors import safe_open
 
 from agentcpm_jax import tree
 from agentcpm_jax.hf import save
+from agentcpm_jax.hf.companions import FILES
 from agentcpm_jax.hf.load import load_hf
 from agentcpm_jax.hf.names import INDEX, SINGLE, file_shapes
 from agentcpm_jax.hf.save import save_hf
@@ -111,24 +112,19 @@ def test_stored_copy_of_a_tied_head_is_ignored(tmp_path):
 def test_tokenizer_files_travel_and_a_checkpoint_is_replaced_whole(tmp_path, monkeypatch):
     source = tmp_path / "source"
     source.mkdir()
-    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json", "notes.txt"):
+    for name in (*FILES, "notes.txt"):
         (source / name).write_text(name)
     params = make(CFG)
     with monkeypatch.context() as patch:
         patch.setattr(save, "MAX_FILE_BYTES", 9_000)
         save_hf(tmp_path / "x" / "m", params, CFG, tokenizer_from=source)
+    assert {"tokenizer.model", "chat_template.json"} < set(FILES)
     names = {path.name for path in (tmp_path / "x" / "m").iterdir()}
-    assert {"tokenizer.json", "chat_template.jinja", "generation_config.json"} < names
-    assert "notes.txt" not in names
+    assert set(FILES) < names and "notes.txt" not in names
     # From itself: the files are read before the old directory goes.
     save_hf(tmp_path / "x" / "m", params, CFG, tokenizer_from=tmp_path / "x" / "m")
-    assert {path.name for path in (tmp_path / "x" / "m").iterdir()} == {
-        "config.json",
-        SINGLE,
-        "tokenizer.json",
-        "chat_template.jinja",
-        "generation_config.json",
-    }
+    names = {path.name for path in (tmp_path / "x" / "m").iterdir()}
+    assert names == {"config.json", SINGLE, *FILES}
     assert [path.name for path in (tmp_path / "x").iterdir()] == ["m"]
 
 
@@ -190,6 +186,29 @@ def test_damaged_directories_are_refused_by_name(tmp_path, monkeypatch):
         shutil.rmtree(bad, ignore_errors=True)
     with pytest.raises(UserError, match=r"rope_theta 10000\.0, the config says 5000000\.0"):
         load_hf(good, dataclasses.replace(CFG, rope_theta=5e6))
+
+
+def test_a_model_may_be_named_as_in_the_hubs_cache(tmp_path, monkeypatch):
+    snapshot = tmp_path / "hub" / "models--org--name" / "snapshots" / ("ab" * 20)
+    shutil.copytree(_saved(tmp_path), snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text(snapshot.name)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    same_bits(load_hf("org/name")[0], make(CFG))
+    assert load_hf("shipped:base")[1].vocab_size > 500
+
+
+def test_files_whose_tensors_overlap_are_refused(tmp_path):
+    path = _saved(tmp_path) / SINGLE
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    first, second, *_ = (key for key in header if key.endswith("norm.weight"))
+    header[first] = header[second]
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    with pytest.raises(UserError, match="leave a gap or overlap"):
+        load_hf(tmp_path / "good")
 
 
 def test_strange_dtypes_are_named(tmp_path):

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from agentcpm_jax.hf.files import Checkpoint
 from agentcpm_jax.merge import streaming
+from agentcpm_jax.merge.inputs import fingerprint
 from agentcpm_jax.merge.recipe import MergeRecipe, load_recipe, parse_recipe
 from agentcpm_jax.merge.streaming import merge_checkpoints
 from agentcpm_jax.types import UserError
@@ -120,7 +121,7 @@ def test_a_file_of_the_hubs_cache_is_known_by_its_name(models, tmp_path):
     (models / "ft1" / "model.safetensors").rename(blob)
     (models / "ft1" / "model.safetensors").symlink_to(blob)
     with Checkpoint(models / "ft1") as found:
-        assert found.fingerprint() == {"model.safetensors": f"sha256:{blob.name}"}
+        assert fingerprint(found) == {"model.safetensors": f"sha256:{blob.name}"}
 
 
 def test_sharding_changes_no_tensor_and_repeating_no_byte(models, tmp_path, monkeypatch):

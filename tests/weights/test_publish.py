@@ -23,7 +23,7 @@ from agentcpm_jax.model.config import ModelConfig
 from agentcpm_jax.model.params import abstract_params, param_specs
 from agentcpm_jax.types import UserError
 from agentcpm_jax.weights import publish
-from agentcpm_jax.weights.store import versions
+from agentcpm_jax.weights.store import collect_garbage, versions
 
 SMALL = ModelConfig(
     vocab_size=64, width=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, ffw=24
@@ -116,6 +116,17 @@ def test_parameters_of_another_model_are_a_bug(tmp_path: Path) -> None:
     lacking = {k: v for k, v in make_params(0).items() if k != "embed"} | {"embed": 0}
     assert set(lacking) == set(param_specs(SMALL))
     assert versions(tmp_path) == []
+
+
+def test_no_version_is_published_again_not_even_one_that_was_collected(tmp_path: Path) -> None:
+    for version in range(4):
+        assert publish.publish_version(tmp_path, version, make_params(version), SMALL)
+    assert collect_garbage(tmp_path, 2) == [0, 1]
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    for version in range(4):
+        assert not publish.publish_version(tmp_path, version, make_params(9), SMALL)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    assert publish.publish_version(tmp_path, 4, make_params(4), SMALL)
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
