@@ -18,12 +18,12 @@ import noise
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from agentcpm_jax.chat.format import ChatFormat
 from agentcpm_jax.config import default_config, from_config_dict
 from agentcpm_jax.engine.config import EngineConfig
 from agentcpm_jax.engine.local import LocalEngine
 from agentcpm_jax.files import SHIPPED
-from agentcpm_jax.model.hf import load_hf
+from agentcpm_jax.hf.load import load_hf
+from agentcpm_jax.hf.tokenizer import load_chat
 from agentcpm_jax.model.logprobs import token_logprobs
 from agentcpm_jax.rewards.advantages import AdvantageConfig, credit_group
 from agentcpm_jax.rewards.denoise import DenoiseConfig, denoise
@@ -330,7 +330,7 @@ def sample_groups(count: int, size: int, seed: int, truncated: float) -> list[Tr
     c.train_tasks.world.tool_faults = ("truncated",)
     cfg = from_config_dict(c)
     params, model = load_hf(SHIPPED["shipped:sft"])
-    chat = ChatFormat.load(SHIPPED["shipped:sft"])
+    chat = load_chat(SHIPPED["shipped:sft"])
     engine = LocalEngine(params, model, EngineConfig(slots=64, capacity=CONTEXT, row_buckets=()))
     run = make_run_sample(engine, chat, cfg.episode, open_toolbox, seed=seed)
     order = np.random.default_rng(7).permutation(len(cfg.train_tasks))

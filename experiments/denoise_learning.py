@@ -13,15 +13,15 @@ import jax.numpy as jnp
 import noise
 import numpy as np
 
-from agentcpm_jax.chat.format import ChatFormat
 from agentcpm_jax.config import default_config, from_config_dict
 from agentcpm_jax.data.loader import StepBatches
 from agentcpm_jax.data.rows import shipped_rows
 from agentcpm_jax.engine.config import EngineConfig
 from agentcpm_jax.engine.local import LocalEngine
 from agentcpm_jax.files import SHIPPED
+from agentcpm_jax.hf.load import load_hf
+from agentcpm_jax.hf.tokenizer import load_chat
 from agentcpm_jax.log.experience import ExperienceLog
-from agentcpm_jax.model.hf import load_hf
 from agentcpm_jax.rewards.advantages import AdvantageConfig
 from agentcpm_jax.rewards.denoise import DenoiseConfig
 from agentcpm_jax.rewards.grade import settle
@@ -81,7 +81,7 @@ def learn(name: str, steps: int, seed: int) -> dict:
     c.train_tasks.world.tool_faults = setting.faults
     cfg = from_config_dict(c)
     params, model = load_hf(SHIPPED["shipped:sft"])
-    chat = ChatFormat.load(SHIPPED["shipped:sft"])
+    chat = load_chat(SHIPPED["shipped:sft"])
     engine = LocalEngine(params, model, EngineConfig(slots=64, capacity=CONTEXT, row_buckets=(16,)))
     play = make_run_sample(engine, chat, cfg.episode, open_toolbox, seed=seed)
     truth: list[tuple[int, int, float]] = []  # (issue, version, 1.0 = right)

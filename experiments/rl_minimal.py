@@ -31,7 +31,7 @@ from agentcpm_jax.data.pack import pack
 from agentcpm_jax.data.rows import shipped_rows
 from agentcpm_jax.engine.local import LocalEngine
 from agentcpm_jax.files import SHIPPED
-from agentcpm_jax.model.hf import load_hf
+from agentcpm_jax.hf.load import load_hf
 from agentcpm_jax.rewards.advantages import credit_group, for_loss
 from agentcpm_jax.rewards.grade import answer_reward, grade_exact, score
 from agentcpm_jax.rollout.episode import run_episode

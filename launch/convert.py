@@ -2,6 +2,7 @@
 
     python launch/convert.py runs/rl/rl/checkpoints agent/ --dtype=bfloat16
     python launch/convert.py checkpoints/Qwen3-4B-Thinking-2507 checkpoints/qwen3_orbax
+    python launch/convert.py --parity agent/       # the same logits as transformers computes?
 
 Tokenizer and chat template go along; what is written for people is a model card (README.md).
 """
@@ -18,20 +19,29 @@ from agentcpm_jax.types import UserError
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 when a directory is not what it should be."""
+    """Returns the exit code: 0; 1: logits differ; 2: a directory is not what it should be."""
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
-    parser.add_argument("source", type=Path, help="a model, a stage's checkpoints, or one step")
-    parser.add_argument("out", type=Path, help="directory to write")
+    parser.add_argument("source", nargs="?", help="a model, a stage's checkpoints, or one step")
+    parser.add_argument("out", type=Path, nargs="?", help="directory to write")
     parser.add_argument("--step", type=int, help="of the checkpoints (default: the newest)")
     parser.add_argument("--tokenizer", default="", help="directory (default: of model or run)")
     parser.add_argument("--dtype", default="", choices=("", "float32", "bfloat16"))
+    parser.add_argument("--parity", metavar="DIR", help="a model to compare; converts nothing")
     args = parser.parse_args(argv)
-    from agentcpm_jax.run.inspect.convert import convert
-
-    options = {"step": args.step, "tokenizer": args.tokenizer, "dtype": args.dtype}
+    if not args.parity and args.out is None:
+        parser.error("name what to convert and the directory to write, or --parity=DIR")
     try:
-        print(convert(args.source, args.out, **options))
+        if args.parity:
+            from agentcpm_jax.hf.parity import compare_logits
+
+            found = compare_logits(args.parity)
+            print(f"{args.parity}: {found.text()}")
+            return 0 if found.same else 1
+        from agentcpm_jax.run.inspect.convert import convert
+
+        options = {"step": args.step, "tokenizer": args.tokenizer, "dtype": args.dtype}
+        print(convert(Path(args.source), args.out, **options))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -18,6 +18,7 @@ from agentcpm_jax import tree
 from agentcpm_jax.chat.format import ChatFormat, template_text
 from agentcpm_jax.chat.parse import parse_completion
 from agentcpm_jax.data import sft
+from agentcpm_jax.hf.tokenizer import load_chat
 from agentcpm_jax.rollout.staleness import Admission
 from agentcpm_jax.tasks.jsonl import load_tasks
 from agentcpm_jax.types import UserError
@@ -91,7 +92,7 @@ def parse(text: str, style: str = "qwen") -> dict[str, Any]:
 
 def load(directory: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """({parameter path: array}, configuration) of a Hugging Face directory."""
-    from agentcpm_jax.model.hf import load_hf
+    from agentcpm_jax.hf.load import load_hf
 
     params, cfg = load_hf(directory)
     arrays = {path: np.asarray(leaf) for path, leaf in tree.flatten(params).items()}
@@ -102,7 +103,7 @@ def logits(directory: str | Path, ids: Sequence[int]) -> np.ndarray:
     """float32[T, V]: the backbone's logits of one sequence."""
     import jax.numpy as jnp
 
-    from agentcpm_jax.model.hf import load_hf
+    from agentcpm_jax.hf.load import load_hf
     from agentcpm_jax.model.qwen3 import forward
 
     params, cfg = load_hf(directory)
@@ -148,7 +149,7 @@ def _golden(case: Any) -> dict[str, Any]:
 
 def _chat(tokenizer_dir: str | Path, template: str) -> ChatFormat:
     if not template:
-        return ChatFormat.load(tokenizer_dir)
+        return load_chat(tokenizer_dir)
     tokenizer = Tokenizer.from_file(str(Path(tokenizer_dir) / "tokenizer.json"))
     return ChatFormat.from_parts(tokenizer, template_text(template))
 

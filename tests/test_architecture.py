@@ -23,9 +23,9 @@ LAYERS: list[set[str]] = [
     {"sharding", "world"},
     {"chat", "dock", "rewards"},
     {"log", "model", "tasks", "data"},
-    {"rollout", "merge"},
+    {"rollout", "hf"},
     {"weights"},
-    {"evaluate", "engine", "train", "pool"},
+    {"merge", "evaluate", "engine", "train", "pool"},
     {"checkpoint", "config"},
     {"plan"},
     {"run"},
@@ -42,6 +42,13 @@ SERVING_LIBRARIES = {"asyncio", "aiohttp", "httpx", "requests", "urllib3", "fast
 TEXT_LIBRARIES = {"transformers", "tokenizers"}
 
 BANNED_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "base", "_lib"}
+#: Libraries that are no requirements, and the only file that may import them, when it is asked to.
+ON_DEMAND = {
+    "transformers": {"hf/tokenizer.py", "hf/parity.py"},
+    "torch": {"hf/parity.py"},
+}
+#: The files of `hf/` that a merge needs.
+WITHOUT_JAX = {"names", "files", "locate", "companions", "card"}
 MAX_LINES = 700
 MAX_LAUNCH_LINES = 60
 FILES_OF_A_FOLDER = range(3, 16)
@@ -52,7 +59,6 @@ SMALL_FOLDERS = {
 }
 #: Requirements that no file imports.
 NOT_IMPORTED = {
-    "transformers": "reads the directories that we write, and is the oracle of the parity tests",
     "json5": "the oracle of the lenient parser",
 }
 
@@ -209,14 +215,14 @@ def test_the_agent_of_a_gpu_host_needs_no_arrays() -> None:
 def test_every_imported_library_is_a_direct_requirement() -> None:
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    lines += project["optional-dependencies"].get("export", [])
+    lines += project["optional-dependencies"]["export"]
     required = {re.split(r"[<>=\[; ]", line)[0] for line in lines if line and line[0] != "#"}
     distributions = packages_distributions()
     wrong = [
         f"{path.relative_to(ROOT)} imports {library}"
         for path in [*package_files(), *(ROOT / "launch").glob("*.py")]
         for library in {name.split(".")[0] for name, _, _ in imports_of(path)}
-        if library not in {PACKAGE, *sys.stdlib_module_names}
+        if library not in {PACKAGE, *ON_DEMAND, *sys.stdlib_module_names}
         and required.isdisjoint(d.lower().replace("_", "-") for d in distributions[library])
     ]
     assert wrong == []
@@ -237,15 +243,35 @@ def test_every_direct_requirement_is_imported() -> None:
     assert required - imported == NOT_IMPORTED.keys()
 
 
-def test_torch_is_an_oracle_of_tests_only() -> None:
+def test_torch_and_transformers_are_imported_where_they_are_asked_for() -> None:
+    """Inside functions of few files; elsewhere they are oracles of tests."""
     files = [*package_files(), *(ROOT / "launch").glob("*.py"), *(ROOT / "configs").glob("*.py")]
-    wrong = [str(p) for p in files if any(n.split(".")[0] == "torch" for n, _, _ in imports_of(p))]
-    assert wrong == []
+    found: dict[str, set[str]] = {library: set() for library in ON_DEMAND}
+    for path in files:
+        for name, _, at_module_level in imports_of(path):
+            if (library := name.split(".")[0]) in ON_DEMAND:
+                assert not at_module_level, f"{path} imports {name} at once"
+                found[library].add(str(path.relative_to(ROOT / PACKAGE)))
+    assert found == ON_DEMAND
 
 
 def test_merging_from_the_command_line_needs_neither_stages_nor_configuration() -> None:
     units = {imported_unit(name) for name, _, _ in imports_of(ROOT / "launch" / "merge.py")}
     assert "merge" in units and units <= {None, "merge", "types"}
+
+
+def test_files_of_models_are_read_and_written_without_arrays() -> None:
+    """`launch/merge.py` runs where JAX is not installed."""
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for path in (ROOT / PACKAGE / "hf").glob("*.py")
+        if path.stem in WITHOUT_JAX
+        for name, line, _ in imports_of(path)
+        if name.split(".")[0] in ARRAY_LIBRARIES | TEXT_LIBRARIES
+        or imported_unit(name) not in {None, "hf", "types", "files"}
+        or (imported_unit(name) == "hf" and name.split(".")[2] not in WITHOUT_JAX)
+    ]
+    assert wrong == []
 
 
 def test_nothing_below_launch_prints() -> None:

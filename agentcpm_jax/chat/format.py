@@ -63,21 +63,6 @@ class ChatFormat:
         self.stop_ids: tuple[int, ...] = tuple(i for i in ends if i is not None)
 
     @classmethod
-    def load(cls, directory: str | Path, **template_kwargs: Any) -> ChatFormat:
-        """From a Hugging Face directory: tokenizer.json and its chat template."""
-        path = Path(directory)
-        file = path / "tokenizer.json"
-        if not file.is_file():
-            raise UserError(
-                f"no tokenizer.json in {path}; name a Hugging Face checkpoint directory"
-            )
-        try:
-            tokenizer = Tokenizer.from_file(str(file))
-        except Exception as error:  # the Rust library raises bare Exception
-            raise UserError(f"{file} is not a tokenizer: {error}; fetch it again") from None
-        return cls(tokenizer, _template_of(path), template_kwargs)
-
-    @classmethod
     def from_parts(
         cls, tokenizer: Tokenizer, template_text: str, **template_kwargs: Any
     ) -> ChatFormat:
@@ -291,20 +276,3 @@ def _tojson(value: Any, indent: int | None = None) -> str:
 
 def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
-
-
-def _template_of(directory: Path) -> str:
-    """chat_template.jinja, else tokenizer_config.json's (the default one, if several)."""
-    file = directory / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    config = directory / "tokenizer_config.json"
-    try:
-        found = json.loads(config.read_text(encoding="utf-8")).get("chat_template")
-    except (OSError, ValueError):
-        found = None
-    if isinstance(found, list):
-        found = {entry["name"]: entry["template"] for entry in found}.get("default")
-    if not isinstance(found, str):
-        raise UserError(f"no chat template in {directory}; add chat_template.jinja")
-    return found

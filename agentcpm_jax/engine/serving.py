@@ -14,7 +14,10 @@ from agentcpm_jax.chat.format import ChatFormat
 from agentcpm_jax.engine.config import EngineConfig
 from agentcpm_jax.engine.local import LocalEngine
 from agentcpm_jax.engine.server import EngineServer, ServerConfig, ServerKeys
-from agentcpm_jax.model.hf import load_hf
+from agentcpm_jax.hf.load import load_hf
+from agentcpm_jax.hf.locate import find_model
+from agentcpm_jax.hf.names import CONFIG
+from agentcpm_jax.hf.tokenizer import load_chat
 from agentcpm_jax.types import UserError
 
 API_KEY, ADMIN_KEY = "SGLANG_API_KEY", "SGLANG_ADMIN_API_KEY"  # environment variables
@@ -33,11 +36,14 @@ def serve(
     dtype: str | None = None,
     announce: Callable[[str], None] = lambda url: None,
 ) -> None:
-    """Serve the checkpoint in `path` until SIGINT or SIGTERM; `announce(url)` once it listens.
+    """Serve the model `path`, a directory or a name, until SIGINT or SIGTERM.
+
+    `announce(url)` once it listens.
 
     Raises `UserError`: no checkpoint, no tokenizer, or the port is taken.
     """
-    chat = ChatFormat.load(path)
+    path = str(find_model(path))
+    chat = load_chat(path)
     served = ServedLocal(path, engine, dtype)
     try:
         asyncio.run(_serve(path, served, chat, server, announce))
@@ -80,7 +86,7 @@ class ServedLocal(LocalEngine):
         self.capacity, self.vocab_size = cfg.capacity, model.vocab_size
 
     def load(self, path: str, version: int) -> None:
-        if not (Path(path) / "config.json").is_file():
+        if not (Path(path) / CONFIG).is_file():
             raise UserError(f"{path} holds no config.json; name a Hugging Face directory")
         params, _ = load_hf(path, self.model)
         self.set_params(params, version)

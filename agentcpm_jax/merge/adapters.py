@@ -11,18 +11,17 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-import threading
 from pathlib import Path
 
 import numpy as np
 
-from agentcpm_jax.merge.kernels.chunked import FLOATS
-from agentcpm_jax.merge.shards import Checkpoint, open_safetensors, read_json
+from agentcpm_jax.hf.files import Checkpoint, read_file, read_json
+from agentcpm_jax.hf.names import PEFT_CONFIG, PEFT_WEIGHTS, check_shape
 from agentcpm_jax.types import UserError
 
 PREFIX = "base_model.model."
-WEIGHTS = "adapter_model.safetensors"
 PART = re.compile(r"\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B)(\.\w+)?(\.weight)?$")
+OTHER = "the adapter was trained on another model"
 #: Kinds of adapter that are not a product of two matrices.
 UNSUPPORTED = ("use_dora", "use_qalora", "layer_replication", "alora_invocation_tokens")
 
@@ -33,7 +32,7 @@ class AdaptedCheckpoint(Checkpoint):
     def __init__(self, directory: Path, adapter: Path):
         super().__init__(directory)
         self.adapter = adapter
-        self._settings = read_json(adapter / "adapter_config.json")
+        self._settings = read_json(adapter / PEFT_CONFIG)
         if self._settings.get("peft_type", "LORA") != "LORA":
             raise UserError(
                 f"{adapter} is a {self._settings['peft_type']} adapter; only LoRA can be merged"
@@ -46,27 +45,19 @@ class AdaptedCheckpoint(Checkpoint):
 
     def __enter__(self) -> AdaptedCheckpoint:
         super().__enter__()
-        path = self.adapter / WEIGHTS
+        path = self.adapter / PEFT_WEIGHTS
         if not path.is_file():
             raise UserError(f"{path} is missing; save the adapter with safetensors")
-        mapped, entries = open_safetensors(path)
-        for name, (info, start, end) in entries.items():
-            if info.dtype not in FLOATS:
-                raise UserError(f"{path}: tensor {name} has dtype {info.dtype}; convert it")
-            flat = np.frombuffer(mapped, np.uint8, end - start, start)
-            self._place(path, name, flat.view(FLOATS[info.dtype]).reshape(info.shape))
+        self.files += [self.adapter / PEFT_CONFIG, path]
+        for name, value in read_file(path).items():
+            self._place(path, name, value)
         for name, pair in self._factors.items():
             if set(pair) != {"A", "B"}:
                 raise UserError(f"{path} has only one of the two factors of {name}; save it again")
-            rows, columns = self.tensors[name].shape
             shape = (pair["B"].shape[0], pair["A"].shape[1])
             if self._settings.get("fan_in_fan_out"):
                 shape = shape[::-1]
-            if shape != (rows, columns):
-                raise UserError(
-                    f"{path}: the factors of {name} make {shape}, the model has {(rows, columns)}; "
-                    "the adapter was trained on another model"
-                )
+            check_shape(f"{path}: B A of {name}", shape, self.tensors[name].shape, OTHER)
         return self
 
     def read(self, name: str) -> np.ndarray:
@@ -89,16 +80,6 @@ class AdaptedCheckpoint(Checkpoint):
         """Whether the adapter changes this tensor."""
         return name in self._factors
 
-    def identity(self) -> list[list[str | int]]:
-        """As of a Checkpoint, with the adapter's files."""
-        files = [self.adapter / "adapter_config.json", self.adapter / WEIGHTS]
-        stats = [(p, p.stat()) for p in files]
-        return super().identity() + [[p.name, s.st_size, s.st_mtime_ns, ""] for p, s in stats]
-
-    def fingerprint(self, stop: threading.Event | None = None) -> dict[str, str]:
-        """As of a Checkpoint, with the adapter's weights."""
-        return {**super().fingerprint(stop), **self._digest([self.adapter / WEIGHTS], stop)}
-
     def _place(self, path: Path, name: str, value: np.ndarray) -> None:
         module = name.removeprefix(PREFIX)
         if found := PART.search(module):
@@ -113,19 +94,12 @@ class AdaptedCheckpoint(Checkpoint):
         target = module.replace(".modules_to_save.default", "")
         target = target.replace(".base_layer", "")
         if not found and target in self.tensors:
-            if value.shape != self.tensors[target].shape:
-                raise UserError(
-                    f"{path}: {name} has shape {value.shape}, the model's {target} "
-                    f"{self.tensors[target].shape}; the adapter was trained on another model"
-                )
+            check_shape(f"{path}: {name}", value.shape, self.tensors[target].shape, OTHER)
             self._replaced[target] = value
             kept = self.tensors[target]
             self.tensors[target] = dataclasses.replace(kept, dtype=value.dtype.name)
             return
-        raise UserError(
-            f"{path}: tensor {name} fits nothing in {self.directory}; "
-            "the adapter was trained on another model"
-        )
+        raise UserError(f"{path}: tensor {name} fits nothing in {self.directory}; {OTHER}")
 
     def _scale(self, name: str, rank: int) -> float:
         module = name.removesuffix(".weight")

@@ -1,32 +1,24 @@
-"""What travels beside merged weights: config.json, tokenizer files, chat template."""
+"""What travels beside merged weights: config.json, tokenizer files, chat template, card."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from agentcpm_jax.merge.recipe import MergeRecipe
+from agentcpm_jax.hf.card import file_table, model_card
+from agentcpm_jax.hf.companions import chat_template, copy_companions, set_chat_template
+from agentcpm_jax.hf.files import json_digest, json_text, read_json
+from agentcpm_jax.hf.names import CONFIG
+from agentcpm_jax.merge.inputs import MergeInput
+from agentcpm_jax.merge.recipe import COMPAT, MergeRecipe
 from agentcpm_jax.merge.resolve import TensorJob
-from agentcpm_jax.merge.shards import Checkpoint, read_json
 from agentcpm_jax.merge.vocabulary import Vocabulary, token_ids
 from agentcpm_jax.types import UserError
 
-FILES = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
-)
+GENERATION = "generation_config.json"
 #: Spell the vocabulary out a second time; wrong once tokens are added.
 OLD_VOCABULARIES = ("vocab.json", "merges.txt", "added_tokens.json", "tokenizer.model")
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
@@ -40,7 +32,7 @@ CHATML = (
 def write_companions(
     directory: Path,
     recipe: MergeRecipe,
-    models: Mapping[str, Checkpoint],
+    models: Mapping[str, MergeInput],
     jobs: Sequence[TensorJob],
     vocabulary: Vocabulary | None,
     template: str | None,
@@ -48,19 +40,47 @@ def write_companions(
     """Writes all but weights and card into `directory`."""
     donor = models[donor_of(recipe)]
     tokenizer = models[vocabulary.donor] if vocabulary else donor
-    for name in FILES:
-        source = (tokenizer if name != "generation_config.json" else donor).companions / name
-        if source.is_file() and not (vocabulary and vocabulary.added and name in OLD_VOCABULARIES):
-            shutil.copyfile(source, directory / name)
-    if vocabulary and vocabulary.added:
+    extended = vocabulary is not None and bool(vocabulary.added)
+    old = OLD_VOCABULARIES if extended else ()
+    copy_companions(tokenizer.companions, directory, (*old, GENERATION))
+    if vocabulary and extended:
         _write_json(directory / "tokenizer.json", _extended(tokenizer, models, vocabulary))
     if template is not None:
-        _set_template(directory, template)
-    config = merged_config(recipe, models, jobs, vocabulary)
-    _write_json(directory / "config.json", config)
-    generation = directory / "generation_config.json"
-    if vocabulary and generation.is_file():
-        _write_json(generation, _with_moved_ids(read_json(generation), donor, vocabulary))
+        set_chat_template(directory, template)
+    _write_json(directory / CONFIG, merged_config(recipe, models, jobs, vocabulary))
+    if (generation := donor.companions / GENERATION).is_file():
+        if vocabulary:
+            moved = _with_moved_ids(read_json(generation), donor, vocabulary)
+            _write_json(directory / GENERATION, moved)
+        else:
+            shutil.copyfile(generation, directory / GENERATION)
+
+
+def card(
+    recipe: MergeRecipe,
+    seed: int,
+    hashes: Mapping[str, Mapping[str, str]],
+    notes: Sequence[str],
+) -> str:
+    """README.md: the recipe to repeat the merge, and what exactly went in.
+
+    `hashes` identify the content of every input's files, by model and file.
+    """
+    how = f"as {COMPAT} calculates" if recipe.compat else "in float32, rounded once"
+    body = [
+        f"Method `{recipe.merge_method}`, {how}, seed {seed}.",
+        "",
+        "```yaml",
+        recipe.to_yaml().rstrip(),
+        "```",
+        "",
+        f"SHA-256 of the recipe: `{json_digest(dict(recipe.raw))}`",
+        "",
+        *(f"- {note}" for note in notes),
+        *([""] if notes else []),
+        *file_table(("input", "file", "content"), hashes.items()),
+    ]
+    return model_card("merge", "Merged model", body)
 
 
 def donor_of(recipe: MergeRecipe) -> str:
@@ -70,7 +90,7 @@ def donor_of(recipe: MergeRecipe) -> str:
 
 def merged_config(
     recipe: MergeRecipe,
-    models: Mapping[str, Checkpoint],
+    models: Mapping[str, MergeInput],
     jobs: Sequence[TensorJob],
     vocabulary: Vocabulary | None,
 ) -> dict[str, Any]:
@@ -94,7 +114,7 @@ def merged_config(
     return config
 
 
-def chat_template(recipe: MergeRecipe, models: Mapping[str, Checkpoint]) -> str | None:
+def template_for(recipe: MergeRecipe, models: Mapping[str, MergeInput]) -> str | None:
     """The template to write; None: keep what the tokenizer files have.
 
     Raises UserError for the name of a template that is not here.
@@ -103,7 +123,7 @@ def chat_template(recipe: MergeRecipe, models: Mapping[str, Checkpoint]) -> str 
     if not wanted:
         return None
     if wanted == "auto":
-        found = [t for m in models.values() if (t := _template_of(m.companions)) is not None]
+        found = [t for m in models.values() if (t := chat_template(m.companions)) is not None]
         return Counter(found).most_common(1)[0][0] if found else None
     if wanted == "chatml":
         return CHATML
@@ -114,7 +134,7 @@ def chat_template(recipe: MergeRecipe, models: Mapping[str, Checkpoint]) -> str 
     )
 
 
-def _layer_types(recipe: MergeRecipe, models: Mapping[str, Checkpoint]) -> list[str]:
+def _layer_types(recipe: MergeRecipe, models: Mapping[str, MergeInput]) -> list[str]:
     types = []
     for part in recipe.slices:
         first, last = part.sources[0].layers or (0, 0)
@@ -123,26 +143,8 @@ def _layer_types(recipe: MergeRecipe, models: Mapping[str, Checkpoint]) -> list[
     return types
 
 
-def _template_of(directory: Path) -> str | None:
-    if (path := directory / "chat_template.jinja").is_file():
-        return path.read_text(encoding="utf-8")
-    if (path := directory / "tokenizer_config.json").is_file():
-        template = read_json(path).get("chat_template")
-        return template if isinstance(template, str) else None
-    return None
-
-
-def _set_template(directory: Path, template: str) -> None:
-    (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
-    (directory / "chat_template.json").unlink(missing_ok=True)
-    path = directory / "tokenizer_config.json"
-    if path.is_file() and "chat_template" in (config := read_json(path)):
-        del config["chat_template"]
-        _write_json(path, config)
-
-
 def _extended(
-    donor: Checkpoint, models: Mapping[str, Checkpoint], vocabulary: Vocabulary
+    donor: MergeInput, models: Mapping[str, MergeInput], vocabulary: Vocabulary
 ) -> dict[str, Any]:
     """The donor's tokenizer.json with the tokens it lacks.
 
@@ -174,7 +176,7 @@ def _extended(
 
 
 def _with_moved_ids(
-    config: dict[str, Any], donor: Checkpoint, vocabulary: Vocabulary
+    config: dict[str, Any], donor: MergeInput, vocabulary: Vocabulary
 ) -> dict[str, Any]:
     """Special ids follow their tokens into the output's vocabulary."""
     words = {i: token for token, i in token_ids(donor.companions).items()}
@@ -192,5 +194,4 @@ def _with_moved_ids(
 
 
 def _write_json(path: Path, value: Any) -> None:
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    path.write_text(text, encoding="utf-8")
+    path.write_text(json_text(value), encoding="utf-8")

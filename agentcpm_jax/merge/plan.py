@@ -24,10 +24,10 @@ import numpy as np
 import xxhash
 
 from agentcpm_jax.files import duration_text, nearest_existing, size_text
-from agentcpm_jax.merge.kernels.chunked import FLOATS
+from agentcpm_jax.hf.files import FLOATS
+from agentcpm_jax.merge.inputs import MergeInput
 from agentcpm_jax.merge.recipe import MergeRecipe
 from agentcpm_jax.merge.resolve import TensorJob
-from agentcpm_jax.merge.shards import Checkpoint
 from agentcpm_jax.merge.streaming import merged_tensor, open_inputs
 from agentcpm_jax.merge.trimming import with_kept_counts
 
@@ -149,7 +149,7 @@ def progress_line(done: int, total: int, since: int, seconds: float) -> str:
     return f"{text}, {rate / 1e6:,.0f} MB/s, {_about((total - done) / rate)} left"
 
 
-def conflicts(jobs: Sequence[TensorJob], models: Mapping[str, Checkpoint]) -> list[Conflict]:
+def conflicts(jobs: Sequence[TensorJob], models: Mapping[str, MergeInput]) -> list[Conflict]:
     """The conflict map; empty without a base or with fewer than two other models."""
     sums: dict[int | None, np.ndarray] = {}  # layer -> clash, moved, and the Gram matrix
     for job in jobs:
@@ -206,7 +206,7 @@ def _shown(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, int | float) else str(value)
 
 
-def _memory(recipe: MergeRecipe, job: TensorJob, models: Mapping[str, Checkpoint]) -> int:
+def _memory(recipe: MergeRecipe, job: TensorJob, models: Mapping[str, MergeInput]) -> int:
     """The result, and inputs that are not used where they lie in the file."""
     total = job.info.nbytes
     for model, name in job.places:
@@ -223,7 +223,7 @@ def _memory(recipe: MergeRecipe, job: TensorJob, models: Mapping[str, Checkpoint
 def _seconds(
     recipe: MergeRecipe,
     jobs: Sequence[TensorJob],
-    models: Mapping[str, Checkpoint],
+    models: Mapping[str, MergeInput],
     seed: int,
     read: int,
 ) -> float:

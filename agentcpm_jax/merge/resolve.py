@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from agentcpm_jax.merge.kernels.chunked import FLOATS
+from agentcpm_jax.hf.files import FLOATS, TensorInfo
+from agentcpm_jax.merge.inputs import MergeInput
 from agentcpm_jax.merge.kernels.methods import REQUIRED
 from agentcpm_jax.merge.kernels.ops import SMALLEST_SUM
 from agentcpm_jax.merge.recipe import MISSING, MergeRecipe, Slice, Source, filters, value_for
-from agentcpm_jax.merge.shards import Checkpoint, TensorInfo
 from agentcpm_jax.types import UserError
 
 #: Tensors outside the layers that come before them; all others come after.
@@ -50,7 +50,7 @@ class TensorJob:
         return [*self.inputs, self.base] if self.base else [*self.inputs]
 
 
-def resolve_jobs(recipe: MergeRecipe, models: Mapping[str, Checkpoint]) -> list[TensorJob]:
+def resolve_jobs(recipe: MergeRecipe, models: Mapping[str, MergeInput]) -> list[TensorJob]:
     """The jobs, sorted by name.
 
     Raises:
@@ -110,7 +110,7 @@ def layer_of(name: str) -> tuple[str, int, str] | None:
 class _Layout:
     """Which tensors of a checkpoint are in which layer."""
 
-    def __init__(self, model: Checkpoint):
+    def __init__(self, model: MergeInput):
         self.layers: dict[int, list[str]] = {}
         self.outside: list[str] = []
         self.stem = self._stem(model)
@@ -128,7 +128,7 @@ class _Layout:
         return f"{self.stem}.{number}.{tail}"
 
     @staticmethod
-    def _stem(model: Checkpoint) -> str:
+    def _stem(model: MergeInput) -> str:
         """The stack of layers that config.json counts; else the deepest."""
         stacks: dict[str, set[int]] = {}
         for name in model.tensors:
@@ -157,7 +157,7 @@ def _job(
     base: str,
     names: Sequence[str],
     place: _Place,
-    models: Mapping[str, Checkpoint],
+    models: Mapping[str, MergeInput],
     used: Sequence[_Layout],
 ) -> TensorJob:
     infos = []

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from agentcpm_jax.files import sync_directory
 from agentcpm_jax.types import UserError
@@ -111,11 +110,6 @@ def check_free(out: Path) -> None:
     """Raises UserError if something is at `out`."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"output {out} already exists; choose another or remove it")
-
-
-def digest(value: Any) -> str:
-    """SHA-256 of a JSON value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _continued(journal: IO[bytes], key: str) -> int | None:

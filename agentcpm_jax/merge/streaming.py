@@ -13,18 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from agentcpm_jax.files import nearest_existing
-from agentcpm_jax.merge.adapters import AdaptedCheckpoint
-from agentcpm_jax.merge.card import model_card
-from agentcpm_jax.merge.companions import chat_template, donor_of, write_companions
-from agentcpm_jax.merge.kernels.chunked import FLOATS
+from agentcpm_jax.files import nearest_existing, size_text
+from agentcpm_jax.hf.card import CARD
+from agentcpm_jax.hf.files import FLOATS, index_text, json_digest, plan_files, write_files
+from agentcpm_jax.hf.names import INDEX
+from agentcpm_jax.merge.companions import card, donor_of, template_for, write_companions
+from agentcpm_jax.merge.inputs import MergeInput, fingerprint, identity, open_input
 from agentcpm_jax.merge.kernels.methods import merge_tensors
-from agentcpm_jax.merge.locate import locate
 from agentcpm_jax.merge.recipe import MergeRecipe
 from agentcpm_jax.merge.resolve import TensorJob, resolve_jobs, unmatched_filters
-from agentcpm_jax.merge.shards import Checkpoint, plan_files, write_files, write_index
-from agentcpm_jax.merge.staging import check_free, digest, staging, staging_path
-from agentcpm_jax.merge.trained import TrainingStep, is_training_step
+from agentcpm_jax.merge.staging import check_free, staging, staging_path
 from agentcpm_jax.merge.trimming import with_kept_counts
 from agentcpm_jax.merge.vocabulary import Vocabulary, align, check_same_ids
 from agentcpm_jax.types import UserError
@@ -40,6 +38,7 @@ ARCHITECTURE = (
     "rope_scaling",
     "rms_norm_eps",
 )
+MAX_FILE_BYTES = 5_000_000_000  # of weights; a new file is begun before one grows beyond this
 #: Written bytes between two entries of the journal.
 SAVE_EVERY = 256_000_000
 
@@ -68,7 +67,7 @@ class MergeResult:
 class Opened:
     """The inputs of a merge, checked, and what is to be done with them."""
 
-    models: Mapping[str, Checkpoint]
+    models: Mapping[str, MergeInput]
     jobs: Sequence[TensorJob]
     vocabulary: Vocabulary | None
     template: str | None
@@ -84,7 +83,6 @@ def merge_checkpoints(
     recipe: MergeRecipe,
     out: Path,
     roots: Sequence[Path] = (Path(),),
-    max_shard_bytes: int = 5_000_000_000,
     progress: Callable[[int, int], None] | None = None,
     seed: int = 0,
 ) -> MergeResult:
@@ -96,7 +94,6 @@ def merge_checkpoints(
       recipe: what to merge.
       out: must not exist, or be an empty directory.
       roots: relative model paths are tried against these in order.
-      max_shard_bytes: size at which a new safetensors file is begun.
       progress: called with (bytes written, bytes in all) after each tensor.
       seed: of DARE's and DELLA's random masks.
 
@@ -107,8 +104,8 @@ def merge_checkpoints(
     check_free(out)
     with open_inputs(recipe, roots) as opened:
         tensors = {job.name: job.info for job in opened.jobs}
-        files = plan_files(tensors, max_shard_bytes)
-        key = _identity(recipe, seed, max_shard_bytes, opened.models)
+        files = plan_files(tensors, MAX_FILE_BYTES)
+        key = _identity(recipe, seed, opened.models)
         _check_space(out, opened.nbytes)
         with staging(out, key) as grown, _hashes(opened.models) as hashes:
             jobs = {j.name: j for j in with_kept_counts(recipe, opened.jobs, opened.models)}
@@ -121,7 +118,8 @@ def merge_checkpoints(
                 written.add(tensors[name].nbytes)
 
             write_files(grown.path, files, values, grown.done, written.note)
-            write_index(grown.path, files, tensors)
+            if len(files) > 1:
+                (grown.path / INDEX).write_text(index_text(files, tensors), encoding="utf-8")
             write_companions(
                 grown.path,
                 recipe,
@@ -130,8 +128,8 @@ def merge_checkpoints(
                 opened.vocabulary,
                 opened.template,
             )
-            card = model_card(recipe, seed, hashes(), opened.notes)
-            (grown.path / "README.md").write_text(card, encoding="utf-8")
+            text = card(recipe, seed, hashes(), opened.notes)
+            (grown.path / CARD).write_text(text, encoding="utf-8")
     return MergeResult(
         directory=out,
         tensors=len(tensors),
@@ -149,9 +147,9 @@ def open_inputs(recipe: MergeRecipe, roots: Sequence[Path]) -> Iterator[Opened]:
     Raises UserError for whatever makes the merge impossible.
     """
     with contextlib.ExitStack() as stack:
-        stored = {n: stack.enter_context(_checkpoint(n, roots)) for n in recipe.models}
+        stored = {n: stack.enter_context(open_input(n, roots)) for n in recipe.models}
         _check_architecture(stored)
-        models: Mapping[str, Checkpoint] = stored
+        models: Mapping[str, MergeInput] = stored
         vocabulary = None
         if recipe.tokenizer is None:
             check_same_ids(stored)
@@ -159,7 +157,7 @@ def open_inputs(recipe: MergeRecipe, roots: Sequence[Path]) -> Iterator[Opened]:
             models, vocabulary = align(
                 recipe.tokenizer, recipe.base_model, stored, donor_of(recipe), recipe.compat
             )
-        template = chat_template(recipe, models)
+        template = template_for(recipe, models)
         jobs = resolve_jobs(recipe, models)
         notes = [*recipe.notes, *unmatched_filters(recipe, jobs)]
         notes += vocabulary.notes if vocabulary else ()
@@ -167,7 +165,7 @@ def open_inputs(recipe: MergeRecipe, roots: Sequence[Path]) -> Iterator[Opened]:
 
 
 def merged_tensor(
-    recipe: MergeRecipe, job: TensorJob, models: Mapping[str, Checkpoint], seed: int
+    recipe: MergeRecipe, job: TensorJob, models: Mapping[str, MergeInput], seed: int
 ) -> np.ndarray:
     """Reads the inputs of one job and merges them."""
     arrays = [_cast(models[model].read(name), recipe) for model, name in job.places]
@@ -189,13 +187,10 @@ def merged_tensor(
     return merged.astype(FLOATS[job.info.dtype], copy=False)
 
 
-def _identity(
-    recipe: MergeRecipe, seed: int, max_shard_bytes: int, models: Mapping[str, Checkpoint]
-) -> str:
+def _identity(recipe: MergeRecipe, seed: int, models: Mapping[str, MergeInput]) -> str:
     """Of a merge: equal for the same recipe, seed and inputs."""
-    merge = {"recipe": dict(recipe.raw), "seed": seed, "shards": max_shard_bytes}
-    inputs = [model.identity() for model in models.values()]
-    return digest([merge, inputs, [str(m.directory) for m in models.values()]])
+    merge = {"recipe": dict(recipe.raw), "seed": seed, "shards": MAX_FILE_BYTES}
+    return json_digest([merge, [identity(model) for model in models.values()]])
 
 
 def _cast(value: np.ndarray, recipe: MergeRecipe) -> np.ndarray:
@@ -207,14 +202,7 @@ def _cast(value: np.ndarray, recipe: MergeRecipe) -> np.ndarray:
     return value.astype(FLOATS[recipe.dtype])
 
 
-def _checkpoint(name: str, roots: Sequence[Path]) -> Checkpoint:
-    found = locate(name, roots)
-    if found.adapter is not None:
-        return AdaptedCheckpoint(found.model, found.adapter)
-    return TrainingStep(found.model) if is_training_step(found.model) else Checkpoint(found.model)
-
-
-def _check_architecture(models: Mapping[str, Checkpoint]) -> None:
+def _check_architecture(models: Mapping[str, MergeInput]) -> None:
     """Raises UserError if two configs describe different models; depth may differ, for slices."""
     first_name, first = next((name, _flat(model.config)) for name, model in models.items())
     for name, model in models.items():
@@ -240,7 +228,7 @@ def _check_space(out: Path, nbytes: int) -> None:
     free = shutil.disk_usage(nearest_existing(out)).free + there
     if free < nbytes:
         raise UserError(
-            f"output {out} needs {nbytes / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free; "
+            f"output {out} needs {size_text(nbytes)}, the disk has {size_text(free)} free; "
             "free space or choose another disk"
         )
 
@@ -271,12 +259,12 @@ class _Written:
 
 @contextlib.contextmanager
 def _hashes(
-    models: Mapping[str, Checkpoint],
+    models: Mapping[str, MergeInput],
 ) -> Iterator[Callable[[], dict[str, dict[str, str]]]]:
     """Digests of all inputs, computed beside the merge; call what this yields to wait for them."""
     stop = threading.Event()
     with ThreadPoolExecutor(1, "hashes") as executor:
-        digests = {n: executor.submit(m.fingerprint, stop) for n, m in models.items()}
+        digests = {n: executor.submit(fingerprint, m, stop) for n, m in models.items()}
         try:
             yield lambda: {name: future.result() for name, future in digests.items()}
         finally:

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import mmap
 import tempfile
-import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from agentcpm_jax.merge.shards import Checkpoint, TensorInfo, read_json
+from agentcpm_jax.hf.files import TensorInfo, as_bytes, read_json, transpose_into
+from agentcpm_jax.hf.names import check_shape, file_shape, file_tensors, stacked
 from agentcpm_jax.types import UserError
 
 
@@ -25,8 +25,8 @@ def is_training_step(directory: Path) -> bool:
     return (directory / "state" / "_METADATA").is_file() and (directory / "meta").is_dir()
 
 
-class TrainingStep(Checkpoint):
-    """The parameters of one step. Optimiser state and the rest are not touched.
+class TrainingStep:
+    """The parameters of one step as a `MergeInput`. Optimiser state and the rest stay untouched.
 
     Raises UserError for a checkpoint that is incomplete or not of a model.
     """
@@ -34,8 +34,7 @@ class TrainingStep(Checkpoint):
     def __init__(self, directory: Path):
         self.directory = directory
         self.files = sorted(p for p in (directory / "state").rglob("*") if p.is_file())
-        self.tensors = {}
-        self._mapped = {}
+        self.tensors: dict[str, TensorInfo] = {}
         self._arrays: dict[str, Any] = {}  # parameter path -> tensorstore array
         self._spilled: dict[str, mmap.mmap] = {}
         try:
@@ -56,22 +55,15 @@ class TrainingStep(Checkpoint):
         from agentcpm_jax import tree
         from agentcpm_jax.model.params import param_specs
 
-        self._places: dict[str, tuple[str, int | None, Any]] = {}
-        for path, spec in tree.flatten(param_specs(self._model), sep=".").items():
-            array = self._open(path)
-            if tuple(array.shape) != spec.shape:
-                raise UserError(
-                    f"{self.directory}: parameter {path} has shape {tuple(array.shape)}, its "
-                    f"configuration says {spec.shape}; merge the stage's hf/ directory instead"
-                )
-            self._arrays[path] = array
-            stacked = spec.axes[0] == "layers"
-            shape = _file_shape(spec.shape[1:] if stacked else spec.shape, spec.hf_inputs)
-            info = TensorInfo(shape, np.dtype(array.dtype.numpy_dtype).name)
-            for layer in range(spec.shape[0]) if stacked else [None]:
-                name = spec.hf_key if layer is None else spec.hf_key.format(layer)
-                self.tensors[name] = info
-                self._places[name] = (path, layer, spec)
+        self._specs: dict[str, Any] = tree.flatten(param_specs(self._model), sep=".")
+        for path, spec in self._specs.items():
+            array = self._arrays[path] = self._open(path)
+            named = f"{self.directory}: parameter {path}"
+            check_shape(named, array.shape, spec.shape, "merge the stage's hf/ directory instead")
+        self._places = file_tensors(self._specs)
+        for name, (path, _) in self._places.items():
+            dtype = np.dtype(self._arrays[path].dtype.numpy_dtype).name
+            self.tensors[name] = TensorInfo(file_shape(self._specs[path]), dtype)
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -79,25 +71,20 @@ class TrainingStep(Checkpoint):
 
     def read(self, name: str) -> np.ndarray:
         """A read-only view of one tensor, as the file format has it."""
-        path, layer, spec = self._places[name]
+        path, layer = self._places[name]
         if path not in self._spilled:
-            self._spilled[path] = self._spill(path, spec)
+            self._spilled[path] = self._spill(path)
         info = self.tensors[name]
         flat = np.frombuffer(self._spilled[path], self._arrays[path].dtype.numpy_dtype)
         count = int(np.prod(info.shape))
         return flat[(layer or 0) * count :][:count].reshape(info.shape)
 
+    def copies(self, name: str) -> bool:
+        """`read` gives views."""
+        return False
+
     def release(self, name: str) -> None:
         """Nothing: a shared array stays mapped until all its layers are merged."""
-
-    def identity(self) -> list[list[str | int]]:
-        """File, size and time of change of every stored file."""
-        stats = [(p, p.stat()) for p in self.files]
-        return [[str(p.relative_to(self.directory)), s.st_size, s.st_mtime_ns] for p, s in stats]
-
-    def fingerprint(self, stop: threading.Event | None = None) -> dict[str, str]:
-        """Digest of every stored file, by path below the step."""
-        return self._digest(self.files, stop)
 
     def _open(self, path: str) -> Any:
         import tensorstore
@@ -115,7 +102,7 @@ class TrainingStep(Checkpoint):
                 "use another step"
             ) from None
 
-    def _spill(self, path: str, spec: Any) -> mmap.mmap:
+    def _spill(self, path: str) -> mmap.mmap:
         try:
             value = np.asarray(self._arrays[path].read().result())
         except (OSError, ValueError) as e:
@@ -123,18 +110,13 @@ class TrainingStep(Checkpoint):
                 f"{self.directory}: parameter {path} is truncated ({str(e).splitlines()[0]}); "
                 "use another step"
             ) from None
-        parts = value if spec.axes[0] == "layers" else [value]
+        spec = self._specs[path]
         with tempfile.TemporaryFile() as file:
-            for part in parts:
+            for part in value if stacked(spec) else [value]:
                 if spec.hf_inputs:
-                    part = part.reshape(int(np.prod(part.shape[: spec.hf_inputs])), -1).T
-                file.write(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
+                    matrix = np.empty(file_shape(spec), value.dtype)
+                    transpose_into(matrix, part)
+                    part = matrix
+                file.write(as_bytes(part))
             file.flush()
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-
-def _file_shape(shape: tuple[int, ...], inputs: int) -> tuple[int, ...]:
-    """Matrices are stored [outputs, inputs]."""
-    if not inputs:
-        return shape
-    return int(np.prod(shape[inputs:])), int(np.prod(shape[:inputs]))

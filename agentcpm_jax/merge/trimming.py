@@ -12,17 +12,17 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from agentcpm_jax.merge.inputs import MergeInput
 from agentcpm_jax.merge.kernels.selection import keep_counts
 from agentcpm_jax.merge.recipe import MergeRecipe
 from agentcpm_jax.merge.resolve import TensorJob
-from agentcpm_jax.merge.shards import Checkpoint
 from agentcpm_jax.types import UserError
 
 PIECE = 1 << 20  # elements
 
 
 def with_kept_counts(
-    recipe: MergeRecipe, jobs: Sequence[TensorJob], models: Mapping[str, Checkpoint]
+    recipe: MergeRecipe, jobs: Sequence[TensorJob], models: Mapping[str, MergeInput]
 ) -> Sequence[TensorJob]:
     """The jobs with `keep` set where the recipe trims by model.
 
@@ -41,7 +41,7 @@ def with_kept_counts(
 
 
 def _counts(
-    jobs: Sequence[TensorJob], models: Mapping[str, Checkpoint], index: int
+    jobs: Sequence[TensorJob], models: Mapping[str, MergeInput], index: int
 ) -> dict[str, int]:
     densities = {float(job.own[index]["density"]) for job in jobs}
     name = jobs[0].inputs[index][0]

@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from agentcpm_jax.merge.shards import Checkpoint, TensorInfo, read_json
+from agentcpm_jax.hf.files import TensorInfo, read_json
+from agentcpm_jax.merge.inputs import MergeInput
 from agentcpm_jax.types import UserError
 
 #: Parts of the names of tensors with one row per token.
@@ -91,10 +92,10 @@ def parse_tokenizer(
 def align(
     options: TokenizerOptions,
     base: str,
-    models: Mapping[str, Checkpoint],
+    models: Mapping[str, MergeInput],
     first: str,
     compat: bool,
-) -> tuple[dict[str, Checkpoint], Vocabulary]:
+) -> tuple[dict[str, MergeInput], Vocabulary]:
     """The models with their embeddings' rows in the output's order, and that order.
 
     `first` is the model a union starts from.
@@ -138,27 +139,26 @@ def align(
                 rows_of[ids[token]] = -1
     notes = [f"embeddings have {rows} rows, those of {donor} {had}"] if rows != had else []
     vocabulary = Vocabulary(ids, rows, places, given, tuple(added), donor, tuple(notes))
-    aligned: dict[str, Checkpoint] = {
-        name: AlignedCheckpoint(name, models, base, vocabulary) for name in models
+    aligned: dict[str, MergeInput] = {
+        name: Aligned(name, models, base, vocabulary) for name in models
     }
     return aligned, vocabulary
 
 
-class AlignedCheckpoint(Checkpoint):
-    """An open Checkpoint whose per-token tensors have the output's rows."""
+class Aligned:
+    """A `MergeInput` whose per-token tensors have the output's rows."""
 
     def __init__(
-        self, name: str, models: Mapping[str, Checkpoint], base: str, vocabulary: Vocabulary
+        self, name: str, models: Mapping[str, MergeInput], base: str, vocabulary: Vocabulary
     ):
         self._name, self._models, self._base, self._vocabulary = name, models, base, vocabulary
-        self._inner = models[name]
+        self._inner = inner = models[name]
         place = vocabulary.places[name]
         self._unmoved = np.array_equal(place, np.arange(len(place)))
-        for attribute in ("directory", "companions", "config", "files"):
-            setattr(self, attribute, getattr(self._inner, attribute))
-        self.identity, self.fingerprint = self._inner.identity, self._inner.fingerprint
-        self.release = self._inner.release
-        self.tensors = {n: self._info(n, t) for n, t in self._inner.tensors.items()}
+        self.directory, self.companions = inner.directory, inner.companions
+        self.config, self.files = inner.config, inner.files
+        self.release = inner.release
+        self.tensors = {n: self._info(n, t) for n, t in inner.tensors.items()}
 
     def read(self, name: str) -> np.ndarray:
         """The tensor in its stored dtype, rows in the output's order."""
@@ -216,7 +216,7 @@ def token_ids(directory: Path) -> dict[str, int]:
     return {**vocab, **{t["content"]: t["id"] for t in data.get("added_tokens", [])}}
 
 
-def check_same_ids(models: Mapping[str, Checkpoint]) -> None:
+def check_same_ids(models: Mapping[str, MergeInput]) -> None:
     """Raises UserError if two tokenizers give one token different ids."""
     first_name, first = "", {}
     for name, model in models.items():
@@ -235,7 +235,7 @@ def _per_token(name: str) -> bool:
     return any(part in f"{name}." for part in PER_TOKEN)
 
 
-def _row_count(model: Checkpoint) -> int:
+def _row_count(model: MergeInput) -> int:
     return max((t.shape[0] for n, t in model.tensors.items() if _per_token(n)), default=0)
 
 
@@ -255,7 +255,7 @@ def _given(
     token: str,
     source: Any,
     known: Mapping[str, Mapping[str, int]],
-    models: Mapping[str, Checkpoint],
+    models: Mapping[str, MergeInput],
 ) -> tuple[str, int] | None:
     """(model, row) a token's embedding is taken from; None: zero."""
     if isinstance(source, Mapping) and source.get("kind") == "zero":

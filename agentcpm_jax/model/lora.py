@@ -12,23 +12,16 @@ Deviations:
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import safetensors.numpy
 
 from agentcpm_jax import tree
 from agentcpm_jax.model.config import ModelConfig
 from agentcpm_jax.model.params import Params, ParamSpec, draw, param_specs
-
-PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def adapter_specs(cfg: ModelConfig) -> dict[str, Any]:
@@ -67,41 +60,6 @@ def merge(params: Mapping[str, Any], adapters: Mapping[str, Any], cfg: ModelConf
     """The parameters of a plain model that computes what the adapted one does."""
     one = jax.vmap(lambda layer, pair: adapted(layer, pair, cfg))
     return {**params, "layers": one(params["layers"], adapters)}
-
-
-def save_peft(
-    directory: str | os.PathLike[str], adapters: Mapping[str, Any], cfg: ModelConfig, base: str
-) -> None:
-    """Writes a directory that `peft.PeftModel.from_pretrained(model, directory)` reads.
-
-    Args:
-      base: name or path of the base model, recorded in its config.
-    """
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    specs = tree.flatten(adapter_specs(cfg))
-    for path, stacked in tree.flatten(adapters).items():
-        spec, host = specs[path], np.asarray(stacked)
-        for i in range(spec.shape[0]):
-            inputs = math.prod(spec.shape[1 : 1 + spec.hf_inputs])
-            matrix = np.ascontiguousarray(host[i].reshape(inputs, -1).T)
-            tensors[f"base_model.model.{spec.hf_key.format(i)}"] = matrix
-    safetensors.numpy.save_file(tensors, directory / PEFT_WEIGHTS, metadata={"format": "pt"})
-    targets = sorted({s.hf_key.split(".")[-3] for s in specs.values()})
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "r": cfg.lora_rank,
-        "lora_alpha": cfg.lora_alpha,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "target_modules": targets,
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-    }
-    (directory / PEFT_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _added(w: jax.Array, a: jax.Array, b: jax.Array, cfg: ModelConfig) -> jax.Array:

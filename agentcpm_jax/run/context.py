@@ -18,22 +18,24 @@ from jax.sharding import Mesh
 from agentcpm_jax.chat.format import ChatFormat, template_text
 from agentcpm_jax.checkpoint import newest_snapshot
 from agentcpm_jax.config import ExperimentConfig, Stage, read_config, to_json
-from agentcpm_jax.files import SHIPPED, write_atomically
+from agentcpm_jax.files import write_atomically
+from agentcpm_jax.hf.files import read_json, sha256_of
+from agentcpm_jax.hf.load import load_hf
+from agentcpm_jax.hf.locate import find_model
+from agentcpm_jax.hf.names import CONFIG, PEFT_WEIGHTS
+from agentcpm_jax.hf.save import save_hf, save_peft
+from agentcpm_jax.hf.tokenizer import load_chat
 from agentcpm_jax.log.experience import ExperienceLog
 from agentcpm_jax.log.snapshots import locate_log, restore_snapshot
 from agentcpm_jax.model import params as model_params
 from agentcpm_jax.model.attention.choice import fit_to_device
 from agentcpm_jax.model.config import from_hf_config
-from agentcpm_jax.model.hf import load_hf, save_hf
-from agentcpm_jax.model.hf_files import read_json
-from agentcpm_jax.model.lora import PEFT_WEIGHTS, save_peft
 from agentcpm_jax.run.multihost import StopSignal, gathered, is_main, main_first
 from agentcpm_jax.run.observe.card import describe
 from agentcpm_jax.run.observe.metrics import Progress, silent
 from agentcpm_jax.run.observe.watchdog import Watchdog
 from agentcpm_jax.sharding import make_mesh
 from agentcpm_jax.types import UserError
-from agentcpm_jax.weights.store import sha256_of
 from agentcpm_jax.world.vocabulary import write_tokenizer
 
 #: Keys that a resume may give anew: they change no result, or (mesh) its last bits alone.
@@ -60,7 +62,7 @@ class RunContext:
         return self.workdir / (stage if isinstance(stage, str) else stage.name)
 
     def load_params(self, source: str, shardings: Any = None) -> Any:
-        """Parameters of 'random', 'shipped:base', 'stage:<name>' or a Hugging Face directory.
+        """Parameters of 'random', 'stage:<name>' or what `hf.locate` finds under that name.
 
         `shardings`: one for every parameter; default: whole, on this process's first device.
         """
@@ -71,9 +73,7 @@ class RunContext:
             return spread(jax.random.key(self.cfg.seed), self.cfg.model)
         path = self._source(source)
         assert path is not None
-        if not (path / "config.json").is_file():
-            raise UserError(f"init_from={source!r}: {path} holds no config.json; name a directory")
-        found = from_hf_config(read_json(path, "config.json"))
+        found = from_hf_config(read_json(path / CONFIG))
         if found.vocab_size != self.cfg.model.vocab_size or found.width != self.cfg.model.width:
             raise UserError(
                 f"{path} is a model of vocabulary {found.vocab_size} and width {found.width}; "
@@ -105,7 +105,14 @@ class RunContext:
             return None
         if source.startswith("stage:"):
             return self.directory(source[6:]) / "hf"
-        return SHIPPED.get(source) or Path(source)
+        return find_model(source)
+
+    def _found(self, source: str) -> Path | None:
+        """The same of a source that may have been removed since the stage began."""
+        try:
+            return self._source(source)
+        except UserError:
+            return None
 
     def describe(self, directory: Path, weights: Mapping[str, str]) -> dict[str, str]:
         """The model card of an export of the stage in whose directory it is."""
@@ -116,7 +123,7 @@ class RunContext:
             made_from += [stage.merge.general, *stage.merge.soup]
         if stage.kind == "pretrain" and self.cfg.base != "scratch":
             made_from = [self.cfg.base]
-        sources = {source: self._source(source) for source in made_from}
+        sources = {source: self._found(source) for source in made_from}
         metrics = self.directory(stage) / "metrics.jsonl"
         return describe(self.cfg, stage, sources, metrics, weights)
 
@@ -140,16 +147,17 @@ def open_context(
     with main_first("context"), tempfile.TemporaryDirectory() as scratch:
         if not cfg.tokenizer:
             write_tokenizer(scratch, template_text(cfg.template))
-        chat = ChatFormat.load(cfg.tokenizer or scratch)
+        chat = load_chat(cfg.tokenizer or scratch)
         if chat.vocab_size > cfg.model.vocab_size:
             raise UserError(
                 f"tokenizer {cfg.tokenizer or 'of the offline world'} has {chat.vocab_size} ids, "
                 f"config.model.vocab_size is {cfg.model.vocab_size}; raise it"
             )
         check_config(cfg, workdir / "config.json")
-        tokenizer = Path(cfg.tokenizer or workdir / "tokenizer")
-        if not tokenizer.exists():
-            shutil.copytree(scratch, tokenizer)
+        made = workdir / "tokenizer"
+        if not cfg.tokenizer and not made.exists():
+            shutil.copytree(scratch, made)
+        tokenizer = find_model(cfg.tokenizer or made)
     watchdog = Watchdog(cfg.hang_seconds, announce, workdir)
     if not is_main():  # it speaks up when it hangs, and has a log that nobody reads
         progress, announce = silent, lambda line: None

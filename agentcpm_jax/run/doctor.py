@@ -25,10 +25,14 @@ import httpx
 import jax
 
 from agentcpm_jax import tree
-from agentcpm_jax.chat.format import ChatFormat, template_text
+from agentcpm_jax.chat.format import template_text
 from agentcpm_jax.config import ExperimentConfig, RLStage, Stage
 from agentcpm_jax.database import try_writing
 from agentcpm_jax.files import nearest_existing, size_text
+from agentcpm_jax.hf.companions import tokenizer_file
+from agentcpm_jax.hf.files import sha256_of
+from agentcpm_jax.hf.locate import find_model
+from agentcpm_jax.hf.tokenizer import load_chat
 from agentcpm_jax.log.snapshots import locate_log
 from agentcpm_jax.model import params as model_params
 from agentcpm_jax.model.config import to_hf_config
@@ -174,9 +178,10 @@ def _tokenizer(cfg: ExperimentConfig) -> str:
     with tempfile.TemporaryDirectory() as scratch:
         if not cfg.tokenizer:
             write_tokenizer(scratch, template_text(cfg.template))
-        directory = Path(cfg.tokenizer or scratch)
-        chat = ChatFormat.load(directory)
-        digest = hashlib.sha256((directory / "tokenizer.json").read_bytes()).hexdigest()[:12]
+        directory = find_model(cfg.tokenizer or scratch)
+        chat = load_chat(directory)
+        file = tokenizer_file(directory)
+        digest = sha256_of(file)[:12] if file else ""
     if chat.vocab_size > cfg.model.vocab_size:
         raise UserError(
             f"{cfg.tokenizer or 'the world'} has {chat.vocab_size} ids, config.model.vocab_size is "
@@ -266,7 +271,7 @@ def _start(cfg: ExperimentConfig, where: PoolConfig, pool: SGLangPool, root: str
     with tempfile.TemporaryDirectory() as scratch:
         if not cfg.tokenizer:
             write_tokenizer(scratch, template_text(cfg.template))
-        tokenizer = Path(cfg.tokenizer or scratch)
+        tokenizer = find_model(cfg.tokenizer or scratch)
         mesh = make_mesh(cfg.mesh)
         spread = param_shardings(param_specs(cfg.model), mesh) if mesh.size > 1 else None
         init = jax.jit(model_params.init, static_argnums=1, out_shardings=spread)
@@ -276,7 +281,7 @@ def _start(cfg: ExperimentConfig, where: PoolConfig, pool: SGLangPool, root: str
         )
         trainer = Trainer(
             vocab_size=cfg.model.vocab_size,
-            chat=ChatFormat.load(tokenizer),
+            chat=load_chat(tokenizer),
             logprobs=probe_logprobs(params, cfg.model),
             temperature=cfg.episode.temperature,
             config=to_hf_config(cfg.model),

@@ -25,6 +25,7 @@ from agentcpm_jax.weights.store import (
     STABLE,
     WeightsRoot,
     checksum,
+    folders,
     manifest,
     open_root,
     version_folder,
@@ -90,14 +91,14 @@ class Mirror:
     def versions(self) -> dict[str, list[int]]:
         """{name: versions that are here, ascending}."""
         found: dict[str, list[int]] = {}
-        for marker in sorted(self.directory.glob(f"*/weights/v*/{STABLE}")):
-            name = marker.parents[2].name
-            found.setdefault(name, []).append(int(marker.parent.name[1:]))
+        for name, version, path in folders(self.directory):
+            if (path / STABLE).exists():
+                found.setdefault(name, []).append(version)
         return found
 
     def used(self) -> int:
         """Bytes of all copies, finished or not."""
-        return sum(_size(p) for p in self.directory.glob("*/weights/*v*"))
+        return sum(_size(path) for *_, path in folders(self.directory))
 
     def _run(self, name: str, version: int, pull: Pull) -> None:
         try:
@@ -222,12 +223,8 @@ class Mirror:
         with self._lock:
             busy = {k for k, p in self._pulls.items() if p.state == "pulling"} | {asked}
             rank = {key: i for i, key in enumerate(self._asked)}
-        found = []
-        for path in self.directory.glob("*/weights/*v*"):
-            number = re.fullmatch(r"\.?v(\d{6})(\.part)?", path.name)
-            if number and (key := (path.parents[1].name, int(number[1]))) not in busy:
-                found.append((rank.get(key, -1), key, path))
-        return [path for *_, path in sorted(found)]
+        found = [(rank.get((n, v), -1), n, v, path) for n, v, path in folders(self.directory)]
+        return [path for _, n, v, path in sorted(found) if (n, v) not in busy]
 
 
 def _remove(path: Path) -> None:

@@ -15,7 +15,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,12 +30,13 @@ from agentcpm_jax.files import sync_directory
 from agentcpm_jax.types import UserError
 
 SCHEMA = 3
-MANIFEST, STABLE = "manifest.json", "STABLE"
+WEIGHTS, MANIFEST, STABLE = "weights", "manifest.json", "STABLE"
 FLUSH_BYTES = 128 << 20
 #: Against damage, not against forgery; ten times as fast as sha256, which would cost more CPU than
 #: all the rest of a publication.
 CHECKSUM = "xxh3_128"
 checksum = xxhash.xxh3_128
+_FOLDER = re.compile(r"\.?v(\d{6})(\..*)?")  # of a version, or of one that is being written
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,18 @@ def version_folder(version: int) -> str:
     """Of a version, below its root; raises ValueError when it is not within 0..999999."""
     if not 0 <= version < 10**6:
         raise ValueError(f"version {version} is not within 0..999999")
-    return f"weights/v{version:06d}"
+    return f"{WEIGHTS}/v{version:06d}"
+
+
+def folders(directory: Path) -> list[tuple[str, int, Path]]:
+    """(root's name, version, folder) below the roots of a directory, unfinished ones included."""
+    found = sorted(directory.glob(f"*/{WEIGHTS}/*"))
+    numbers = [_FOLDER.fullmatch(path.name) for path in found]
+    return [
+        (path.parents[1].name, int(number[1]), path)
+        for path, number in zip(found, numbers, strict=True)
+        if number
+    ]
 
 
 def version_path(root: str, version: int) -> str:
@@ -86,8 +99,19 @@ def versions(root: str | Path) -> list[int]:
     if place.local:  # asked often by those who wait
         return sorted(int(p.parent.name[1:]) for p in _weights(place).glob(f"v*/{STABLE}"))
     place.fs.invalidate_cache()
-    names = (name.split("/") for name in place.fs.find(f"{place.path}/weights", maxdepth=2))
+    names = (name.split("/") for name in place.fs.find(f"{place.path}/{WEIGHTS}", maxdepth=2))
     return sorted(int(name[-2][1:]) for name in names if name[-1] == STABLE)
+
+
+def was_published(root: str | Path, version: int) -> bool:
+    """Whether the version exists, or existed and was collected: it is not published again."""
+    stable = versions(root)
+    return version in stable or is_collected(version, stable)
+
+
+def is_collected(version: int, stable: Sequence[int]) -> bool:
+    """Whether a version is older than the oldest of the `stable` ones."""
+    return bool(stable) and version < stable[0]
 
 
 def manifest(root: str | Path, version: int) -> dict[str, Any]:
@@ -123,11 +147,6 @@ def check_file(path: Path, expected: Mapping[str, Any]) -> None:
 def _checksum_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, checksum).hexdigest()
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class VersionWriter:
@@ -259,4 +278,4 @@ def _remove(fs: fsspec.AbstractFileSystem, path: str) -> None:
 
 
 def _weights(place: WeightsRoot) -> Path:
-    return Path(place.path) / "weights"
+    return Path(place.path) / WEIGHTS

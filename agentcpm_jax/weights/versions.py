@@ -10,8 +10,13 @@ import jax
 import numpy as np
 
 from agentcpm_jax.model.config import ModelConfig
+from agentcpm_jax.types import UserError
 from agentcpm_jax.weights import store
 from agentcpm_jax.weights.publish import load_version, publish_version
+
+
+class VersionCollected(UserError):
+    """A version that is asked for was published and is not kept any more."""
 
 
 class VersionStore:
@@ -33,9 +38,16 @@ class VersionStore:
         self._recent[version] = host
 
     async def wait(self, version: int) -> Any:
-        """The parameters of `version`, once it exists."""
+        """The parameters of `version`, once it exists; raises `VersionCollected` if it did."""
         while version not in self._recent:
-            if version in store.versions(self._directory):
+            stable = store.versions(self._directory)
+            if store.is_collected(version, stable):
+                raise VersionCollected(
+                    f"version {version} of the weights in {self._directory} was collected; there "
+                    f"are {', '.join(map(str, stable))}: resume from the newest checkpoint, or "
+                    "begin again in another --workdir"
+                )
+            if version in stable:
                 self._recent[version] = load_version(self._directory, version)
                 break
             await asyncio.sleep(0.01)

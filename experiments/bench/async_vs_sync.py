@@ -39,7 +39,6 @@ sys.path.insert(0, str(ROOT))
 import jax
 import jax.numpy as jnp
 
-from agentcpm_jax.chat.format import ChatFormat
 from agentcpm_jax.data.pack import pack
 from agentcpm_jax.data.rows import shipped_rows
 from agentcpm_jax.engine import local
@@ -47,9 +46,10 @@ from agentcpm_jax.engine.config import EngineConfig
 from agentcpm_jax.engine.local import LocalEngine
 from agentcpm_jax.evaluate.report.charts import line_chart
 from agentcpm_jax.files import SHIPPED
+from agentcpm_jax.hf.load import load_hf
+from agentcpm_jax.hf.tokenizer import load_chat
 from agentcpm_jax.log.experience import ExperienceLog
 from agentcpm_jax.model.config import TINY
-from agentcpm_jax.model.hf import load_hf
 from agentcpm_jax.rewards.advantages import AdvantageConfig
 from agentcpm_jax.rewards.denoise import DenoiseConfig
 from agentcpm_jax.rollout.config import EpisodeConfig, StreamConfig
@@ -205,7 +205,7 @@ class Bench:
         self.model = replace(TINY, vocab_size=VOCABULARY)
         where = SHIPPED["shipped:sft"]
         self.params, _ = load_hf(where, param_dtype=self.model.param_dtype)
-        self.chat = ChatFormat.load(where)
+        self.chat = load_chat(where)
         self.busy, self.compilations = Busy(), 0
         optimizer = OptimizerConfig(lr=1e-5, schedule="constant", total_steps=1)
         self.tx, schedule = make_optimizer(optimizer)

@@ -34,6 +34,7 @@ import tokenizers
 
 from agentcpm_jax.chat.format import ChatFormat
 from agentcpm_jax.files import SHIPPED
+from agentcpm_jax.hf.tokenizer import load_chat
 from agentcpm_jax.log.experience import ExperienceLog
 from agentcpm_jax.rewards.advantages import AdvantageConfig
 from agentcpm_jax.rewards.denoise import DenoiseConfig
@@ -61,7 +62,7 @@ def main() -> int:
     parser.add_argument("--tokenizer", default=str(SHIPPED["shipped:sft"]), help="HF directory")
     parser.add_argument("--batches", type=int, default=1, help="of 32 groups each")
     args = parser.parse_args()
-    figures = measure(ChatFormat.load(args.tokenizer), args.batches)
+    figures = measure(load_chat(args.tokenizer), args.batches)
     holds = figures["cpu_ms_per_turn"] <= LIMIT_MS
     write(figures, holds, args)
     return 0 if holds else 1

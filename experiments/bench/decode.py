@@ -42,9 +42,9 @@ import numpy as np
 
 from agentcpm_jax.engine.config import EngineConfig
 from agentcpm_jax.engine.local import LocalEngine
+from agentcpm_jax.hf.load import load_hf
 from agentcpm_jax.model import params as model_params
 from agentcpm_jax.model.config import QWEN3_0_6B, ModelConfig
-from agentcpm_jax.model.hf import load_hf
 from agentcpm_jax.rollout.policy import Completion, SampleRequest, SamplingParams
 
 OUT = ROOT / "experiments" / "results" / "decode"

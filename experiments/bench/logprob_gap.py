@@ -27,11 +27,12 @@ sys.path[:0] = [str(ROOT)]
 
 import numpy as np
 
-from agentcpm_jax.chat.format import ChatFormat
 from agentcpm_jax.engine.config import EngineConfig
 from agentcpm_jax.engine.server import EngineServer, ServerConfig
 from agentcpm_jax.engine.serving import ServedLocal
-from agentcpm_jax.model.hf import load_hf, save_hf
+from agentcpm_jax.hf.load import load_hf
+from agentcpm_jax.hf.save import save_hf
+from agentcpm_jax.hf.tokenizer import load_chat
 from tests.doubles.toy_pool import Servers
 from tests.pool.contract_suite import PROMPT, Subject, in_flight
 from tests.pool.real_sglang import sglang_servers
@@ -46,7 +47,7 @@ def main() -> None:
     for name, sent in (("float32", weights), ("bfloat16 weights", rounded(weights))):
         cfg = EngineConfig(slots=8, capacity=CONTEXT, row_buckets=(), token_buckets=(32,))
         served = ServedLocal(sent[0], cfg, "float32")
-        chat = ChatFormat.load(FIRST)
+        chat = load_chat(FIRST)
         url = running.start(EngineServer(served, ServerConfig(port=0, chunk=16), chat=chat))
         rows += measure(replace(subject(url, weights), weights=sent), f"JAX engine, {name}")
         served.close()
@@ -71,7 +72,7 @@ def rounded(weights: tuple[str, str]) -> tuple[str, str]:
 
 def subject(url: str, weights: tuple[str, str]) -> Subject:
     logprobs = trainer_logprobs(weights[0]), trainer_logprobs(weights[1])
-    chat = ChatFormat.load(FIRST)
+    chat = load_chat(FIRST)
     return Subject(url, CONTEXT, VOCABULARY, weights, logprobs, chat, 1e-5, True, "")
 
 

@@ -32,7 +32,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from agentcpm_jax.merge.shards import TensorInfo, plan_files, write_files
+from agentcpm_jax.hf.files import TensorInfo, plan_files, write_files
 
 SHAPES = {  # hidden, layers, heads, kv heads, head size, feed-forward, vocabulary
     "tiny": (64, 2, 4, 2, 16, 64, 512),

@@ -37,6 +37,7 @@ from agentcpm_jax import tree
 from agentcpm_jax.model.config import ModelConfig
 from agentcpm_jax.model.params import param_specs
 from agentcpm_jax.weights.publish import publish_version
+from agentcpm_jax.weights.store import version_folder
 
 OUT = ROOT / "experiments" / "results" / "publish"
 SHAPES = {
@@ -90,7 +91,7 @@ def turns(part: str, cfg: ModelConfig, workdir: Path, count: int) -> list[dict]:
         for old in (source, target):
             shutil.rmtree(old, ignore_errors=True)
         published = measured(lambda: publish_version(source, 0, params, cfg), source)
-        files = [p for p in (source / "weights" / "v000000").iterdir() if p.stat().st_size]
+        files = [p for p in (source / version_folder(0)).iterdir() if p.stat().st_size]
         copied = measured(lambda files=files: copy(files, target), target)
         found.append({"publish": published, "copy": copied})
     for old in (source, target):

@@ -273,7 +273,7 @@ def rl_steps(workload: str) -> Iterator[float]:
 
 def load(workload: str, dtype: Any) -> tuple[Any, Any]:
     """(params, cfg) of the workload's checkpoint."""
-    from agentcpm_jax.model.hf import load_hf
+    from agentcpm_jax.hf.load import load_hf
 
     name = WORKLOADS[workload][0]
     directory = Path(os.environ["BENCH_DATA"]) / name
@@ -287,9 +287,9 @@ def make_checkpoint(directory: Path) -> None:
     """Random weights, written by a process of its own: they are not part of anyone's peak."""
     import jax
 
+    from agentcpm_jax.hf.save import save_hf
     from agentcpm_jax.model import params as model_params
     from agentcpm_jax.model.config import ModelConfig
-    from agentcpm_jax.model.hf import save_hf
 
     size, dtype = directory.name.split("_")
     if os.environ.get("BENCH_MAKES") != directory.name:

@@ -224,23 +224,6 @@ def test_token_spans_cover_the_characters() -> None:
     assert form.decode(ids[slice(*spans[0])]).strip() == "瓦杜兹"
 
 
-def test_load_reads_a_hugging_face_directory(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no tokenizer\.json"):
-        ChatFormat.load(tmp_path)
-    qwen_style_tokenizer().save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(UserError, match="no chat template"):
-        ChatFormat.load(tmp_path)
-    template = template_text("qwen3-hybrid")
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
-    form = ChatFormat.load(tmp_path, enable_thinking=False)
-    assert form.render([DEMO[1]]).endswith("<think>\n\n</think>\n\n")
-    (tmp_path / "chat_template.jinja").write_text(template_text("qwen3-thinking-2507"))
-    assert ChatFormat.load(tmp_path).in_thought  # the file wins, as in transformers
-    (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(UserError, match="is not a tokenizer"):
-        ChatFormat.load(tmp_path)
-
-
 @pytest.mark.parametrize(
     "template", ["{% if %}", "{{ raise_exception('no') }}", "{{ ''.__class__.x.y }}"]
 )

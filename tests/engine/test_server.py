@@ -12,11 +12,11 @@ import httpx
 import numpy as np
 import pytest
 
-from agentcpm_jax.chat.format import ChatFormat
 from agentcpm_jax.engine.requests import RequestLimits, parse_generate
 from agentcpm_jax.engine.server import CONTROL, ServerConfig, ServerKeys, is_loopback
 from agentcpm_jax.engine.sessions import version_spans
 from agentcpm_jax.files import SHIPPED
+from agentcpm_jax.hf.tokenizer import load_chat
 from agentcpm_jax.rollout.policy import Finish, SamplingParams
 from agentcpm_jax.types import UserError
 from tests.doubles.fault_server import FaultServer, ToyEngine, toy_next, toy_state
@@ -125,7 +125,7 @@ def test_sampling_parameters_reach_the_engine(servers):
 
 
 def test_what_stopped_it_leaves_the_text_unless_it_is_to_stay(servers):
-    chat = ChatFormat.load(SHIPPED["shipped:sft"])
+    chat = load_chat(SHIPPED["shipped:sft"])
     ids = [*chat.encode_text("who wrote it").tolist(), chat.im_end_id]
     url = servers.start(FaultServer(Speaks(ids), chat=chat))
     params = {"max_new_tokens": 32, "stop_token_ids": [chat.im_end_id], "ignore_eos": False}
@@ -154,7 +154,7 @@ def test_metrics_count_what_happened(servers):
 
 
 def test_a_tool_call_becomes_one_in_the_answer(servers):
-    chat = ChatFormat.load(SHIPPED["shipped:sft"])
+    chat = load_chat(SHIPPED["shipped:sft"])
     call = chat.encode_text('<tool_call>\n{"name": "search", "arguments": {"query": "a"}}\n')
     ids = [*call.tolist(), chat.tool_call_end_id, chat.im_end_id]
     ids[: len(chat.encode_text("<tool_call>"))] = [chat.tool_call_start_id]

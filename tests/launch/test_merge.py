@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 from agentcpm_jax.merge.recipe import load_recipe
@@ -15,25 +17,35 @@ base_model: base
 models:
 - {model: ft1, parameters: {weight: 1, density: 0.5}}
 """
-#: What training needs and merging must not, made impossible to import.
-WITHOUT_TRAINING = """
-import runpy, sys
-for name in ("jax", "jaxlib", "flax", "optax", "orbax", "tensorstore", "grain", "transformers",
-             "tokenizers", "torch", "safetensors", "tqdm", "aiohttp", "sqlalchemy"):
-    sys.modules[name] = None
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+#: Distributions of the extra `merge` -> what they are imported as.
+ALLOWED = {"ml-dtypes": "ml_dtypes", "numpy": "numpy", "pyyaml": "yaml", "xxhash": "xxhash"}
+#: Nothing can be imported but those, the standard library and this package.
+WITHOUT_THE_REST = f"""
+import importlib.abc, runpy, sys
+allowed = {{"agentcpm_jax", *{sorted(ALLOWED.values())}, *sys.stdlib_module_names}}
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] not in allowed:
+            raise ImportError(f"{{name}} is not of the extra `merge`", name=name)
+sys.meta_path.insert(0, Finder())
 sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    assert allowed - sys.stdlib_module_names <= sys.modules.keys(), "the extra names too many"
 """
 
 
 def launch(*args: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", WITHOUT_TRAINING, ROOT / "launch" / "merge.py", *args]
+    command = [sys.executable, "-c", WITHOUT_THE_REST, ROOT / "launch" / "merge.py", *args]
     return subprocess.run(
         [str(part) for part in command], cwd=cwd, capture_output=True, text=True, timeout=120
     )
 
 
 def test_merges_without_the_training_stack(tmp_path):
+    assert {re.split("[<>=]", line)[0] for line in EXTRAS["merge"]} == ALLOWED.keys()
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE)
     ran = launch(recipe, tmp_path / "out", "--seed=5", cwd=INPUTS)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from agentcpm_jax.merge.shards import Checkpoint
+from agentcpm_jax.hf.files import Checkpoint
 from agentcpm_jax.run.commandline import CHECKOUT
 from agentcpm_jax.run.observe.metrics import read_metrics
 from tests.pool.pool_training import check_training

@@ -11,14 +11,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from agentcpm_jax.checkpoint import Checkpointer
+from agentcpm_jax.hf.locate import locate
+from agentcpm_jax.hf.save import save_hf
 from agentcpm_jax.merge.adapters import AdaptedCheckpoint
-from agentcpm_jax.merge.locate import locate
 from agentcpm_jax.merge.recipe import parse_recipe
 from agentcpm_jax.merge.streaming import merge_checkpoints
 from agentcpm_jax.merge.trained import TrainingStep, is_training_step
 from agentcpm_jax.model import params
 from agentcpm_jax.model.config import ModelConfig
-from agentcpm_jax.model.hf import save_hf
 from agentcpm_jax.types import UserError
 
 MODEL = ModelConfig(vocab_size=32, width=16, num_layers=3, num_heads=2, num_kv_heads=1, head_dim=8)

@@ -40,7 +40,7 @@ import os, signal, sys
 from pathlib import Path
 from agentcpm_jax.merge import streaming
 from agentcpm_jax.merge.recipe import load_recipe
-streaming.SAVE_EVERY = 0
+streaming.SAVE_EVERY, streaming.MAX_FILE_BYTES = 0, 60_000
 count = 0
 def progress(done, total):
     global count
@@ -48,11 +48,11 @@ def progress(done, total):
     if count == 14:
         os.kill(os.getpid(), signal.SIGKILL)
 recipe, out, root = map(Path, sys.argv[1:])
-streaming.merge_checkpoints(load_recipe(recipe), out, [root], 60_000, progress, seed=3)
+streaming.merge_checkpoints(load_recipe(recipe), out, [root], progress, seed=3)
 """
 
 
-def test_a_killed_merge_goes_on_and_ends_with_the_same_bytes(models, tmp_path):
+def test_a_killed_merge_goes_on_and_ends_with_the_same_bytes(models, tmp_path, monkeypatch):
     text = (
         "{merge_method: dare_ties, base_model: base, models: [{model: ft1}, {model: ft2}], "
         "parameters: {weight: 0.5, density: 0.5}}"
@@ -67,14 +67,15 @@ def test_a_killed_merge_goes_on_and_ends_with_the_same_bytes(models, tmp_path):
     partial = tmp_path / ".out.partial"
     shutil.copytree(partial, tmp_path / ".other.partial")
     calls = []
+    monkeypatch.setattr(streaming, "MAX_FILE_BYTES", 60_000)
     result = merge_checkpoints(
-        recipe, tmp_path / "out", [models], 60_000, lambda *a: calls.append(a), seed=3
+        recipe, tmp_path / "out", [models], lambda *a: calls.append(a), seed=3
     )
     assert 10 <= result.resumed <= 14 and len(calls) == result.tensors - result.resumed
     assert "kept from an interrupted merge" in result.summary()
     # another seed is another merge: what is there is of no use to it
-    assert merge_checkpoints(recipe, tmp_path / "other", [models], 60_000, seed=4).resumed == 0
-    merge_checkpoints(recipe, tmp_path / "whole", [models], 60_000, seed=3)
+    assert merge_checkpoints(recipe, tmp_path / "other", [models], seed=4).resumed == 0
+    merge_checkpoints(recipe, tmp_path / "whole", [models], seed=3)
     names = sorted(p.name for p in (tmp_path / "whole").iterdir())
     assert names == sorted(p.name for p in (tmp_path / "out").iterdir())
     for name in names:
@@ -112,8 +113,8 @@ def test_a_full_disk_leaves_nothing(models, tmp_path, monkeypatch):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert {p.name for p in tmp_path.iterdir()} == {"models"}
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(streaming.shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(UserError, match=r"needs 0\.00 GB, the disk has 0\.00 GB free"):
+    monkeypatch.setattr(streaming.shutil, "disk_usage", lambda path: usage._replace(free=100_000))
+    with pytest.raises(UserError, match=r"needs 0\.33 MB, the disk has 0\.10 MB free"):
         merge_checkpoints(HALF, tmp_path / "out", [models])
     assert {p.name for p in tmp_path.iterdir()} == {"models"}
 

@@ -11,8 +11,10 @@ import pytest
 import xxhash
 from safetensors.numpy import load_file, save_file
 
+from agentcpm_jax.hf.files import Checkpoint
+from agentcpm_jax.merge import streaming
+from agentcpm_jax.merge.inputs import fingerprint
 from agentcpm_jax.merge.recipe import MergeRecipe, load_recipe, parse_recipe
-from agentcpm_jax.merge.shards import Checkpoint
 from agentcpm_jax.merge.streaming import merge_checkpoints
 from agentcpm_jax.types import UserError
 
@@ -92,13 +94,12 @@ def models(tmp_path: Path) -> Path:
     return root
 
 
-def test_output_is_a_whole_checkpoint_with_a_card(models, tmp_path):
+def test_output_is_a_whole_checkpoint_with_a_card(models, tmp_path, monkeypatch):
     recipe = recipe_of("task_arithmetic", base_model="base", out_dtype="bfloat16")
     out = tmp_path / "new" / "out"
     seen = []
-    result = merge_checkpoints(
-        recipe, out, [models], progress=lambda *a: seen.append(a), max_shard_bytes=60_000
-    )
+    monkeypatch.setattr(streaming, "MAX_FILE_BYTES", 60_000)
+    result = merge_checkpoints(recipe, out, [models], progress=lambda *a: seen.append(a))
     assert len(seen) == result.tensors and seen[-1] == (result.nbytes, result.nbytes)
     assert seen == sorted(seen)
     assert (out / "chat_template.jinja").read_text() == "{{ messages }}"
@@ -120,13 +121,15 @@ def test_a_file_of_the_hubs_cache_is_known_by_its_name(models, tmp_path):
     (models / "ft1" / "model.safetensors").rename(blob)
     (models / "ft1" / "model.safetensors").symlink_to(blob)
     with Checkpoint(models / "ft1") as found:
-        assert found.fingerprint() == {"model.safetensors": f"sha256:{blob.name}"}
+        assert fingerprint(found) == {"model.safetensors": f"sha256:{blob.name}"}
 
 
-def test_sharding_changes_no_tensor_and_repeating_no_byte(models, tmp_path):
+def test_sharding_changes_no_tensor_and_repeating_no_byte(models, tmp_path, monkeypatch):
     merge_checkpoints(HALF, tmp_path / "one", [models])
     merge_checkpoints(HALF, tmp_path / "again", [models])
-    merge_checkpoints(HALF, tmp_path / "many", [models], max_shard_bytes=60_000)
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming, "MAX_FILE_BYTES", 60_000)
+        merge_checkpoints(HALF, tmp_path / "many", [models])
     one = tmp_path / "one" / "model.safetensors"
     assert one.read_bytes() == (tmp_path / "again" / "model.safetensors").read_bytes()
     index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
@@ -273,7 +276,7 @@ def rewrite(path: Path, data: bytes) -> None:
             "model.safetensors is missing (pytorch_model.bin is not read",
         ),
         (lambda m: rewrite(m / "config.json", b"{"), "config.json cannot be read"),
-        (lambda m: (m / "config.json").unlink(), "config.json does not exist"),
+        (lambda m: (m / "config.json").unlink(), "config.json is missing"),
         (lambda m: shutil.rmtree(m), "model ft1 is not a directory"),
         (lambda m: edit_config(m, num_attention_heads=2), "num_attention_heads is 4 in base but 2"),
         (

@@ -16,12 +16,14 @@ import safetensors.numpy
 from agentcpm_jax import tree
 from agentcpm_jax.data.pack import fill
 from agentcpm_jax.data.rows import text_row
+from agentcpm_jax.hf.names import PEFT_CONFIG, PEFT_WEIGHTS
+from agentcpm_jax.hf.save import save_peft
 from agentcpm_jax.model import lora
 from agentcpm_jax.model.config import TINY
-from agentcpm_jax.model.hf import hf_tensors
 from agentcpm_jax.model.params import init
 from agentcpm_jax.model.qwen3 import forward
 from agentcpm_jax.train.step import Frozen, TrainState, make_sft_step
+from tests.hf.naive_tensors import naive_tensors
 
 CFG = dataclasses.replace(
     TINY, vocab_size=16, width=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, ffw=24
@@ -60,13 +62,13 @@ def test_adapters_learn_while_the_base_rests_and_merge_into_a_plain_model(tmp_pa
     assert float(jnp.abs(ours - logits(base)).max()) > 0.1
     np.testing.assert_allclose(logits(merged), ours, atol=1e-5)
 
-    lora.save_peft(tmp_path, adapters, CFG, "base")
-    stored = safetensors.numpy.load_file(tmp_path / lora.PEFT_WEIGHTS)
-    config = json.loads((tmp_path / lora.PEFT_CONFIG).read_text())
+    save_peft(tmp_path, adapters, CFG, "base")
+    stored = safetensors.numpy.load_file(tmp_path / PEFT_WEIGHTS)
+    config = json.loads((tmp_path / PEFT_CONFIG).read_text())
     assert config["r"] == 2 and config["lora_alpha"] == 6.0
     names = ("down", "gate", "k", "o", "q", "up", "v")
     assert config["target_modules"] == [f"{name}_proj" for name in names]
-    before, after = dict(hf_tensors(base, CFG)), dict(hf_tensors(merged, CFG))
+    before, after = naive_tensors(base, CFG), naive_tensors(merged, CFG)
     pairs = {key.rpartition(".lora_")[0] for key in stored}
     assert len(pairs) == 7 * CFG.num_layers
     for key in pairs:  # PEFT's formula, on the tensors of the file format

@@ -14,9 +14,14 @@ import numpy as np  # noqa: E402
 from transformers import AutoModelForCausalLM, Qwen3ForCausalLM  # noqa: E402
 
 from agentcpm_jax import tree  # noqa: E402
-from agentcpm_jax.model import hf, qwen3  # noqa: E402
+from agentcpm_jax.hf import save  # noqa: E402
+from agentcpm_jax.hf.load import load_hf  # noqa: E402
+from agentcpm_jax.hf.names import INDEX  # noqa: E402
+from agentcpm_jax.hf.save import save_hf  # noqa: E402
+from agentcpm_jax.model import qwen3  # noqa: E402
 from agentcpm_jax.model.config import ModelConfig  # noqa: E402
 from agentcpm_jax.model.params import param_specs  # noqa: E402
+from tests.hf.naive_tensors import naive_tensors  # noqa: E402
 
 BASE = ModelConfig(vocab_size=97, width=48, num_layers=2, ffw=80, max_positions=64)
 # Query heads, kv heads, head dim, and what else differs from BASE.
@@ -43,7 +48,7 @@ def saved(request, tmp_path_factory):
 
     params = tree.map_with_path(draw, param_specs(cfg))
     directory = tmp_path_factory.mktemp(request.param) / "model"
-    hf.save_hf(directory, params, cfg)
+    save_hf(directory, params, cfg)
     return directory, params, cfg
 
 
@@ -82,7 +87,7 @@ def test_logits_and_gradients(saved):
 
     found = dict(model.named_parameters())
     compared = set()
-    for key, grad in hf.hf_tensors(grads, cfg):
+    for key, grad in naive_tensors(grads, cfg).items():
         reference = found[key].grad.numpy()
         error = np.linalg.norm(grad - reference) / np.linalg.norm(reference)
         assert error <= 1e-4, (key, error)
@@ -94,18 +99,19 @@ def test_loads_what_transformers_saves(saved, tmp_path):
     directory, params, cfg = saved
     model = _load(directory)
     model.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
-    assert (tmp_path / "theirs" / hf.INDEX).is_file()
-    loaded, found = hf.load_hf(tmp_path / "theirs")
+    assert (tmp_path / "theirs" / INDEX).is_file()
+    loaded, found = load_hf(tmp_path / "theirs")
     assert found == cfg
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), params, loaded))
 
 
-def test_sharded_bfloat16_loads_in_transformers(saved, tmp_path):
+def test_sharded_bfloat16_loads_in_transformers(saved, tmp_path, monkeypatch):
     _, params, cfg = saved
-    hf.save_hf(tmp_path / "m", params, cfg, dtype="bfloat16", max_shard_bytes=20_000)
+    monkeypatch.setattr(save, "MAX_FILE_BYTES", 20_000)
+    save_hf(tmp_path / "m", params, cfg, dtype="bfloat16")
     assert len(list((tmp_path / "m").glob("*.safetensors"))) > 1
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
     assert model.dtype == torch.bfloat16
     state = model.state_dict()
-    for key, value in hf.hf_tensors(params, cfg, "bfloat16"):
+    for key, value in naive_tensors(params, cfg, "bfloat16").items():
         assert (state[key].view(torch.int16).numpy() == value.view(np.int16)).all(), key

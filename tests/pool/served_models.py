@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from agentcpm_jax.files import SHIPPED
+from agentcpm_jax.hf.load import load_hf
+from agentcpm_jax.hf.save import save_hf
 from agentcpm_jax.model import params as model_params
 from agentcpm_jax.model.config import ModelConfig
-from agentcpm_jax.model.hf import load_hf, save_hf
 from agentcpm_jax.model.logprobs import token_logprobs
 from agentcpm_jax.pool.probe import Logprobs
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from agentcpm_jax.chat.format import ChatFormat
 from agentcpm_jax.engine.server import ServerConfig
 from agentcpm_jax.files import SHIPPED
+from agentcpm_jax.hf.tokenizer import load_chat
 from tests.doubles.fault_server import FaultServer, ToyEngine
 from tests.doubles.toy_pool import Servers, toy_logprobs, toy_weights
 from tests.pool.contract_suite import *  # noqa: F403
@@ -22,7 +22,7 @@ VOCABULARY = 544
 @pytest.fixture(scope="module")
 def subject(tmp_path_factory) -> Iterator[Subject]:
     root, running = tmp_path_factory.mktemp("toy"), Servers()
-    chat = ChatFormat.load(SHIPPED["shipped:sft"])
+    chat = load_chat(SHIPPED["shipped:sft"])
     engine = ToyEngine(VOCABULARY, 1024)
     url = running.start(FaultServer(engine, ServerConfig(port=0, chunk=4), chat=chat))
 

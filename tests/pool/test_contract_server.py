@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from agentcpm_jax.chat.format import ChatFormat
 from agentcpm_jax.engine.config import EngineConfig
 from agentcpm_jax.engine.server import EngineServer, ServerConfig
 from agentcpm_jax.engine.serving import ServedLocal
+from agentcpm_jax.hf.tokenizer import load_chat
 from tests.doubles.toy_pool import Servers
 from tests.pool.contract_suite import *  # noqa: F403
 from tests.pool.contract_suite import PROMPT, Subject, refused_and_harmless
@@ -27,7 +27,7 @@ from tests.pool.served_models import (
 def subject(tmp_path_factory) -> Iterator[Subject]:
     weights = two_weights(tmp_path_factory.mktemp("weights"))
     cfg = EngineConfig(slots=8, capacity=CONTEXT, row_buckets=(), token_buckets=(32,))
-    served, chat, running = ServedLocal(str(FIRST), cfg), ChatFormat.load(FIRST), Servers()
+    served, chat, running = ServedLocal(str(FIRST), cfg), load_chat(FIRST), Servers()
     front = EngineServer(
         served, ServerConfig(port=0, chunk=16), chat=chat, model=served.describe(str(FIRST))
     )

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from agentcpm_jax.chat.format import ChatFormat
 from agentcpm_jax.engine.server import ServerConfig
+from agentcpm_jax.hf.tokenizer import load_chat
 from agentcpm_jax.pool.probe import Trainer
 from agentcpm_jax.pool.servers import PoolConfig, SGLangPool
 from agentcpm_jax.rollout.policy import Finish, SampleRequest, SamplingParams
@@ -51,7 +51,7 @@ def subject(urls, tmp_path_factory) -> Subject:
         vocab_size=VOCABULARY,
         weights=weights,
         logprobs=(trainer_logprobs(weights[0]), trainer_logprobs(weights[1])),
-        chat=ChatFormat.load(FIRST),
+        chat=load_chat(FIRST),
         max_gap=1e-5,
         exact_in_place=False,
         other_model=other_model(tmp_path_factory.mktemp("other")),

@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import pytest
 
-from agentcpm_jax.chat.format import ChatFormat
 from agentcpm_jax.engine.server import ServerKeys
 from agentcpm_jax.files import SHIPPED
+from agentcpm_jax.hf.tokenizer import load_chat
 from agentcpm_jax.pool.config import Keys, PoolConfig
 from agentcpm_jax.pool.servers import SGLangPool
 from agentcpm_jax.rollout.policy import Completion, Finish, SampleRequest
@@ -99,11 +99,11 @@ def test_another_template_or_tokenizer_is_refused(servers, tmp_path, file, old, 
     text = (own / file).read_text()
     assert old in text
     (own / file).write_text(text.replace(old, new))
-    url = servers.start(FaultServer(ToyEngine(544), chat=ChatFormat.load(SHIPPED["shipped:sft"])))
+    url = servers.start(FaultServer(ToyEngine(544), chat=load_chat(SHIPPED["shipped:sft"])))
     pool = SGLangPool(replace(QUICK, urls=(url,)), "run")
     with pytest.raises(UserError, match=message) as error:
         pool.start(
-            replace(toy_trainer("w0", 544), chat=ChatFormat.load(own)),
+            replace(toy_trainer("w0", 544), chat=load_chat(own)),
             0,
             toy_weights(tmp_path, "w0"),
         )

@@ -21,12 +21,12 @@ from tests.doubles.toy_pool import QUICK
 sys.path.insert(0, str(Path(__file__).parents[2] / "launch"))
 import train as launch_train
 
-from agentcpm_jax.chat.format import ChatFormat
 from agentcpm_jax.config import ExperimentConfig, RLStage, Stage
 from agentcpm_jax.engine.config import EngineConfig
 from agentcpm_jax.engine.server import EngineServer, ServerConfig
 from agentcpm_jax.engine.serving import ServedLocal
 from agentcpm_jax.files import SHIPPED
+from agentcpm_jax.hf.tokenizer import load_chat
 from agentcpm_jax.pool.config import PoolConfig
 from agentcpm_jax.rewards.judge import JudgeConfig
 from agentcpm_jax.run import doctor
@@ -238,7 +238,7 @@ def test_a_pool_takes_weights_and_answers_as_the_trainer(servers, tmp_path: Path
     front = EngineServer(
         served,
         ServerConfig(port=0, chunk=8),
-        chat=ChatFormat.load(path),
+        chat=load_chat(path),
         model=served.describe(path),
     )
     url = servers.start(front)
@@ -258,7 +258,7 @@ def test_a_pool_takes_weights_and_answers_as_the_trainer(servers, tmp_path: Path
 
 
 def test_a_pool_of_another_model_is_refused(servers, tmp_path: Path) -> None:
-    url = servers.start(FaultServer(chat=ChatFormat.load(SHIPPED["shipped:sft"])))
+    url = servers.start(FaultServer(chat=load_chat(SHIPPED["shipped:sft"])))
     found = findings(with_pool(url), tmp_path)["pool of rl"]
     assert not found.ok and found.needed
     assert "wrong model on" in found.text and "\n" not in found.text

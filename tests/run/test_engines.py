@@ -13,7 +13,7 @@ from agentcpm_jax.engine.config import EngineConfig
 from agentcpm_jax.engine.local import LocalEngine
 from agentcpm_jax.engine.serving import ServedLocal
 from agentcpm_jax.files import SHIPPED
-from agentcpm_jax.model.hf import load_hf
+from agentcpm_jax.hf.load import load_hf
 from agentcpm_jax.pool.config import PoolConfig
 from agentcpm_jax.rollout.policy import Engine
 from agentcpm_jax.run import engines

@@ -14,14 +14,16 @@ import pytest
 
 from agentcpm_jax import tree
 from agentcpm_jax.files import SHIPPED
+from agentcpm_jax.hf import save
+from agentcpm_jax.hf.load import load_hf
+from agentcpm_jax.hf.save import save_hf
 from agentcpm_jax.model import lora
 from agentcpm_jax.model import params as model_params
 from agentcpm_jax.model.config import ModelConfig
-from agentcpm_jax.model.hf import load_hf, save_hf
 from agentcpm_jax.model.params import abstract_params, param_specs
 from agentcpm_jax.types import UserError
 from agentcpm_jax.weights import publish
-from agentcpm_jax.weights.store import versions
+from agentcpm_jax.weights.store import collect_garbage, versions
 
 SMALL = ModelConfig(
     vocab_size=64, width=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, ffw=24
@@ -42,11 +44,12 @@ def bits(params: dict) -> list[tuple]:
     [(1, "float32", True), (6000, "bfloat16", False), (1 << 30, "bfloat16", True)],
 )
 def test_loaded_equals_published_however_it_is_split(
-    tmp_path: Path, max_file_bytes: int, dtype: str, tied: bool
+    tmp_path: Path, monkeypatch, max_file_bytes: int, dtype: str, tied: bool
 ) -> None:
+    monkeypatch.setattr(save, "MAX_FILE_BYTES", max_file_bytes)
     cfg = replace(SMALL, param_dtype=dtype, tied_embeddings=tied)
     params = make_params(1, cfg)
-    assert publish.publish_version(tmp_path, 17, params, cfg, max_file_bytes=max_file_bytes)
+    assert publish.publish_version(tmp_path, 17, params, cfg)
     assert bits(publish.load_version(tmp_path, 17)) == bits(params)
     path = tmp_path / "weights" / "v000017"
     manifest = json.loads((path / "manifest.json").read_text())
@@ -64,7 +67,7 @@ def test_the_directory_is_what_a_checkpoint_is(tmp_path: Path, monkeypatch, form
     if form == "host":
         params = jax.tree.map(np.asarray, params)
     if form == "small pieces":
-        monkeypatch.setattr(publish, "PIECE_BYTES", 3000)
+        monkeypatch.setattr(save, "PIECE_BYTES", 3000)
     tokenizer = SHIPPED["shipped:sft"]
     publish.publish_version(tmp_path / "a", 0, params, cfg, tokenizer_from=tokenizer)
     save_hf(tmp_path / "b", params, cfg, tokenizer_from=tokenizer)
@@ -99,7 +102,7 @@ def test_conversion_streams(tmp_path: Path, monkeypatch) -> None:
     cfg = replace(SMALL, vocab_size=4096, width=256, ffw=1024, num_layers=8, head_dim=64)
     params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract_params(cfg))
     size = sum(leaf.nbytes for leaf in tree.flatten(params).values())
-    monkeypatch.setattr(publish, "PIECE_BYTES", 1 << 18)
+    monkeypatch.setattr(save, "PIECE_BYTES", 1 << 18)
     tracemalloc.start()
     publish.publish_version(tmp_path, 0, params, cfg)
     peak = tracemalloc.get_traced_memory()[1]
@@ -113,6 +116,17 @@ def test_parameters_of_another_model_are_a_bug(tmp_path: Path) -> None:
     lacking = {k: v for k, v in make_params(0).items() if k != "embed"} | {"embed": 0}
     assert set(lacking) == set(param_specs(SMALL))
     assert versions(tmp_path) == []
+
+
+def test_no_version_is_published_again_not_even_one_that_was_collected(tmp_path: Path) -> None:
+    for version in range(4):
+        assert publish.publish_version(tmp_path, version, make_params(version), SMALL)
+    assert collect_garbage(tmp_path, 2) == [0, 1]
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    for version in range(4):
+        assert not publish.publish_version(tmp_path, version, make_params(9), SMALL)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    assert publish.publish_version(tmp_path, 4, make_params(4), SMALL)
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from agentcpm_jax.chat.format import ChatFormat, template_text
+from agentcpm_jax.chat.format import template_text
 from agentcpm_jax.files import SHIPPED
+from agentcpm_jax.hf.tokenizer import load_chat
 from agentcpm_jax.world.names import FIRST, RELATIONS, SECOND
 from agentcpm_jax.world.tools import SCHEMAS
 from agentcpm_jax.world.vocabulary import (
@@ -48,7 +49,7 @@ def test_relations_and_the_whole_prompt_are_short(tmp_path) -> None:
     for relation in RELATIONS:
         assert len(TOKENIZER.encode(f"{relation} ").ids) == 1
     write_tokenizer(tmp_path, template_text("qwen3-instruct-2507"))
-    chat = ChatFormat.load(tmp_path)
+    chat = load_chat(tmp_path)
     prompt = chat.prompt_ids(MESSAGES, SCHEMAS)
     assert len(prompt) <= 40
     assert (prompt < 256).sum() <= 1  # no words spelled in bytes; one newline between two tools
@@ -64,7 +65,7 @@ def test_any_text_survives(text: str) -> None:
 @pytest.mark.parametrize("name", sorted(SHIPPED))
 def test_shipped_tokenizers_load_in_transformers_and_agree(name: str) -> None:
     theirs = AutoTokenizer.from_pretrained(SHIPPED[name])
-    ours = ChatFormat.load(SHIPPED[name])
+    ours = load_chat(SHIPPED[name])
     rendered = theirs.apply_chat_template(
         MESSAGES, tools=list(SCHEMAS), add_generation_prompt=True, tokenize=False
     )

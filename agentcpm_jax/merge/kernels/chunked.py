@@ -13,21 +13,15 @@ from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
-import ml_dtypes  # registers bfloat16 with numpy
 import numpy as np
 
+from agentcpm_jax.hf.files import FLOATS
 from agentcpm_jax.merge.kernels.ops import Array, Kernel, Scalar
 from agentcpm_jax.merge.kernels.random_bits import Key, bits_at, stream_key
 from agentcpm_jax.merge.kernels.selection import SAMPLE, find_cut
 from agentcpm_jax.types import UserError
 
 CHUNK = 1 << 16  # elements: fewer calls outweigh the second-level cache
-FLOATS = {
-    "float64": np.dtype(np.float64),
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-}
 # All ones in NaN and infinities: a quarter of the time of np.isfinite, on half the bytes.
 EXPONENT = {FLOATS["float16"]: np.uint16(0x7C00), FLOATS["bfloat16"]: np.uint16(0x7F80)}
 

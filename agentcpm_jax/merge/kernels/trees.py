@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from agentcpm_jax.merge.kernels.chunked import FLOATS
+from agentcpm_jax.hf.files import FLOATS
 from agentcpm_jax.merge.kernels.ops import SMALLEST_SUM, Array, Scalar
 from agentcpm_jax.types import UserError
 

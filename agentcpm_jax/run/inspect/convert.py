@@ -11,17 +11,20 @@ import jax
 
 from agentcpm_jax.checkpoint import Checkpointer
 from agentcpm_jax.config import ExperimentConfig, Stage, config_from_json, to_json
+from agentcpm_jax.hf.card import LINEAGE
+from agentcpm_jax.hf.companions import copy_companions, tokenizer_file
+from agentcpm_jax.hf.files import read_json, sha256_of
+from agentcpm_jax.hf.load import load_hf
+from agentcpm_jax.hf.locate import find_model
+from agentcpm_jax.hf.names import CONFIG, PEFT_CONFIG, PEFT_WEIGHTS
+from agentcpm_jax.hf.save import save_hf, save_peft
 from agentcpm_jax.mesh import MeshConfig
 from agentcpm_jax.model.config import from_hf_config
-from agentcpm_jax.model.hf import TOKENIZER_FILES, load_hf, save_hf
-from agentcpm_jax.model.hf_files import read_json
-from agentcpm_jax.model.lora import PEFT_CONFIG, PEFT_WEIGHTS, save_peft
 from agentcpm_jax.model.params import param_specs
-from agentcpm_jax.run.observe.card import LINEAGE, describe
+from agentcpm_jax.run.observe.card import describe
 from agentcpm_jax.sharding import make_mesh, param_shardings
 from agentcpm_jax.train.placement import trained_shapes
 from agentcpm_jax.types import UserError
-from agentcpm_jax.weights.store import sha256_of
 
 TOKENIZER = "tokenizer"
 
@@ -32,7 +35,8 @@ def convert(
     """Converts whichever of the two `source` is into the other; returns a line for people.
 
     Args:
-      source: a directory with config.json; or a stage's `checkpoints`, or one step of them.
+      source: a model (a directory with config.json, or a name as in `hf.locate`); or a stage's
+        `checkpoints`, or one step of them.
       out: what is written; adapters become a directory for PEFT.
       step: of the checkpoints, the newest by default.
       tokenizer: a directory whose tokenizer goes along; default: that of the model or the run.
@@ -41,7 +45,8 @@ def convert(
     Raises:
       UserError: `source` is neither, or `out` is in the way.
     """
-    if (source / "config.json").is_file() and not (source / "checkpoints").is_dir():
+    source = find_model(source)
+    if (source / CONFIG).is_file() and not (source / "checkpoints").is_dir():
         return _to_orbax(source, out, tokenizer, dtype)
     if source.name.isdecimal() and (source / "meta").is_dir():
         source, step = source.parent, int(source.name)
@@ -75,25 +80,25 @@ def _to_hf(source: Path, out: Path, step: int, tokenizer: str, dtype: str) -> st
         for name, text in described(hashes).items():
             (out / name).write_text(text)
         return f"{out}: adapters of step {step} for PEFT ({PEFT_CONFIG})"
-    found = Path(tokenizer) if tokenizer else _tokenizer_of(source, cfg)
-    save_hf(out, params, cfg.model, dtype=dtype or None, tokenizer_from=found, describe=described)
+    found = find_model(tokenizer) if tokenizer else _tokenizer_of(source, cfg)
+    save_hf(out, params, cfg.model, dtype=dtype, tokenizer_from=found, describe=described)
     return f"{out}: step {step} of {source}"
 
 
 def _to_orbax(source: Path, out: Path, tokenizer: str, dtype: str) -> str:
     if Checkpointer(out).steps():
         raise UserError(f"{out} holds checkpoints; choose another place")
-    model = from_hf_config(read_json(source, "config.json"))
+    model = from_hf_config(read_json(source / CONFIG))
     params, model = load_hf(source, param_dtype=dtype or None, shardings=_shardings(model))
     checkpoints = Checkpointer(out)
     config = to_json(ExperimentConfig(name=source.absolute().name, model=model))
     checkpoints.save(0, state={"params": params}, config=config)
     checkpoints.close()
-    from_where = Path(tokenizer) if tokenizer else source
-    for name in (*TOKENIZER_FILES, LINEAGE):
-        if (from_where / name).is_file():
-            (out / TOKENIZER).mkdir(exist_ok=True)
-            shutil.copyfile(from_where / name, out / TOKENIZER / name)
+    from_where = find_model(tokenizer) if tokenizer else source
+    (out / TOKENIZER).mkdir(exist_ok=True)
+    copy_companions(from_where, out / TOKENIZER)
+    if (from_where / LINEAGE).is_file():
+        shutil.copyfile(from_where / LINEAGE, out / TOKENIZER / LINEAGE)
     return f"{out}: step 0, parameters of {source}"
 
 
@@ -108,7 +113,7 @@ def _shardings(model: Any) -> Any:
 def _tokenizer_of(source: Path, cfg: ExperimentConfig) -> Path | None:
     """Beside a converted checkpoint, of the run's configuration, or made by the run."""
     places = [source / TOKENIZER, Path(cfg.tokenizer), source.parent.parent / TOKENIZER]
-    return next((p for p in places if (p / "tokenizer.json").is_file()), None)
+    return next((p for p in places if tokenizer_file(p) is not None), None)
 
 
 def _described(

@@ -11,6 +11,8 @@ from pathlib import Path
 from agentcpm_jax.chat.format import ChatFormat
 from agentcpm_jax.checkpoint import newest_snapshot
 from agentcpm_jax.config import ExperimentConfig, RLStage, Stage, read_config
+from agentcpm_jax.hf.locate import find_model
+from agentcpm_jax.hf.tokenizer import load_chat
 from agentcpm_jax.log.experience import ExperienceLog
 from agentcpm_jax.log.schema import Issue
 from agentcpm_jax.log.snapshots import locate_log, restore_snapshot
@@ -32,7 +34,7 @@ class Run:
     @property
     def tokenizer(self) -> Path:
         """The directory of the run's tokenizer."""
-        return Path(self.cfg.tokenizer or self.workdir / "tokenizer")
+        return find_model(self.cfg.tokenizer or self.workdir / "tokenizer")
 
     def stage(self, name: str = "") -> tuple[Stage, RLStage]:
         """The RL stage of this name; the last one when empty. Raises `UserError`."""
@@ -55,7 +57,7 @@ class Run:
 
     def chat(self) -> ChatFormat:
         """The tokenizer of the run."""
-        return ChatFormat.load(self.tokenizer)
+        return load_chat(self.tokenizer)
 
     def context(self) -> RunContext:
         """What the stages had. Raises `UserError` when the mesh does not fit the devices here."""

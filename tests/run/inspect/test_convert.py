@@ -18,9 +18,10 @@ from agentcpm_jax import tree
 from agentcpm_jax.checkpoint import Checkpointer
 from agentcpm_jax.config import ExperimentConfig, SFTStage, Stage, to_json
 from agentcpm_jax.files import SHIPPED
+from agentcpm_jax.hf.load import load_hf
+from agentcpm_jax.hf.save import save_hf
 from agentcpm_jax.model import lora
 from agentcpm_jax.model.config import TINY
-from agentcpm_jax.model.hf import load_hf, save_hf
 from agentcpm_jax.model.params import init
 from agentcpm_jax.run.commandline import CHECKOUT
 from agentcpm_jax.run.inspect.convert import convert

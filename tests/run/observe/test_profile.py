@@ -22,13 +22,15 @@ from agentcpm_jax.config import (
     stage_dict,
 )
 from agentcpm_jax.files import SHIPPED
-from agentcpm_jax.model.hf import hf_tensors, load_hf, save_hf
+from agentcpm_jax.hf.load import load_hf
+from agentcpm_jax.hf.save import save_hf
 from agentcpm_jax.run.observe.metrics import read_metrics
 from agentcpm_jax.run.observe.profile import Operation, phases, read_trace
 from agentcpm_jax.run.stages import run_experiment
 from agentcpm_jax.train.config import OptimizerConfig
 from agentcpm_jax.types import UserError
 from configs.tiny import use_tiny_world
+from tests.hf.naive_tensors import naive_tensors
 
 
 def sft(init_from: str, **shape) -> ExperimentConfig:
@@ -96,8 +98,8 @@ def test_a_profiled_run_with_adapters(tmp_path: Path) -> None:
 
     losses = [row["train/loss"] for row in read_metrics(tmp_path / "sft" / "metrics.jsonl")]
     assert losses[-1] < losses[0]
-    base = dict(hf_tensors(*load_hf(SHIPPED["shipped:base"])))
-    merged = dict(hf_tensors(*load_hf(tmp_path / "sft" / "hf")))
+    base = naive_tensors(*load_hf(SHIPPED["shipped:base"]))
+    merged = naive_tensors(*load_hf(tmp_path / "sft" / "hf"))
     stored = safetensors.numpy.load_file(tmp_path / "sft/adapter/adapter_model.safetensors")
     name = "model.layers.0.mlp.down_proj"
     a, b = (stored[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")

@@ -1,9 +1,13 @@
-"""Hugging Face checkpoint directories, one tensor at a time.
+"""Safetensors and JSON files of a Hugging Face directory: one reader, one writer; numpy only.
 
 Reading maps the files into memory: a tensor is a view of the page cache, and `release` hands its
 pages back. Writing streams: the header of a safetensors file says where every tensor lies, and
 shapes are known before any value is, so a file is never held in memory and can be continued after
 any of its tensors.
+
+A transposing copy between two-byte numbers is bound by the cache: rows that lie a power of two
+apart fall on the same few lines of it. `transpose_into` therefore copies blocks to rows that do
+not, and writes a block's columns, four lines each, from there.
 """
 
 from __future__ import annotations
@@ -13,23 +17,27 @@ import json
 import math
 import mmap
 import os
-import re
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes  # registers bfloat16 with numpy
 import numpy as np
-import xxhash
 
-from agentcpm_jax.merge.kernels.chunked import FLOATS
+from agentcpm_jax.hf.names import CONFIG, INDEX, SINGLE
 from agentcpm_jax.types import UserError
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+FLOATS = {
+    "float64": np.dtype(np.float64),
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
 CODES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 LONGEST_HEADER = 100_000_000  # bytes; what the format allows
+BLOCK = (128, 512)  # rows and columns of a transposing copy
+APART = 32  # numbers between its rows
 
 
 @dataclass(frozen=True)
@@ -52,9 +60,10 @@ class Checkpoint:
 
     def __init__(self, directory: Path):
         self.directory = self.companions = directory  # tokenizer files lie in `companions`
-        self.config = read_json(directory / "config.json")
+        self.config = read_json(directory / CONFIG)
         self.files = _weight_files(directory)
         self.tensors: dict[str, TensorInfo] = {}
+        self.places: dict[str, Path] = {}  # name -> file
         self._mapped: dict[str, tuple[mmap.mmap, int, int]] = {}  # name -> file, start, end
 
     def __enter__(self) -> Checkpoint:
@@ -63,7 +72,7 @@ class Checkpoint:
             for name, (info, start, end) in tensors.items():
                 if name in self.tensors:
                     raise UserError(f"{path} repeats tensor {name}; copy the checkpoint again")
-                self.tensors[name] = info
+                self.tensors[name], self.places[name] = info, path
                 self._mapped[name] = (mapped, start, end)
         self._check_index()
         return self
@@ -74,15 +83,8 @@ class Checkpoint:
     def read(self, name: str) -> np.ndarray:
         """A read-only view of one tensor in its stored dtype."""
         mapped, start, end = self._mapped[name]
-        info = self.tensors[name]
-        dtype = FLOATS.get(info.dtype)
-        if dtype is None:
-            raise UserError(
-                f"tensor {name} of {self.directory} has dtype {info.dtype}: only floating tensors "
-                "can be merged; convert the checkpoint first"
-            )
-        flat = np.frombuffer(mapped, np.uint8, end - start, start)
-        return flat.view(dtype).reshape(info.shape)
+        named = f"{self.places[name]}: tensor {name}"
+        return _view(named, mapped, self.tensors[name], start, end)
 
     def copies(self, name: str) -> bool:
         """Whether `read` makes a new array instead of a view."""
@@ -96,42 +98,6 @@ class Checkpoint:
         if length > 0:
             mapped.madvise(mmap.MADV_DONTNEED, first, length)
 
-    def identity(self) -> list[list[str | int]]:
-        """File, size, time of change and header digest of every file: cheap, for resuming."""
-        out = []
-        for path in [self.directory / "config.json", *self.files]:
-            stat = path.stat()
-            with path.open("rb") as f:
-                head = f.read(8 + int.from_bytes(f.read(8), "little") if path in self.files else -1)
-            digest = hashlib.sha256(head).hexdigest()
-            out.append([path.name, stat.st_size, stat.st_mtime_ns, digest])
-        return out
-
-    def fingerprint(self, stop: threading.Event | None = None) -> dict[str, str]:
-        """What identifies each weight file's content, by file name; incomplete once `stop` is set.
-
-        `sha256:...` of a file in the Hub's local cache, which is named by it; else `xxh3-128:...`,
-        as `xxhsum -H2` prints it: a fraction of SHA-256's cost.
-        """
-        return self._digest(self.files, stop)
-
-    def _digest(self, files: Sequence[Path], stop: threading.Event | None) -> dict[str, str]:
-        out = {}
-        block = bytearray(1 << 20)
-        for path in files:
-            inside = path.is_relative_to(self.directory)
-            name = str(path.relative_to(self.directory)) if inside else path.name
-            blob = path.resolve()
-            if blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name):
-                out[name] = f"sha256:{blob.name}"
-                continue
-            digest = xxhash.xxh3_128()
-            with path.open("rb", buffering=0) as f:
-                while (count := f.readinto(block)) and not (stop and stop.is_set()):
-                    digest.update(memoryview(block)[:count])
-            out[name] = f"xxh3-128:{digest.hexdigest()}"
-        return out
-
     def _check_index(self) -> None:
         index = self.directory / INDEX
         if index.exists():
@@ -139,6 +105,12 @@ class Checkpoint:
                 raise UserError(
                     f"tensor {name} of {index} is in none of its files; copy them again"
                 )
+
+
+def read_file(path: Path) -> dict[str, np.ndarray]:
+    """Read-only views of the tensors of one file. Raises UserError."""
+    mapped, tensors = open_safetensors(path)
+    return {name: _view(f"{path}: tensor {name}", mapped, *at) for name, at in tensors.items()}
 
 
 def open_safetensors(path: Path) -> tuple[mmap.mmap, dict[str, tuple[TensorInfo, int, int]]]:
@@ -157,7 +129,11 @@ def open_safetensors(path: Path) -> tuple[mmap.mmap, dict[str, tuple[TensorInfo,
                 raise ValueError("its header is no object")
             header.pop("__metadata__", None)
             tensors = {n: _entry(n, e, 8 + length) for n, e in header.items()}
-            end = max((e for _, _, e in tensors.values()), default=8 + length)
+            end = 8 + length
+            for start, stop in sorted((start, stop) for _, start, stop in tensors.values()):
+                if start != end:
+                    raise ValueError(f"its tensors leave a gap or overlap at byte {start}")
+                end = stop
             if end != size:
                 raise ValueError(f"its header promises {end} bytes, it has {size}")
             return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ), tensors
@@ -175,6 +151,13 @@ def _entry(name: str, entry: dict[str, Any], data: int) -> tuple[TensorInfo, int
     return info, data + start, data + end
 
 
+def _view(name: str, mapped: mmap.mmap, info: TensorInfo, start: int, end: int) -> np.ndarray:
+    if info.dtype not in FLOATS:
+        raise UserError(f"{name} has dtype {info.dtype}, which is no float; convert it first")
+    flat = np.frombuffer(mapped, np.uint8, end - start, start)
+    return flat.view(FLOATS[info.dtype]).reshape(info.shape)
+
+
 @dataclass(frozen=True)
 class FileLayout:
     """One safetensors file to write: its name, header, and tensors in order with their offsets."""
@@ -184,9 +167,12 @@ class FileLayout:
     tensors: tuple[tuple[str, int], ...]
 
 
-def plan_files(tensors: Mapping[str, TensorInfo], max_shard_bytes: int) -> list[FileLayout]:
-    """Which tensor goes where; depends on names, shapes and dtypes alone."""
-    groups = list(_groups(tensors, max_shard_bytes))
+def plan_files(tensors: Mapping[str, TensorInfo], max_file_bytes: int) -> list[FileLayout]:
+    """Which tensor goes where; depends on names, shapes and dtypes alone.
+
+    A file is begun before one grows beyond `max_file_bytes`; a larger tensor has one of its own.
+    """
+    groups = list(_groups(tensors, max_file_bytes))
     files = []
     for i, names in enumerate(groups):
         name = f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" if len(groups) > 1 else SINGLE
@@ -222,24 +208,52 @@ def write_files(
                 f.write(file.header)
             for name, _ in file.tensors[kept:]:
                 for piece in values(name):
-                    # bfloat16 has no buffer protocol of its own
-                    f.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
+                    f.write(as_bytes(piece))
                 f.flush()
                 count += 1
                 wrote(f.fileno(), count)
             os.fsync(f.fileno())
 
 
-def write_index(
-    directory: Path, files: list[FileLayout], tensors: Mapping[str, TensorInfo]
-) -> None:
-    """The index of several files; nothing for one."""
-    if len(files) > 1:
-        index = {
-            "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
-            "weight_map": dict(sorted((n, f.name) for f in files for n, _ in f.tensors)),
-        }
-        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+def write_file(path: Path, pieces: Iterable[Any]) -> str:
+    """A file of bytes-like pieces; returns its sha256."""
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        for piece in pieces:
+            file.write(piece)
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def index_text(files: Sequence[FileLayout], tensors: Mapping[str, TensorInfo]) -> str:
+    """The content of INDEX, which says in which of several files a tensor is."""
+    index = {
+        "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
+        "weight_map": dict(sorted((n, f.name) for f in files for n, _ in f.tensors)),
+    }
+    return json_text(index)
+
+
+def as_bytes(array: np.ndarray) -> memoryview:
+    """The numbers as they go into a file; bfloat16 has no buffer protocol of its own."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+def transpose_into(target: np.ndarray, source: np.ndarray) -> None:
+    """target [I,O] = source^T, whose axes [*O,*I] multiply to them; casts when dtypes differ."""
+    source = source.reshape(target.shape[1], target.shape[0])
+    plain = np.dtype(f"u{target.dtype.itemsize}")
+    if target.dtype == source.dtype:  # plain integers: numpy copies bfloat16 one call at a time
+        target, source = target.view(plain), source.view(plain)
+    rows, columns = BLOCK
+    staged = np.empty((rows, columns + APART), target.dtype)
+    for row in range(0, source.shape[0], rows):
+        for column in range(0, source.shape[1], columns):
+            part = source[row : row + rows, column : column + columns]
+            block = staged[: part.shape[0], : part.shape[1]]
+            block[...] = part
+            place = target[column : column + columns, row : row + rows]
+            place.view(plain)[...] = block.view(plain).T
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -247,14 +261,28 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(
-            f"{path} does not exist; give a Hugging Face checkpoint directory"
-        ) from None
+        raise UserError(f"{path} is missing; name a Hugging Face directory") from None
     except (OSError, ValueError) as e:
-        raise UserError(f"{path} cannot be read: {e}; copy the checkpoint again") from None
+        raise UserError(f"{path} cannot be read: {e}; copy the directory again") from None
     if not isinstance(data, dict):
-        raise UserError(f"{path} is not a JSON object; copy the checkpoint again")
+        raise UserError(f"{path} is not a JSON object; copy the directory again")
     return data
+
+
+def json_text(value: Any) -> str:
+    """As JSON files of a directory are written."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def json_digest(value: Any) -> str:
+    """SHA-256 of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _layout(name: str, tensors: Mapping[str, TensorInfo]) -> FileLayout:
@@ -278,11 +306,11 @@ def _layout(name: str, tensors: Mapping[str, TensorInfo]) -> FileLayout:
     return FileLayout(name, head, tuple(zip(order, starts, strict=True)))
 
 
-def _groups(tensors: Mapping[str, TensorInfo], max_shard_bytes: int) -> Iterator[list[str]]:
+def _groups(tensors: Mapping[str, TensorInfo], max_file_bytes: int) -> Iterator[list[str]]:
     names: list[str] = []
     size = 0
     for name in sorted(tensors):
-        if names and size + tensors[name].nbytes > max_shard_bytes:
+        if names and size + tensors[name].nbytes > max_file_bytes:
             yield names
             names, size = [], 0
         names.append(name)
@@ -295,7 +323,7 @@ def _weight_files(directory: Path) -> list[Path]:
     if index.exists():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise UserError(f"{index} has no weight_map; copy or convert the checkpoint again")
+            raise UserError(f"{index} has no weight_map; copy or convert the directory again")
         names = sorted(set(weight_map.values()))
     else:
         names = [SINGLE]
@@ -304,6 +332,6 @@ def _weight_files(directory: Path) -> list[Path]:
             pickled = sorted(p.name for p in directory.glob("*.bin"))
             hint = f" ({pickled[0]} is not read: it may run code)" if pickled else ""
             raise UserError(
-                f"{directory / name} is missing{hint}; copy or convert the checkpoint again"
+                f"{directory / name} is missing{hint}; copy or convert the directory again"
             )
     return [directory / name for name in names]

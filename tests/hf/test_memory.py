@@ -11,24 +11,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from agentcpm_jax.merge.shards import Checkpoint
-from agentcpm_jax.model.hf import hf_shapes, save_hf
-from tests.model import hf_memory
+from agentcpm_jax import tree
+from agentcpm_jax.hf.files import Checkpoint
+from agentcpm_jax.hf.names import file_shapes
+from agentcpm_jax.hf.save import save_hf
+from agentcpm_jax.model.params import param_specs
+from tests.hf import memory_program
 
-SIZES = [2 * int(np.prod(shape)) for shape in hf_shapes(hf_memory.MODEL).values()]
+SHAPES = file_shapes(tree.flatten(param_specs(memory_program.MODEL)))
+SIZES = [2 * int(np.prod(shape)) for shape in SHAPES.values()]
 
 
 @pytest.mark.parametrize("layers_at_once", [0, 4])
 def test_anonymous_memory_is_bounded_by_the_largest_tensor(tmp_path: Path, layers_at_once) -> None:
-    save_hf(tmp_path / "a", hf_memory.make(hf_memory.MODEL), hf_memory.MODEL)
+    save_hf(tmp_path / "a", memory_program.make(memory_program.MODEL), memory_program.MODEL)
     flags = "--xla_force_host_platform_device_count=4 --xla_cpu_multi_thread_eigen=false"
-    command = [sys.executable, hf_memory.__file__, str(tmp_path), str(layers_at_once)]
+    command = [sys.executable, memory_program.__file__, str(tmp_path), str(layers_at_once)]
     done = subprocess.run(
         command,
         capture_output=True,
         text=True,
         env=os.environ
-        | {"XLA_FLAGS": flags, "PYTHONPATH": str(Path(hf_memory.__file__).parents[2])},
+        | {"XLA_FLAGS": flags, "PYTHONPATH": str(Path(memory_program.__file__).parents[2])},
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)

@@ -1,6 +1,7 @@
-"""Where a model of a recipe lies: a directory, or a snapshot in the local Hub cache.
+"""Where a model lies: a directory, or a snapshot in the local Hub cache.
 
-    checkpoints/sft            relative to the working directory, then to the recipe's file
+    checkpoints/sft            relative to the working directory, then to a recipe's file
+    shipped:base               comes with the package
     org/name  org/name@v1      models--org--name of HF_HUB_CACHE, at refs/main or at a revision
     model+lora                 a PEFT adapter, found the same way, is added to the model
 
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from agentcpm_jax.files import SHIPPED
 from agentcpm_jax.types import UserError
 
 
@@ -25,26 +27,9 @@ class Location:
     adapter: Path | None = None
 
 
-def locate(name: str, roots: Sequence[Path]) -> Location:
-    """Finds `name`; raises UserError with every place that was tried."""
-    if (whole := _directory(name, roots)) is not None:
-        return Location(whole)
-    if "+" in name:
-        model, adapter = name.rsplit("+", 1)
-        return Location(_find(model, roots), _find(adapter, roots))
-    return Location(_find(name, roots))
-
-
-def hub_cache() -> Path:
-    """The local Hub cache, by the variables huggingface_hub reads."""
-    env = os.environ
-    if cache := env.get("HF_HUB_CACHE") or env.get("HUGGINGFACE_HUB_CACHE"):
-        return Path(cache).expanduser()
-    default = Path(env.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
-    return Path(env.get("HF_HOME") or default).expanduser() / "hub"
-
-
-def _find(name: str, roots: Sequence[Path]) -> Path:
+def find_model(name: str | os.PathLike[str], roots: Sequence[Path] = (Path(),)) -> Path:
+    """The directory of a model; raises UserError with every place that was tried."""
+    name = os.fspath(name)
     if (found := _directory(name, roots)) is not None:
         return found
     repository, _, revision = name.partition("@")
@@ -61,7 +46,28 @@ def _find(name: str, roots: Sequence[Path]) -> Path:
     )
 
 
+def locate(name: str, roots: Sequence[Path]) -> Location:
+    """The same of a model that may have an adapter."""
+    if (whole := _directory(name, roots)) is not None:
+        return Location(whole)
+    if "+" in name:
+        model, adapter = name.rsplit("+", 1)
+        return Location(find_model(model, roots), find_model(adapter, roots))
+    return Location(find_model(name, roots))
+
+
+def hub_cache() -> Path:
+    """The local Hub cache, by the variables huggingface_hub reads."""
+    env = os.environ
+    if cache := env.get("HF_HUB_CACHE") or env.get("HUGGINGFACE_HUB_CACHE"):
+        return Path(cache).expanduser()
+    default = Path(env.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    return Path(env.get("HF_HOME") or default).expanduser() / "hub"
+
+
 def _directory(name: str, roots: Sequence[Path]) -> Path | None:
+    if name in SHIPPED:
+        return SHIPPED[name]
     paths = (root / Path(name).expanduser() for root in roots)
     return next((path for path in paths if path.is_dir()), None)
 

@@ -1,6 +1,6 @@
 """A program for subprocesses: how much anonymous memory `load_hf` and `save_hf` take at most.
 
-python hf_memory.py DIR LAYERS      loads DIR/a, LAYERS at a time (0: all), and saves it as DIR/b
+python memory_program.py DIR LAYERS     loads DIR/a, LAYERS at a time (0: all); saves it as DIR/b
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ import ml_dtypes
 import numpy as np
 
 from agentcpm_jax import tree
+from agentcpm_jax.hf import load
+from agentcpm_jax.hf.load import load_hf
+from agentcpm_jax.hf.save import save_hf
 from agentcpm_jax.mesh import MeshConfig
 from agentcpm_jax.model.config import QWEN3_4B, ModelConfig
-from agentcpm_jax.model.hf import load_hf, save_hf
 from agentcpm_jax.model.params import param_specs
 from agentcpm_jax.sharding import make_mesh, param_shardings
 
@@ -65,16 +67,16 @@ def make(model: ModelConfig) -> Any:
 
 
 def main() -> None:
-    directory, some = Path(sys.argv[1]), int(sys.argv[2]) or None
+    directory, some = Path(sys.argv[1]), int(sys.argv[2])
+    if some:  # as on other devices than the CPU
+        load._layers_at_once = lambda spec, cfg: some
     mesh = make_mesh(MeshConfig(fsdp=2, tensor=2))
     shardings = param_shardings(param_specs(MODEL), mesh)
     small = dataclasses.replace(MODEL, vocab_size=64, num_layers=8)
     save_hf(directory / "small", make(small), small)
-    load_hf(directory / "small", shardings=shardings, layers_at_once=some)  # what loading imports
+    load_hf(directory / "small", shardings=shardings)  # what loading imports
     before = anonymous()
-    top, (params, _) = peak(
-        lambda: load_hf(directory / "a", shardings=shardings, layers_at_once=some)
-    )
+    top, (params, _) = peak(lambda: load_hf(directory / "a", shardings=shardings))
     found = {"load": top - before}
     before = anonymous()
     found["save"] = peak(lambda: save_hf(directory / "b", params, MODEL))[0] - before

@@ -13,8 +13,12 @@ import safetensors.numpy
 from safetensors import safe_open
 
 from agentcpm_jax import tree
-from agentcpm_jax.model import hf
-from agentcpm_jax.model.config import TINY
+from agentcpm_jax.hf import save
+from agentcpm_jax.hf.companions import FILES
+from agentcpm_jax.hf.load import load_hf
+from agentcpm_jax.hf.names import INDEX, SINGLE, file_shapes
+from agentcpm_jax.hf.save import save_hf
+from agentcpm_jax.model.config import TINY, to_hf_config
 from agentcpm_jax.model.params import param_specs
 from agentcpm_jax.types import UserError
 
@@ -43,36 +47,39 @@ def same_bits(a, b):
     ("dtype", "tied", "limit"),
     list(itertools.product(["float32", "bfloat16"], [True, False], [1 << 30, 9_000])),
 )
-def test_round_trip_is_bit_exact(tmp_path, dtype, tied, limit):
+def test_round_trip_is_bit_exact(tmp_path, monkeypatch, dtype, tied, limit):
+    monkeypatch.setattr(save, "MAX_FILE_BYTES", limit)
     cfg = dataclasses.replace(CFG, param_dtype=dtype, dtype=dtype, tied_embeddings=tied)
     params = make(cfg)
-    hf.save_hf(tmp_path / "a", params, cfg, max_shard_bytes=limit)
-    loaded, found = hf.load_hf(tmp_path / "a")
+    save_hf(tmp_path / "a", params, cfg)
+    loaded, found = load_hf(tmp_path / "a")
     assert found == cfg
     same_bits(loaded, params)
 
     shards = sorted((tmp_path / "a").glob("*.safetensors"))
-    assert (len(shards) > 1) == (limit == 9_000) == (tmp_path / "a" / hf.INDEX).is_file()
+    assert (len(shards) > 1) == (limit == 9_000) == (tmp_path / "a" / INDEX).is_file()
     stored = {}
     for shard in shards:
         tensors = safetensors.numpy.load_file(shard)
         assert len(tensors) == 1 or sum(t.nbytes for t in tensors.values()) <= limit
         stored.update(tensors)
-    assert {key: value.shape for key, value in stored.items()} == hf.hf_shapes(cfg)
+    assert {key: value.shape for key, value in stored.items()} == file_shapes(
+        tree.flatten(param_specs(cfg))
+    )
     if len(shards) > 1:
-        index = json.loads((tmp_path / "a" / hf.INDEX).read_text())
+        index = json.loads((tmp_path / "a" / INDEX).read_text())
         assert index["weight_map"].keys() == stored.keys()
         assert index["metadata"]["total_size"] == sum(t.nbytes for t in stored.values())
 
-    hf.save_hf(tmp_path / "b", loaded, found, max_shard_bytes=limit)
+    save_hf(tmp_path / "b", loaded, found)
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
 
 
 def test_matrices_are_stored_outputs_by_inputs(tmp_path):
     params = make(CFG)
-    hf.save_hf(tmp_path / "m", params, CFG)
-    with safe_open(tmp_path / "m" / hf.SINGLE, "numpy") as f:
+    save_hf(tmp_path / "m", params, CFG)
+    with safe_open(tmp_path / "m" / SINGLE, "numpy") as f:
         q = f.get_tensor("model.layers.1.self_attn.q_proj.weight")  # [N H, D]
         o = f.get_tensor("model.layers.1.self_attn.o_proj.weight")  # [D, N H]
     attn = params["layers"]["attn"]
@@ -82,45 +89,42 @@ def test_matrices_are_stored_outputs_by_inputs(tmp_path):
 
 def test_dtypes_are_the_callers_choice(tmp_path):
     params = make(CFG)
-    hf.save_hf(tmp_path / "m", params, CFG, dtype="bfloat16")
+    save_hf(tmp_path / "m", params, CFG, dtype="bfloat16")
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-    loaded, found = hf.load_hf(tmp_path / "m")
+    loaded, found = load_hf(tmp_path / "m")
     assert found.param_dtype == found.dtype == "bfloat16"
     same_bits(loaded, rounded)
     wanted = dataclasses.replace(CFG, remat="full")
-    loaded, found = hf.load_hf(tmp_path / "m", wanted)
+    loaded, found = load_hf(tmp_path / "m", wanted)
     assert found == wanted
     same_bits(loaded, jax.tree.map(lambda x: x.astype(jnp.float32), rounded))
-    assert hf.load_hf(tmp_path / "m", param_dtype="float32")[1].param_dtype == "float32"
+    assert load_hf(tmp_path / "m", param_dtype="float32")[1].param_dtype == "float32"
 
 
 def test_stored_copy_of_a_tied_head_is_ignored(tmp_path):
     directory = _saved(tmp_path)
-    tensors = safetensors.numpy.load_file(directory / hf.SINGLE)
+    tensors = safetensors.numpy.load_file(directory / SINGLE)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
-    safetensors.numpy.save_file(tensors, directory / hf.SINGLE)
-    same_bits(hf.load_hf(directory)[0], make(CFG))
+    safetensors.numpy.save_file(tensors, directory / SINGLE)
+    same_bits(load_hf(directory)[0], make(CFG))
 
 
-def test_tokenizer_files_travel_and_a_checkpoint_is_replaced_whole(tmp_path):
+def test_tokenizer_files_travel_and_a_checkpoint_is_replaced_whole(tmp_path, monkeypatch):
     source = tmp_path / "source"
     source.mkdir()
-    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json", "notes.txt"):
+    for name in (*FILES, "notes.txt"):
         (source / name).write_text(name)
     params = make(CFG)
-    hf.save_hf(tmp_path / "x" / "m", params, CFG, tokenizer_from=source, max_shard_bytes=9_000)
+    with monkeypatch.context() as patch:
+        patch.setattr(save, "MAX_FILE_BYTES", 9_000)
+        save_hf(tmp_path / "x" / "m", params, CFG, tokenizer_from=source)
+    assert {"tokenizer.model", "chat_template.json"} < set(FILES)
     names = {path.name for path in (tmp_path / "x" / "m").iterdir()}
-    assert {"tokenizer.json", "chat_template.jinja", "generation_config.json"} < names
-    assert "notes.txt" not in names
+    assert set(FILES) < names and "notes.txt" not in names
     # From itself: the files are read before the old directory goes.
-    hf.save_hf(tmp_path / "x" / "m", params, CFG, tokenizer_from=tmp_path / "x" / "m")
-    assert {path.name for path in (tmp_path / "x" / "m").iterdir()} == {
-        "config.json",
-        hf.SINGLE,
-        "tokenizer.json",
-        "chat_template.jinja",
-        "generation_config.json",
-    }
+    save_hf(tmp_path / "x" / "m", params, CFG, tokenizer_from=tmp_path / "x" / "m")
+    names = {path.name for path in (tmp_path / "x" / "m").iterdir()}
+    assert names == {"config.json", SINGLE, *FILES}
     assert [path.name for path in (tmp_path / "x").iterdir()] == ["m"]
 
 
@@ -131,9 +135,9 @@ def test_a_failed_save_leaves_what_was_there(tmp_path, monkeypatch):
     def full_disk(*args, **kwargs):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(hf.json, "dumps", full_disk)
+    monkeypatch.setattr(save, "json_text", full_disk)
     with pytest.raises(OSError, match="no space"):
-        hf.save_hf(directory, jax.tree.map(jnp.zeros_like, make(CFG)), CFG)
+        save_hf(directory, jax.tree.map(jnp.zeros_like, make(CFG)), CFG)
     assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
     assert list(tmp_path.iterdir()) == [directory]
 
@@ -143,27 +147,29 @@ def test_save_refuses_foreign_places_and_wrong_trees(tmp_path):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match="home exists and is no checkpoint"):
-        hf.save_hf(tmp_path / "home", params, CFG)
+        save_hf(tmp_path / "home", params, CFG)
     with pytest.raises(UserError, match=r"tokenizer\.json is missing"):
-        hf.save_hf(tmp_path / "m", params, CFG, tokenizer_from=tmp_path / "home")
+        save_hf(tmp_path / "m", params, CFG, tokenizer_from=tmp_path / "home")
     with pytest.raises(UserError, match="'float16' is not supported"):
-        hf.save_hf(tmp_path / "m", params, CFG, dtype="float16")
+        save_hf(tmp_path / "m", params, CFG, dtype="float16")
     with pytest.raises(ValueError, match=r"embed has shape \(61, 32\), expected \(62, 32\)"):
-        hf.save_hf(tmp_path / "m", params, dataclasses.replace(CFG, vocab_size=62))
+        save_hf(tmp_path / "m", params, dataclasses.replace(CFG, vocab_size=62))
     assert [path.name for path in tmp_path.iterdir()] == ["home"]
 
 
-def test_damaged_directories_are_refused_by_name(tmp_path):
-    good = _saved(tmp_path, max_shard_bytes=9_000)
+def test_damaged_directories_are_refused_by_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(save, "MAX_FILE_BYTES", 9_000)
+    good = _saved(tmp_path)
     shard = sorted(good.glob("*.safetensors"))[1].name
     for damage, named in [
-        (lambda d: shutil.rmtree(d), r"config\.json is missing"),
-        (lambda d: (d / "config.json").write_text("{"), r"config\.json is not valid JSON"),
-        (lambda d: (d / shard).unlink(), f"{shard} is missing although"),
-        (lambda d: (d / hf.INDEX).write_text("{}"), "no weight_map"),
-        (lambda d: (d / hf.INDEX).unlink(), "neither"),
-        (lambda d: _cut(d / shard, -1), f"{shard} is truncated or corrupt"),
-        (lambda d: _cut(d / shard, 20), f"{shard} is truncated or corrupt"),
+        (lambda d: shutil.rmtree(d), "bad is not a directory"),
+        (lambda d: (d / "config.json").unlink(), r"config\.json is missing"),
+        (lambda d: (d / "config.json").write_text("{"), r"config\.json cannot be read"),
+        (lambda d: (d / shard).unlink(), f"{shard} is missing"),
+        (lambda d: (d / INDEX).write_text("{}"), "no weight_map"),
+        (lambda d: (d / INDEX).unlink(), f"{SINGLE} is missing"),
+        (lambda d: _cut(d / shard, -1), f"{shard} is not a whole safetensors file"),
+        (lambda d: _cut(d / shard, 20), f"{shard} is not a whole safetensors file"),
         (
             lambda d: _edit(d, ffw=50),
             r"down_proj.weight has shape \(32, 48\), expected \(32, 50\)",
@@ -176,25 +182,48 @@ def test_damaged_directories_are_refused_by_name(tmp_path):
         shutil.copytree(good, bad)
         damage(bad)
         with pytest.raises(UserError, match=named):
-            hf.load_hf(bad)
+            load_hf(bad)
         shutil.rmtree(bad, ignore_errors=True)
     with pytest.raises(UserError, match=r"rope_theta 10000\.0, the config says 5000000\.0"):
-        hf.load_hf(good, dataclasses.replace(CFG, rope_theta=5e6))
+        load_hf(good, dataclasses.replace(CFG, rope_theta=5e6))
+
+
+def test_a_model_may_be_named_as_in_the_hubs_cache(tmp_path, monkeypatch):
+    snapshot = tmp_path / "hub" / "models--org--name" / "snapshots" / ("ab" * 20)
+    shutil.copytree(_saved(tmp_path), snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text(snapshot.name)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    same_bits(load_hf("org/name")[0], make(CFG))
+    assert load_hf("shipped:base")[1].vocab_size > 500
+
+
+def test_files_whose_tensors_overlap_are_refused(tmp_path):
+    path = _saved(tmp_path) / SINGLE
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    first, second, *_ = (key for key in header if key.endswith("norm.weight"))
+    header[first] = header[second]
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    with pytest.raises(UserError, match="leave a gap or overlap"):
+        load_hf(tmp_path / "good")
 
 
 def test_strange_dtypes_are_named(tmp_path):
     directory = _saved(tmp_path)
-    tensors = safetensors.numpy.load_file(directory / hf.SINGLE)
+    tensors = safetensors.numpy.load_file(directory / SINGLE)
     key = "model.embed_tokens.weight"
     tensors[key] = tensors[key].astype(np.int8)
-    safetensors.numpy.save_file(tensors, directory / hf.SINGLE)
+    safetensors.numpy.save_file(tensors, directory / SINGLE)
     for dtype in (None, "float32"):
         with pytest.raises(UserError, match=f"{key} is stored as I8"):
-            hf.load_hf(directory, param_dtype=dtype)
+            load_hf(directory, param_dtype=dtype)
 
 
-def _saved(tmp_path, **kwargs):
-    hf.save_hf(tmp_path / "good", make(CFG), CFG, **kwargs)
+def _saved(tmp_path):
+    save_hf(tmp_path / "good", make(CFG), CFG)
     return tmp_path / "good"
 
 
@@ -204,4 +233,4 @@ def _cut(path, end):
 
 def _edit(directory, **changes):
     cfg = dataclasses.replace(CFG, **changes)
-    (directory / "config.json").write_text(json.dumps(hf.to_hf_config(cfg)))
+    (directory / "config.json").write_text(json.dumps(to_hf_config(cfg)))

@@ -1,0 +1,1 @@
+"""Hugging Face directories: the only code that reads and writes them."""

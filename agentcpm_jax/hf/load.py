@@ -1,0 +1,199 @@
+"""From a Hugging Face directory to parameters, bit for bit; numpy alone touches the files."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from agentcpm_jax import tree
+from agentcpm_jax.hf.files import Checkpoint, transpose_into
+from agentcpm_jax.hf.locate import find_model
+from agentcpm_jax.hf.names import (
+    CONFIG,
+    check_shape,
+    file_shape,
+    file_shapes,
+    inputs_outputs,
+    keys,
+    stacked,
+)
+from agentcpm_jax.model.config import DTYPES, ModelConfig, from_hf_config
+from agentcpm_jax.model.params import Params, ParamSpec, param_specs
+from agentcpm_jax.types import UserError
+
+PIECE_BYTES = 256 << 20  # of a parameter, on its way to a device
+READABLE = (*DTYPES, "float16")
+#: Written by some exporters although they hold nothing of their own.
+REDUNDANT = ("rotary_emb.inv_freq",)
+
+
+def load_hf(
+    directory: str | os.PathLike[str],
+    cfg: ModelConfig | None = None,
+    param_dtype: str | None = None,
+    shardings: Mapping[str, Any] | None = None,
+) -> tuple[Params, ModelConfig]:
+    """Parameters and configuration of a Qwen3 checkpoint directory.
+
+    Files are mapped, not read. On the CPU what is read becomes the parameters; for other devices
+    some layers of one parameter, and of them this host's part, are in memory at a time.
+
+    Args:
+      directory: holds config.json and safetensors, in one file or sharded with an index; or the
+        name of a model that comes with the package or is in the local Hub cache.
+      cfg: must agree with config.json in sizes and numerics; its dtypes and remat are kept.
+        Default: what config.json says.
+      param_dtype: 'float32' or 'bfloat16'. Default: `cfg.param_dtype` if cfg is given, else the
+        dtype that is stored, so that nothing is rounded.
+      shardings: one for every parameter (`sharding.param_shardings`); each process then reads its
+        devices' parts. Default: whole, on the default device.
+
+    Returns:
+      The tree of `params.init` as jax arrays, and the configuration with its `param_dtype` set.
+
+    Raises:
+      UserError: something is missing, truncated, unexpected or of another shape.
+    """
+    with Checkpoint(find_model(directory)) as stored:
+        found = from_hf_config(stored.config)
+        if cfg is None:
+            cfg = found
+        else:
+            _same_model(stored.directory, cfg, found)
+            param_dtype = param_dtype or cfg.param_dtype
+        specs = param_specs(cfg)
+        _check_keys(stored, file_shapes(tree.flatten(specs)), cfg.tied_embeddings)
+        if param_dtype is None:
+            param_dtype = _dtype(stored, specs["embed"].hf_key)
+        cfg = dataclasses.replace(cfg, param_dtype=param_dtype)
+
+        def leaf(_: str, spec: ParamSpec, sharding: Any = None) -> Any:
+            some = _layers_at_once(spec, cfg)
+            if stacked(spec) and some < spec.shape[0]:
+                return _in_pieces(stored, spec, cfg, sharding, some)
+            return _layers(stored, spec, cfg, sharding, range(spec.shape[0]))
+
+        return tree.map_with_path(leaf, specs, *([shardings] if shardings else [])), cfg
+
+
+def _check_keys(stored: Checkpoint, expected: Mapping[str, tuple[int, ...]], tied: bool) -> None:
+    """Raises `UserError` when the files have a tensor too few or too many."""
+    for key in expected:
+        if key not in stored.tensors:
+            raise UserError(f"{stored.directory} lacks tensor {key} of shape {expected[key]}")
+    for key in sorted(stored.tensors.keys() - expected.keys()):
+        copy_of_embedding = key == "lm_head.weight" and tied
+        if not copy_of_embedding and not key.endswith(REDUNDANT):
+            raise UserError(
+                f"{stored.places[key]} has tensor {key}, which the model of {CONFIG} does not "
+                f"have; correct {CONFIG}"
+            )
+
+
+def _dtype(stored: Checkpoint, key: str) -> str:
+    """The stored dtype of a tensor; raises `UserError` when parameters cannot have it."""
+    dtype = stored.tensors[key].dtype
+    if dtype not in DTYPES:
+        raise UserError(
+            f"{stored.places[key]}: tensor {key} is stored as {dtype}; give param_dtype "
+            + " or ".join(DTYPES)
+        )
+    return dtype
+
+
+def _layers_at_once(spec: ParamSpec, cfg: ModelConfig) -> int:
+    """How many layers of a parameter are on their way at a time: all on the CPU."""
+    if jax.default_backend() == "cpu":
+        return spec.shape[0]
+    layer = math.prod(spec.shape[1:]) * jnp.dtype(cfg.param_dtype).itemsize
+    return max(1, PIECE_BYTES // layer)
+
+
+def _in_pieces(
+    stored: Checkpoint, spec: ParamSpec, cfg: ModelConfig, sharding: Any, some: int
+) -> jax.Array:
+    """A stacked parameter, made on its devices from `some` layers at a time."""
+    zeros = jax.jit(partial(jnp.zeros, spec.shape, cfg.param_dtype), out_shardings=sharding)
+    put = jax.jit(jax.lax.dynamic_update_slice_in_dim, static_argnums=3, donate_argnums=0)
+    out = zeros()
+    for first in range(0, spec.shape[0], some):
+        first = min(first, spec.shape[0] - some)  # the last piece overlaps: one shape, one program
+        piece = _layers(stored, spec, cfg, sharding, range(first, first + some))
+        out = put(out, piece, first, 0).block_until_ready()  # and the host's part is free
+    return out
+
+
+def _layers(
+    stored: Checkpoint, spec: ParamSpec, cfg: ModelConfig, sharding: Any, rows: range
+) -> jax.Array:
+    """The part `rows` of a parameter along its first axis."""
+    shape = (len(rows), *spec.shape[1:])
+
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None, "arrays, no other elements"
+        own = rows[index[0]]
+        return _slice(stored, spec, (slice(own.start, own.stop), *index[1:]), cfg)
+
+    if sharding is None:
+        # Not jnp.asarray, which copies what device_put takes over.
+        return jax.device_put(part((slice(None),) * len(shape)))
+    return jax.make_array_from_callback(shape, sharding, part)
+
+
+def _slice(stored: Checkpoint, spec: ParamSpec, index: tuple[slice, ...], cfg: ModelConfig) -> Any:
+    """The part `index` of a stacked parameter, in `cfg.param_dtype`, from the files."""
+    ranges = [range(*part.indices(size)) for part, size in zip(index, spec.shape, strict=True)]
+    out = _aligned_empty(tuple(len(r) for r in ranges), jnp.dtype(cfg.param_dtype))
+    names, layered = keys(spec), stacked(spec)
+    inputs, outputs = inputs_outputs(spec)
+    inner = index[1:] if layered else index
+    for place, number in enumerate(ranges[0] if layered else (0,)):
+        found = _tensor(stored, names[number], file_shape(spec))
+        target = out[place] if layered else out
+        if inputs:
+            cut = len(inputs)
+            part = found.reshape(*outputs, *inputs)[(*inner[cut:], *inner[:cut])]
+            transpose_into(target.reshape(math.prod(target.shape[:cut]), -1), part)
+        else:
+            target[...] = found[inner]
+        stored.release(names[number])
+    return out
+
+
+def _tensor(stored: Checkpoint, key: str, shape: tuple[int, ...]) -> np.ndarray:
+    """A tensor as it lies in the mapped file; raises `UserError` for another shape or dtype."""
+    info, where = stored.tensors[key], f"{stored.places[key]}: tensor {key}"
+    check_shape(where, info.shape, shape, f"{CONFIG} and weights are of different models")
+    if info.dtype not in READABLE:
+        fix = f"convert it to {' or '.join(DTYPES)}"
+        raise UserError(f"{where} is stored as {info.dtype}, which is not supported; {fix}")
+    return stored.read(key)
+
+
+def _aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An uninitialised array on a 64-byte boundary: XLA takes it over without a copy."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _same_model(directory: Path, cfg: ModelConfig, stored: ModelConfig) -> None:
+    free = {"dtype", "param_dtype", "lm_head_fp32", "max_positions"}
+    free |= {"remat", "attention", "logits_chunk", "lora_rank", "lora_alpha"}
+    for field in dataclasses.fields(ModelConfig):
+        ours, theirs = getattr(cfg, field.name), getattr(stored, field.name)
+        if field.name not in free and ours != theirs:
+            raise UserError(
+                f"{directory / CONFIG} says {field.name} {theirs!r}, the config says "
+                f"{ours!r}; make them agree"
+            )

@@ -1,0 +1,61 @@
+"""The tokenizer and chat template of a Hugging Face directory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from agentcpm_jax.chat.format import ChatFormat
+from agentcpm_jax.hf.companions import TEMPLATE, chat_template, tokenizer_file
+from agentcpm_jax.hf.locate import find_model
+from agentcpm_jax.types import UserError
+
+
+def load_chat(directory: str | os.PathLike[str], **template_kwargs: Any) -> ChatFormat:
+    """How conversations become ids; `template_kwargs` go to every render.
+
+    Args:
+      directory: a Hugging Face directory, or the name of a model; see `locate`.
+
+    Raises:
+      UserError: tokenizer or template is missing or damaged.
+    """
+    path = find_model(directory)
+    tokenizer = load_tokenizer(path)
+    template = chat_template(path)
+    if template is None:
+        raise UserError(f"no chat template in {path}; add {TEMPLATE}")
+    return ChatFormat.from_parts(tokenizer, template, **template_kwargs)
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """From tokenizer.json; an older kind of tokenizer is converted, which needs transformers."""
+    file = tokenizer_file(directory)
+    if file is None:
+        raise UserError(f"no tokenizer.json in {directory}; name a Hugging Face directory")
+    if file.name != "tokenizer.json":
+        return _converted(file)
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # the Rust library raises bare Exception
+        raise UserError(f"{file} is not a tokenizer: {error}; fetch it again") from None
+
+
+def _converted(file: Path) -> Tokenizer:
+    try:
+        from transformers import AutoTokenizer
+    except ImportError:
+        raise UserError(
+            f"{file.parent} has {file.name} and no tokenizer.json: converting it needs "
+            "transformers; pip install 'agentcpm_jax[hf]'"
+        ) from None
+    try:
+        return AutoTokenizer.from_pretrained(file.parent, local_files_only=True).backend_tokenizer
+    except Exception as error:  # each kind of tokenizer has its own
+        said = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"{file} cannot be converted: {said}; save the tokenizer with tokenizer.json"
+        ) from None

@@ -1,0 +1,102 @@
+"""A directory's tokenizer and chat template, in the forms in which they are published."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from tokenizers import Tokenizer
+
+from agentcpm_jax.chat.format import template_text
+from agentcpm_jax.hf.tokenizer import load_chat, load_tokenizer
+from agentcpm_jax.types import UserError
+from tests.chat.qwen_style import qwen_style_tokenizer
+
+QUESTION = {"role": "user", "content": "q"}
+TEXT = "system\n The capital of 瓦杜兹 é 12 <|im_end|>\n<tool_call>x"
+
+
+def test_load_reads_a_hugging_face_directory(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no tokenizer\.json"):
+        load_chat(tmp_path)
+    qwen_style_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match="no chat template"):
+        load_chat(tmp_path)
+    template = template_text("qwen3-hybrid")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    form = load_chat(tmp_path, enable_thinking=False)
+    assert form.render([QUESTION]).endswith("<think>\n\n</think>\n\n")
+    (tmp_path / "chat_template.jinja").write_text(template_text("qwen3-thinking-2507"))
+    assert load_chat(tmp_path).in_thought  # the file wins, as in transformers
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="is not a tokenizer"):
+        load_chat(tmp_path)
+
+
+@pytest.mark.parametrize("kept_in", ["tokenizer_config.json", "chat_template.json"])
+def test_of_several_templates_the_default_is_taken(tmp_path: Path, kept_in: str) -> None:
+    qwen_style_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    listed = [{"name": "rag", "template": "r"}, {"name": "default", "template": "{{ 1 + 1 }}"}]
+    (tmp_path / kept_in).write_text(json.dumps({"chat_template": listed}))
+    assert load_chat(tmp_path).render([QUESTION]) == "2"
+
+
+def write_bpe(directory: Path) -> None:
+    """The Qwen-style tokenizer as vocab.json and merges.txt."""
+    qwen_style_tokenizer().model.save(str(directory))
+    write_config(directory, "Qwen2Tokenizer", qwen_style_tokenizer())
+
+
+def write_config(directory: Path, kind: str, tokenizer: Tokenizer) -> None:
+    flags = dict.fromkeys(("normalized", "lstrip", "rstrip", "single_word"), False)
+    added = {
+        str(i): {"content": token.content, "special": token.special, **flags}
+        for i, token in tokenizer.get_added_tokens_decoder().items()
+    }
+    config = {"tokenizer_class": kind, "added_tokens_decoder": added}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def test_vocabulary_and_merges_become_the_same_tokenizer(tmp_path: Path) -> None:
+    write_bpe(tmp_path)
+    found = load_tokenizer(tmp_path)
+    assert found.encode(TEXT).ids == qwen_style_tokenizer().encode(TEXT).ids
+    assert found.decode(found.encode(TEXT).ids, skip_special_tokens=False) == TEXT
+
+
+def test_a_sentencepiece_model_is_converted(tmp_path: Path) -> None:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["The capital of Liechtenstein is Vaduz."] * 9),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=60,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    write_config(tmp_path, "LlamaTokenizer", Tokenizer.from_str(BARE))
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    text = "the capital is Vaduz"
+    ours = load_tokenizer(tmp_path).encode(text, add_special_tokens=False)
+    assert ours.tokens == theirs.encode(text, out_type=str)
+
+
+#: A tokenizer without added tokens.
+BARE = json.dumps({"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}})
+
+
+def test_what_a_conversion_lacks_is_named(tmp_path: Path, monkeypatch) -> None:
+    write_bpe(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "transformers", None)
+        with pytest.raises(UserError, match=r"vocab\.json and no.*'agentcpm_jax\[hf\]'"):
+            load_tokenizer(tmp_path)
+    (tmp_path / "merges.txt").write_text("no merge")
+    (tmp_path / "vocab.json").write_text("{")
+    with pytest.raises(UserError, match=r"vocab\.json cannot be converted"):
+        load_tokenizer(tmp_path)
