@@ -16,7 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sqlalchemy as sa
 
+from agentcpm_jax.log import schema
 from agentcpm_jax.log.codec import (
     decode_credit,
     decode_trajectory,
@@ -243,6 +245,34 @@ def test_each_issue_ends_exactly_once(log_url: str) -> None:
             log.ship("rl", 1, [])
         with pytest.raises(ValueError, match="unknown"):
             log.drop(99, "never issued")
+
+
+def test_the_database_itself_refuses_to_ship_a_segment_twice(log_url: str) -> None:
+    with ExperienceLog.open(log_url) as log:
+        (issue,) = ready(log, 1)
+        log.ship("rl", 0, entries([issue]))
+        row = {"issue_id": issue, "sample": 0, "segment": 0, "credit": b"", "stage": "rl"}
+        again = sa.insert(schema.shipped).values(**row, step=1, ordinal=0)
+        with pytest.raises(sa.exc.IntegrityError), log._write() as conn:
+            conn.execute(again)
+
+
+def test_a_shipped_batch_survives_a_power_cut(tmp_path: Path) -> None:
+    """SQLite waits for the disk (2: FULL) when a batch ships, and for that alone (1: NORMAL)."""
+    levels: dict[str, int] = {}
+
+    def watch(conn: sa.Connection, cursor: sqlite3.Cursor, statement: str, *_: object) -> None:
+        if statement.startswith("INSERT INTO"):
+            pragma = cursor.connection.execute("PRAGMA synchronous")
+            levels[statement.split()[2]] = pragma.fetchone()[0]
+
+    sa.event.listen(sa.Engine, "before_cursor_execute", watch)
+    try:
+        with ExperienceLog.open(tmp_path / "e.db") as log:
+            log.ship("rl", 0, entries(ready(log, 1)))
+    finally:
+        sa.event.remove(sa.Engine, "before_cursor_execute", watch)
+    assert (levels["shipped"], levels["trajectory"], levels["issue"]) == (2, 1, 1)
 
 
 def test_the_last_attempt_counts_and_a_rerun_forgets_later_ones(log_url: str) -> None:

@@ -17,6 +17,7 @@ from agentcpm_jax.model.logprobs import (
     entropy_from_logits,
     label_logprobs,
     logprobs_from_logits,
+    predicted,
     token_logprobs,
     token_logprobs_and_entropy,
 )
@@ -51,6 +52,12 @@ def test_entry_t_speaks_of_token_t():
     np.testing.assert_allclose(entropy, entropies, atol=1e-5)
     assert entropies.max() < 0.9 * np.log(CFG.vocab_size)
     assert (logprobs[0, [0, 4, 6, 7]] == 0).all() and logprobs[1, 0] == 0
+
+
+def test_no_token_of_the_padding_is_predicted():
+    segments = jnp.asarray([[1, 1, 2, 2, 0, 0], [0, 0, 0, 1, 1, 1]])
+    expected = [[0, 1, 0, 1, 0, 0], [0, 0, 0, 0, 1, 1]]
+    assert predicted(segments).astype(int).tolist() == expected
 
 
 def test_entropy_of_known_distributions():

@@ -88,6 +88,16 @@ def test_no_generation_is_paid_for_that_cannot_fit() -> None:
         assert request.max_new_tokens >= SMALL.reserve
 
 
+@pytest.mark.parametrize(("missing", "turns"), [(0, 2), (1, 1)])
+def test_a_turn_starts_only_with_the_reserve_at_hand(missing: int, turns: int) -> None:
+    says = Says(search("a"), ANSWER)
+    play(policy=says.policy)
+    needed = len(says.requests[1].prompt_ids) + CFG.reserve
+    trajectory = play(search("a"), ANSWER, cfg=replace(CFG, max_context=needed - missing))
+    assert len(trajectory.turns) == turns
+    assert (trajectory.stop is StopReason.MAX_CONTEXT) == bool(missing)
+
+
 def test_context_that_ends_inside_a_turn_is_max_context_not_truncation() -> None:
     trajectory = play("word " * 600, cfg=replace(CFG, max_context=700))
     assert trajectory.stop is StopReason.MAX_CONTEXT
