@@ -294,7 +294,7 @@ def test_a_non_finite_update_is_skipped_and_counted(weight: float) -> None:
     step = make_sft_step(MODEL, tx, schedule)
     good = fill([[row] for row in rows()], 16, 6)
     bad = good.replace(weights=np.where(good.loss_mask > 0, weight, 0).astype(np.float32))
-    _, overflowing = step(fresh(tx), bad)
+    _, overflowing = step(fresh(tx), bad, Frozen())
     assert np.isfinite(overflowing["train/loss"]) == np.isfinite(weight)
     assert not np.isfinite(overflowing["train/grad_norm"])
     skipping, straight = fresh(tx), fresh(tx)
