@@ -53,7 +53,6 @@ SMALL_FOLDERS = {
 #: Requirements that no file imports.
 NOT_IMPORTED = {
     "transformers": "reads the directories that we write, and is the oracle of the parity tests",
-    "json5": "the oracle of the lenient parser",
 }
 
 
