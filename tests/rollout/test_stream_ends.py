@@ -161,7 +161,7 @@ def test_stop_frees_a_waiting_trainer_and_stubborn_episodes_are_not_recorded(
         stream.stop()
         trainer.join(5)
         assert len(seen) == 1
-        (*flying,) = log.in_flight("rl")
+        (*flying,) = log.issues("rl", states=["issued"])
         assert len(flying) == 4 and not any(log.attempts(i.issue_id) for i in flying)
         assert stream._producer.admission.running == 0
 
