@@ -308,12 +308,12 @@ X1 checkpoint.py: a checkpoint refuses a log that is older
 - behind = [f"{now[name]} {name}, then {n}" for name, n in saved.items() if now[name] < n]
 + behind = []
 ? test_checkpoint.py::test_a_step_carries_the_log_and_refuses_an_older_one
-X2 run/loop.py: versions that a resume needs stay
-- self.store.collect_garbage(step - self.rl.stream.max_staleness)
-+ self.store.collect_garbage(step)
+X2 run/sampler.py: versions that a resume needs stay
+- self.store.collect_garbage(resumable - self.rl.stream.max_staleness)
++ self.store.collect_garbage(resumable)
 ? run/test_resume.py::test_deterministic_runs_resume_bit_for_bit
 X3 run/loop.py: a checkpoint holds the loader's step
-- loader_state=self.batches.get_state(),
+- loader_state=batches.get_state(),
 + loader_state={"step": step - 1},
 ? run/test_resume.py::test_asynchronous_runs_recompute_recorded_steps
 X4 run/observe/metrics.py: a resumed run keeps the metrics of its checkpoint
