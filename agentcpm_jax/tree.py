@@ -26,7 +26,7 @@ def flatten(tree: Mapping[str, Any], *, sep: str = "/") -> dict[str, Any]:
     return flat
 
 
-def unflatten(flat: Mapping[str, Any], *, sep: str = "/") -> dict[str, Any]:
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     """The nested dict whose `flatten` is `flat`.
 
     Raises:
@@ -34,7 +34,7 @@ def unflatten(flat: Mapping[str, Any], *, sep: str = "/") -> dict[str, Any]:
     """
     tree: dict[str, Any] = {}
     for path, leaf in flat.items():
-        *parents, last = path.split(sep)
+        *parents, last = path.split("/")
         node = tree
         for key in parents:
             node = node.setdefault(key, {})

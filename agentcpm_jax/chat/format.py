@@ -91,29 +91,20 @@ class ChatFormat:
         """i32[P]: the rendered conversation up to and including the generation prompt."""
         return _i32(self._tokens.encode(self._render(messages, tools, True))[0])
 
-    def delta_text(self, appended: Sequence[Message]) -> str:
+    def delta_tokens(self, appended: Sequence[Message]) -> tuple[np.ndarray, np.ndarray]:
         """What the environment appends after the assistant's own `<|im_end|>`.
 
         All tool results of one turn belong in one call. Ends with the next generation prompt.
+
+        Returns:
+          ids i32[D] and provenance u8[D] (TOOL inside an observation, else TEMPLATE).
         """
-        return self._tokens.restore(self._delta(appended))
-
-    def delta_ids(self, appended: Sequence[Message]) -> np.ndarray:
-        """i32[D]: the ids of `delta_text(appended)`."""
-        return self.delta_tokens(appended)[0]
-
-    def delta_tokens(self, appended: Sequence[Message]) -> tuple[np.ndarray, np.ndarray]:
-        """ids i32[D] and provenance u8[D] (TOOL inside an observation, else TEMPLATE)."""
         ids, observed = self._tokens.encode(self._delta(appended))
         provenance = np.where(observed, Provenance.TOOL, Provenance.TEMPLATE)
         return _i32(ids), provenance.astype(np.uint8)
 
-    def assistant_text(self, message: Message) -> str:
-        """The completion that says `message`, from the generation prompt to `<|im_end|>`."""
-        return self._tokens.restore(self._assistant(message))
-
     def assistant_ids(self, message: Message) -> np.ndarray:
-        """i32[N]: the ids of `assistant_text(message)`."""
+        """i32[N]: the completion that says `message`, up to and with `<|im_end|>`."""
         return _i32(self._tokens.encode(self._assistant(message))[0])
 
     def demo_segment(

@@ -40,14 +40,11 @@ ERRORS = (
 CODE_TOOLS = frozenset({"PythonInterpreter", "execute_code"})
 
 
-@dataclass(frozen=True)
-class ParseLimits:
-    """What one completion may hold; beyond it the typed error is too_large or too_deep."""
-
-    max_chars: int = 2_000_000
-    max_call_chars: int = 64_000  # of all calls together
-    max_depth: int = 64
-    max_calls: int = 64
+# What one completion may hold; beyond it the typed error is too_large or too_deep.
+MAX_CHARS = 2_000_000
+MAX_CALL_CHARS = 64_000  # of all calls together
+MAX_DEPTH = 64
+MAX_CALLS = 64
 
 
 @dataclass(frozen=True)
@@ -69,44 +66,36 @@ def parse_completion(
     tool_names: Collection[str],
     *,
     in_thought: bool = False,
-    limits: ParseLimits | None = None,
 ) -> ParsedTurn:
     """Calls and answer of one completion (the text after the prompt, without `<|im_end|>`).
 
     `in_thought`: the prompt has already opened `<think>`. Never raises on any text.
     """
-    limits = limits or ParseLimits()
     start = _thought_end(text, in_thought)
     if start < 0:
         call = _error("unfinished_thought", "the thought is not closed with </think>")
         return ParsedTurn((call,), None, ((0, len(text)),))
-    if len(text) > limits.max_chars:
-        call = _error("too_large", f"the message is longer than {limits.max_chars} characters")
+    if len(text) > MAX_CHARS:
+        call = _error("too_large", f"the message is longer than {MAX_CHARS} characters")
         return ParsedTurn((call,), None, ((0, len(text)),))
     calls: list[ToolCall] = []
     spans: list[tuple[int, int]] = []
-    room = limits.max_call_chars
+    room = MAX_CALL_CHARS
     for first, last, closed in _blocks(text, start):
-        if len(calls) == limits.max_calls:
-            calls.append(_error("too_large", f"more than {limits.max_calls} calls in one message"))
+        if len(calls) == MAX_CALLS:
+            calls.append(_error("too_large", f"more than {MAX_CALLS} calls in one message"))
             spans.append((first, len(text)))
             break
         room -= last - first
         if not closed:
             calls.append(_UNCLOSED)
         elif room < 0:
-            message = f"the calls of a message are longer than {limits.max_call_chars} characters"
+            message = f"the calls of a message are longer than {MAX_CALL_CHARS} characters"
             calls.append(_error("too_large", message))
         else:
-            calls.append(_read(text[first:last], tool_names, limits.max_depth))
+            calls.append(_read(text[first:last], tool_names, MAX_DEPTH))
         spans.append((first, last))
     return ParsedTurn(tuple(calls), _answer(text, start), tuple(spans))
-
-
-def extract_answer(text: str, *, in_thought: bool = False) -> str | None:
-    """The last `<answer>...</answer>` outside the thought and the calls, stripped; else None."""
-    start = _thought_end(text, in_thought)
-    return None if start < 0 else _answer(text, start)
 
 
 def _thought_end(text: str, in_thought: bool) -> int:

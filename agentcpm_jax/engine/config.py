@@ -30,16 +30,6 @@ class EngineConfig:
     tensor: int = 1
     prefill_rows: tuple[int, ...] = ()  # row buckets of prefill; default `row_buckets`
 
-    @property
-    def max_programs(self) -> int:
-        """No engine of this configuration compiles more device programs."""
-        if self.deterministic:
-            return 3
-        lengths = len(up_to(self.capacity, self.length_buckets))
-        rows = len(up_to(self.slots, self.row_buckets))
-        fed = len(up_to(self.slots, self.prefill_rows or self.row_buckets))
-        return lengths * (fed * (1 + len(self.token_buckets)) + rows + 1)
-
 
 def check_capacity(cfg: EngineConfig, max_context: int) -> None:
     """Raise `UserError` when episodes may outgrow a slot."""

@@ -62,7 +62,7 @@ class LocalEngine:
         self._thread: threading.Thread | None = None
         self._closed = False
         self._failure = ""
-        self.programs: set[tuple] = set()  # device programs used so far, at most cfg.max_programs
+        self.programs: set[tuple] = set()  # device programs used so far
         self.tokens_sampled = 0
         self.tokens_prefilled = 0
         self.tokens_reused = 0  # prompt tokens that were found in the cache

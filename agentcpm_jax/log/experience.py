@@ -106,11 +106,9 @@ class ExperienceLog:
 
     # ---- issuing
 
-    def issue(
-        self, stage: str, kind: str, task: Task, epoch: int, ordinal: int, batch: int | None = None
-    ) -> int:
+    def issue(self, stage: str, kind: str, task: Task, epoch: int, ordinal: int) -> int:
         """Hands out one task; returns its issue_id."""
-        return self.issue_round(stage, kind, [(task, epoch, ordinal)], batch)[0]
+        return self.issue_round(stage, kind, [(task, epoch, ordinal)])[0]
 
     def issue_round(
         self,
@@ -203,11 +201,10 @@ class ExperienceLog:
             _move(conn, issue_id, ("issued",), state, reason)
             _decide(conn, issue_id, decisions)
 
-    def drop(self, issue_id: int, reason: str, decisions: Iterable[Decision] = ()) -> None:
+    def drop(self, issue_id: int, reason: str) -> None:
         """An issue in flight or ready ends `dropped`. Raises ValueError when it has ended."""
         with self._write(announces=("settled",)) as conn:
             _move(conn, issue_id, ("issued", "ready"), "dropped", reason)
-            _decide(conn, issue_id, decisions)
 
     def ship(
         self,
@@ -248,12 +245,6 @@ class ExperienceLog:
             for issue_id, decision in decisions:
                 _decide(conn, issue_id, [decision])
 
-    def event(self, stage: str, name: str, count: int = 1, detail: str = "") -> None:
-        """Adds to a named counter."""
-        row = {"stage": stage, "name": name, "count": count, "detail": db.plain(detail)}
-        with self._write() as conn:
-            conn.execute(sa.insert(db.event).values(row | {"at": time.time()}))
-
     # ---- reading
 
     def issues(
@@ -261,20 +252,13 @@ class ExperienceLog:
         stage: str,
         kind: str = "train",
         states: Sequence[str] | None = None,
-        batch: int | None = None,
     ) -> list[Issue]:
         """Issues of a stage, oldest first."""
         c = db.issue.c
         query = sa.select(db.issue).where(*_of(stage, kind)).order_by(c.issue_id)
         if states is not None:
             query = query.where(c.state.in_(list(states)))
-        if batch is not None:
-            query = query.where(c.batch == batch)
         return [db.issue_from_row(row) for row in self._all(query)]
-
-    def in_flight(self, stage: str, kind: str = "train") -> list[Issue]:
-        """Issued and not finished, oldest first."""
-        return self.issues(stage, kind, ["issued"])
 
     def ready(self, stage: str) -> list[Issue]:
         """Finished groups that wait for a batch, oldest first."""
@@ -358,14 +342,14 @@ class ExperienceLog:
         step = self._scalar(query)
         return -1 if step is None else int(step)
 
-    def results(self, stage: str, kind: str = "eval") -> list[Result]:
-        """The last attempt of every sample of a stage, by issue and sample, without tokens."""
+    def results(self, stage: str) -> list[Result]:
+        """The last attempt of every evaluated sample, by issue and sample, without its tokens."""
         t = db.trajectory.c
         columns = [t[name] for name in Result.__annotations__ if name in t]
         query = (
             sa.select(db.issue, *columns)
             .select_from(db.trajectory.join(db.issue))
-            .where(*_of(stage, kind), db.is_last())
+            .where(*_of(stage, "eval"), db.is_last())
             .order_by(t.issue_id, t.sample)
         )
         found = []
@@ -408,25 +392,21 @@ class ExperienceLog:
                 yield row._asdict()
 
     def counts(self, stage: str | None = None) -> dict[str, Counter[str]]:
-        """Issues by `state` and, of those with a reason, by `reason`; `event` counter totals."""
-        c, e = db.issue.c, db.event.c
-        issues = sa.select(c.state, c.reason, sa.func.count()).group_by(c.state, c.reason)
-        events = sa.select(e.name, sa.func.sum(e["count"])).group_by(e.name)
+        """Issues by `state` and, of those with a reason, by `reason`."""
+        c = db.issue.c
+        query = sa.select(c.state, c.reason, sa.func.count()).group_by(c.state, c.reason)
         if stage is not None:
-            issues, events = issues.where(c.stage == stage), events.where(e.stage == stage)
-        found: dict[str, Counter[str]] = {n: Counter() for n in ("state", "reason", "event")}
-        with self._read() as conn:
-            for state, reason, n in conn.execute(issues):
-                found["state"][state] += n
-                if reason:
-                    found["reason"][reason] += n
-            for name, n in conn.execute(events):
-                found["event"][name] += int(n)
+            query = query.where(c.stage == stage)
+        found: dict[str, Counter[str]] = {"state": Counter(), "reason": Counter()}
+        for state, reason, n in self._all(query):
+            found["state"][state] += n
+            if reason:
+                found["reason"][reason] += n
         return found
 
-    def next_ordinal(self, stage: str, kind: str = "train") -> int:
-        """The first index of the task sequence that was never issued."""
-        query = sa.select(sa.func.max(db.issue.c.ordinal)).where(*_of(stage, kind))
+    def next_ordinal(self, stage: str) -> int:
+        """The first index of the sequence of training tasks that was never issued."""
+        query = sa.select(sa.func.max(db.issue.c.ordinal)).where(*_of(stage, "train"))
         last = self._scalar(query)
         return 0 if last is None else int(last) + 1
 

@@ -12,7 +12,7 @@ from sqlalchemy import exc as sa_exc
 from agentcpm_jax.database import first_line, is_shared
 from agentcpm_jax.types import Credit, StopReason, Task, UserError, Verdict
 
-#: 2 added `claim`.
+#: 2 added `claim`. A log of an earlier release may hold a table `event`, which nobody reads.
 SCHEMA_VERSION = 2
 #: Key of the advisory lock under which PostgreSQL issues ids: they are dense and ascending.
 _ISSUING = 0x61677063
@@ -95,16 +95,6 @@ shipped = sa.Table(
     sa.Column("credit", sa.LargeBinary, nullable=False),
     # No segment is ever trained twice: the database itself refuses.
     sa.UniqueConstraint("issue_id", "sample", "segment"),
-)
-event = sa.Table(
-    "event",
-    metadata,
-    sa.Column("event_id", _Id, primary_key=True, autoincrement=True),
-    sa.Column("stage", sa.String, nullable=False),
-    sa.Column("name", sa.String, nullable=False),
-    sa.Column("count", sa.Integer, nullable=False),
-    sa.Column("detail", sa.Text, nullable=False),
-    sa.Column("at", sa.Double, nullable=False),
 )
 
 

@@ -83,14 +83,6 @@ def logprobs_from_logits(
     return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
-def entropy_from_logits(logits: Float[Array, "*B V"]) -> Float[Array, "*B"]:
-    """-sum p log p in nats, float32; logits of -inf count as probability 0."""
-    logits = logits.astype(jnp.float32)
-    logp = jax.nn.log_softmax(logits, axis=-1)
-    p = jnp.exp(logp)
-    return -jnp.sum(p * jnp.where(p > 0, logp, 0.0), axis=-1)
-
-
 def _of_labels(
     params: Mapping[str, Any],
     cfg: ModelConfig,
@@ -168,9 +160,12 @@ def _head_forward(
             top = z.max(-1, keepdims=True)
             e = jnp.exp(z - top)
             total = e.sum(-1)
-            logsum = top[:, 0] + jnp.log(total)
+            log_total = jnp.log(total)
+            logsum = top[:, 0] + log_total
             chosen = jnp.take_along_axis(z, y[:, None], axis=1)[:, 0]
-            spread = logsum - jnp.sum(e * z, -1) / total if entropy else jnp.zeros_like(logsum)
+            spread = jnp.zeros_like(logsum)
+            if entropy:  # of z - top: the mean of large logits would cancel against their sum
+                spread = log_total - jnp.sum(e * (z - top), -1) / total
             return chosen - logsum, spread, logsum
 
         cut = _cutter(labels.shape, chunk or chunk_tokens(matrix.shape[0]))

@@ -116,10 +116,6 @@ class SGLangPool:
         weights = Weights(version, self.name(version), path)
         return self._call(self._until_closed(self._get().update(weights, logprobs)))
 
-    def add_worker(self, url: str) -> None:
-        """A worker that came later: it gets the published weights before its first request."""
-        self._loop.call_soon_threadsafe(self._get().add, check_url(url))
-
     def snapshot(self) -> dict[str, float]:
         """`pool/...` figures: workers by state, chunks, interruptions, errors by kind."""
         workers = list(self._members.workers.values()) if self._members else []

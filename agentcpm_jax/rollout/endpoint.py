@@ -20,9 +20,6 @@ import httpx
 from agentcpm_jax.rollout.policy import AssistantMessage, Finish
 from agentcpm_jax.types import UserError
 
-#: What `AssistantMessage.error` begins with; asking again can help with all but `refused`.
-FAILURES = ("timeout", "transport", "busy", "refused", "malformed")
-
 _FINISH = {"length": Finish.LENGTH}
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
@@ -69,8 +66,8 @@ class ChatEndpoint:
     async def reply(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
     ) -> AssistantMessage:
-        """The first choice. A failure is a message with `finish=error` and `error` set, which
-        begins with one of `FAILURES`; keys are in no message."""
+        """The first choice. A failure is a message with `finish=error` and an `error` that begins
+        with timeout, transport, busy, refused or malformed; keys are in no message."""
         body: dict[str, Any] = {
             "model": self._cfg.model,
             "messages": [dict(m) for m in messages],

@@ -68,7 +68,7 @@ async def run_episode(
 ) -> Trajectory:
     """Play one task to its end; the answer is filled, verdict and reward are the grader's.
 
-    The caller opens and closes `toolbox`. Cancellation propagates (see `cancelled_trajectory`).
+    The caller opens and closes `toolbox`. Cancellation propagates.
     Raises UserError when the system prompt and the tools alone do not fit into `max_context`.
     """
     began = time.monotonic()
@@ -97,19 +97,6 @@ def check_prompt(chat: ChatFormat, cfg: EpisodeConfig, schemas: Sequence[Message
             f"the system prompt and the tools take {fixed} tokens, episode.max_context is "
             f"{cfg.max_context} with {cfg.reserve} in reserve; raise max_context"
         )
-
-
-def cancelled_trajectory(issue_id: int, sample: int, attempt: int, error: str = "") -> Trajectory:
-    """What the caller of a cancelled `run_episode` records: nothing of it is kept."""
-    return Trajectory(
-        segments=(),
-        turns=(),
-        stop=StopReason.CANCELLED,
-        issue_id=issue_id,
-        sample=sample,
-        attempt=attempt,
-        error=error,
-    )
 
 
 class _Episode:

@@ -113,7 +113,7 @@ class ChatPolicy(Protocol):
     """Messages in, message out."""
 
     async def reply(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
     ) -> AssistantMessage: ...
 
 

@@ -17,7 +17,7 @@ from agentcpm_jax.dock.protocol import OpenToolbox, Toolbox
 from agentcpm_jax.rewards.grade import GRADERS, Reward, answer_reward
 from agentcpm_jax.rewards.judge import Ask, AskError, Judge, JudgeCache, JudgeConfig
 from agentcpm_jax.rollout.endpoint import ChatEndpoint, EndpointConfig, may_retry
-from agentcpm_jax.rollout.policy import Finish
+from agentcpm_jax.rollout.policy import ChatPolicy, Finish
 from agentcpm_jax.types import Task, Trajectory, UserError
 from agentcpm_jax.world.tools import SCHEMAS, open_toolbox
 
@@ -147,7 +147,7 @@ def _judge(cfg: JudgeConfig, workdir: Path | None) -> Judge:
 
 
 def _ask(cfg: JudgeConfig, model: str) -> Ask:
-    endpoint = ChatEndpoint(
+    endpoint: ChatPolicy = ChatEndpoint(
         EndpointConfig(cfg.url, model, cfg.key_env, max_tokens=cfg.max_tokens, timeout=cfg.timeout)
     )
 

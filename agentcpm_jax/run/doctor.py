@@ -43,7 +43,7 @@ from agentcpm_jax.pool.servers import SGLangPool
 from agentcpm_jax.pool.worker import open_client
 from agentcpm_jax.rewards.judge import JudgeConfig, judge_prompt, parse_verdict
 from agentcpm_jax.rollout.endpoint import ChatEndpoint, EndpointConfig
-from agentcpm_jax.rollout.policy import Finish
+from agentcpm_jax.rollout.policy import ChatPolicy, Finish
 from agentcpm_jax.run.commandline import Command
 from agentcpm_jax.run.custom import make_tools
 from agentcpm_jax.run.engines import probe_logprobs, weights_name, weights_place
@@ -225,7 +225,7 @@ def _sqlite(path: Path) -> str:
 
 def _judge(cfg: JudgeConfig, model: str) -> str:
     """A question that every judge can answer."""
-    endpoint = ChatEndpoint(
+    endpoint: ChatPolicy = ChatEndpoint(
         EndpointConfig(cfg.url, model, cfg.key_env, max_tokens=cfg.max_tokens, timeout=cfg.timeout)
     )
     prompt, code = judge_prompt(QUESTION, "8")

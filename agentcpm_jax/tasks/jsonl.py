@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,12 +54,6 @@ def load_tasks(path: str | Path, *, skip_bad: bool = False) -> tuple[list[Task],
     if not tasks:
         raise UserError(f"{path} holds no usable task ({lines} lines, {len(bad)} bad)")
     return tasks, LoadReport(lines, len(tasks), tuple(bad), tuple(duplicates))
-
-
-def save_tasks(path: str | Path, tasks: Iterable[Task]) -> None:
-    """Inverse of `load_tasks`."""
-    rows = (json.dumps(task.to_json(), ensure_ascii=False) + "\n" for task in tasks)
-    Path(path).write_text("".join(rows), encoding="utf-8")
 
 
 def _read_lines(path: Path) -> list[bytes]:

@@ -1,4 +1,4 @@
-"""k-hop questions with proved answers, their oracle scripts, and faulty demonstrations."""
+"""k-hop questions with proved answers, and faulty demonstrations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from agentcpm_jax.world.tools import ARGUMENT, answer_call
 
 MAX_HOPS = 4
 
-Call = tuple[str, dict[str, str]]
 Message = dict[str, Any]
 
 
@@ -26,7 +25,7 @@ class Demonstration(NamedTuple):
     right: bool
 
 
-def questions(world: World, hops: Sequence[int], count: int, seed: int = 0) -> list[Task]:
+def questions(world: World, hops: Sequence[int], count: int) -> list[Task]:
     """`count` different questions, cycling through `hops` (each 1 to 4).
 
     Every answer is proved unique by executing the query on the graph, and no path visits an entity
@@ -34,7 +33,7 @@ def questions(world: World, hops: Sequence[int], count: int, seed: int = 0) -> l
     """
     if not hops or not all(1 <= hop <= MAX_HOPS for hop in hops):
         raise UserError(f"hops is {tuple(hops)}; use hop counts from 1 to {MAX_HOPS}")
-    rng = random.Random(f"questions/{world.config.key}/{seed}")
+    rng = random.Random(f"questions/{world.config.key}/0")
     tasks: dict[str, Task] = {}
     for number in range(count):
         hop = hops[number % len(hops)]
@@ -54,21 +53,6 @@ def questions(world: World, hops: Sequence[int], count: int, seed: int = 0) -> l
 def question_text(start: str, relations: Sequence[str]) -> str:
     """`What is the r_k of the ... of the r_1 of First Second?`"""
     return f"What is {' of '.join(f'the {r}' for r in reversed(relations))} of {start}?"
-
-
-def oracle_calls(task: Task) -> list[Call]:
-    """The tool calls of a flawless episode, two per hop."""
-    calls: list[Call] = []
-    key = ""
-    for relation, name in zip(task.meta["relations"], task.meta["path"][:-1], strict=True):
-        calls += [("search", {"query": key + name}), ("visit", {"title": name})]
-        key = f"{relation} "
-    return calls
-
-
-def oracle_answer(task: Task) -> str:
-    """What stands inside `<answer></answer>`: the last relation, then the name."""
-    return f"{task.meta['relations'][-1]} {task.meta['path'][-1]}"
 
 
 def demonstration(

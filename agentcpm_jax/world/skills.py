@@ -54,11 +54,11 @@ class SkillMix:
     recall_drills: int = 3  # further questions about the same page
 
 
-def document(rng: random.Random, mix: SkillMix, split: str = "train") -> Document:
-    """One document drawn from `mix`; names come from the pairs of `split` alone."""
+def document(rng: random.Random, mix: SkillMix) -> Document:
+    """One document drawn from `mix`; names come from the pairs of the training split alone."""
     kinds = ("recall", "sort", "add", "repeat")
     kind = rng.choices(kinds, weights=[getattr(mix, k) for k in kinds])[0]
-    return skill_document(rng, kind, mix, split)
+    return skill_document(rng, kind, mix)
 
 
 def skill_document(rng: random.Random, kind: str, mix: SkillMix, split: str = "train") -> Document:

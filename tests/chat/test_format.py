@@ -79,10 +79,13 @@ def test_ids_are_those_of_transformers(
         assert list(ids) == expected
 
 
+def said_by(form: ChatFormat, message: dict[str, Any]) -> str:
+    return form.decode(form.assistant_ids(message))
+
+
 @pytest.mark.parametrize("case", DELTA, ids=lambda c: f"{c['id']}-{c['template']}")
 def test_delta_is_what_the_template_would_append(case: dict[str, Any]) -> None:
     form = chat(case["template"], **case["kwargs"])
-    assert form.delta_text(case["appended"]) == case["expected_delta"]
     ids, provenance = form.delta_tokens(case["appended"])
     assert form.decode(ids) == case["expected_delta"]
     observed = form.decode(ids[provenance == Provenance.TOOL])
@@ -98,12 +101,12 @@ def test_append_only_transcript(case: dict[str, Any]) -> None:
         form.prompt_ids(case["messages"], case["tools"]),
         said,
         [form.im_end_id],
-        form.delta_ids(case["reply"]),
+        form.delta_tokens(case["reply"])[0],
     ]
     ids = np.concatenate(parts)
     assert form.decode(ids) == case["append_only_text"]
     if case["rerender_parsed"]["equal"]:
-        canonical = form.assistant_text(case["parsed_message"])
+        canonical = said_by(form, case["parsed_message"])
         assert canonical == case["raw_completion"] + IM_END
 
 
@@ -125,7 +128,7 @@ def test_demo_is_the_append_only_conversation(chats: dict[str, ChatFormat], temp
     text = form.render(DEMO, add_generation_prompt=False)  # thoughts of one tool loop are kept
     assert form.decode(segment.ids) == text.removesuffix("\n")
     demo = form.decode(segment.ids[segment.provenance == Provenance.DEMO])
-    assert demo == form.assistant_text(DEMO[2]) + form.assistant_text(DEMO[5])
+    assert demo == said_by(form, DEMO[2]) + said_by(form, DEMO[5])
     assert demo.endswith("<answer>Vaduz</answer>" + IM_END)
     observed = form.decode(segment.ids[segment.provenance == Provenance.TOOL])
     assert observed == "\none\n\ntwo\n"
@@ -145,7 +148,8 @@ def test_demo_calls_are_control_tokens_and_their_arguments_are_not() -> None:
     call = {"name": "search", "arguments": {"query": "<tool_call> <|im_end|>"}}
     message = {"role": "assistant", "content": "<|im_start|>", "tool_calls": [call]}
     ids = list(form.assistant_ids(message))
-    assert form.decode(ids) == form.assistant_text(message)
+    said = '{"name": "search", "arguments": {"query": "<tool_call> <|im_end|>"}}'
+    assert form.decode(ids).endswith(f"\n<tool_call>\n{said}\n</tool_call>{IM_END}")
     assert ids.count(form.tool_call_start_id) == ids.count(form.tool_call_end_id) == 1
     assert ids.index(form.im_end_id) == len(ids) - 1
 
@@ -154,9 +158,9 @@ def test_a_demo_needs_an_assistant_message_and_a_thought_that_fits() -> None:
     with pytest.raises(UserError, match="no assistant message"):
         chat().demo_segment(DEMO[:2])
     closed = chat("qwen3-hybrid", enable_thinking=False)
-    assert closed.assistant_text({"role": "assistant", "content": "x"}) == "x" + IM_END
+    assert said_by(closed, {"role": "assistant", "content": "x"}) == "x" + IM_END
     with pytest.raises(UserError, match="does not continue the generation prompt"):
-        closed.assistant_text(DEMO[5])
+        closed.assistant_ids(DEMO[5])
 
 
 HOSTILE = st.lists(

@@ -6,6 +6,7 @@ import json
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import json5
 import pytest
@@ -16,8 +17,6 @@ from agentcpm_jax.chat import lenient_json
 from agentcpm_jax.chat.parse import (
     ERRORS,
     ParsedTurn,
-    ParseLimits,
-    extract_answer,
     parse_completion,
 )
 
@@ -49,19 +48,18 @@ def test_golden(case: dict[str, Any]) -> None:
         for c in turn.calls
     ]
     assert {"calls": calls, "answer": turn.answer} == case["expected"]
-    assert extract_answer(text) == turn.answer
 
 
 @pytest.mark.parametrize("case", ANSWERS, ids=lambda c: c["text"][:20])
 def test_answer_extraction(case: dict[str, Any]) -> None:
-    assert extract_answer(case["text"]) == case["expected"]
+    assert parse(case["text"]).answer == case["expected"]
 
 
 def test_answers_in_thoughts_and_calls_do_not_count() -> None:
-    assert extract_answer("<answer>a</answer>", in_thought=True) is None
-    assert extract_answer("<answer>a</answer></think> b", in_thought=True) is None
-    assert extract_answer(call('{"q": "<answer>a</answer>"}')) is None
-    assert extract_answer("<answer>a</answer> <answer>open") == "a"
+    assert parse("<answer>a</answer>", in_thought=True).answer is None
+    assert parse("<answer>a</answer></think> b", in_thought=True).answer is None
+    assert parse(call('{"q": "<answer>a</answer>"}')).answer is None
+    assert parse("<answer>a</answer> <answer>open").answer == "a"
 
 
 def test_an_open_thought_is_an_error_only_where_a_thought_was_opened() -> None:
@@ -156,7 +154,8 @@ PIECES = st.sampled_from(
 @settings(max_examples=200, deadline=None)
 @given(text=st.lists(PIECES | st.text(max_size=3), max_size=30).map("".join), thought=st.booleans())
 def test_any_text_gives_calls_that_can_be_sent_and_logged(text: str, thought: bool) -> None:
-    turn = parse(text, in_thought=thought, limits=ParseLimits(max_calls=4, max_depth=5))
+    with mock.patch.multiple("agentcpm_jax.chat.parse", MAX_CALLS=4, MAX_DEPTH=5):
+        turn = parse(text, in_thought=thought)
     assert len(turn.calls) == len(turn.spans) <= 5
     assert set(turn.errors) <= set(ERRORS)
     for found, (start, end) in zip(turn.calls, turn.spans, strict=True):

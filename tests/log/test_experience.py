@@ -16,7 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sqlalchemy as sa
 
+from agentcpm_jax.log import schema
 from agentcpm_jax.log.codec import (
     decode_credit,
     decode_trajectory,
@@ -175,8 +177,6 @@ def test_a_group_goes_round_and_comes_back(log_url: str) -> None:
         log.record_trajectory(trajectory(evaluated, sample=1))
         log.finish_group(evaluated, "done", decisions=[Decision(1, "length", "too\0long")])
         log.ship("rl", 0, entries([second, first]), [(first, Decision(0, "over_age", "old"))])
-        log.event("rl", "forks", 2)
-        log.event("rl", "forks", 3)
     with ExperienceLog.open(log_url) as log:
         batch = log.shipped("rl", 0)
         assert [(s.issue_id, s.sample, s.segment_index) for s in batch] == [(2, 0, 0), (1, 0, 0)]
@@ -193,8 +193,8 @@ def test_a_group_goes_round_and_comes_back(log_url: str) -> None:
         assert log.decisions(evaluated) == [Decision(1, "length", "too\ufffdlong")]
         assert log.decisions(first) == [Decision(0, "over_age", "old")]
         counts = log.counts()
-        assert counts["state"] == {"shipped": 2, "done": 1} and counts["event"] == {"forks": 5}
-        assert log.next_ordinal("rl") == 2 and log.next_ordinal("rl", "eval") == 1
+        assert counts["state"] == {"shipped": 2, "done": 1}
+        assert log.next_ordinal("rl") == 2
 
 
 def test_who_looks_at_a_log_needs_no_tables(log_url: str) -> None:
@@ -238,11 +238,39 @@ def test_each_issue_ends_exactly_once(log_url: str) -> None:
         # A refused batch leaves nothing behind.
         assert [i.issue_id for i in log.ready("rl")] == [c]
         assert log.last_shipped_step("rl") == 0
-        assert [i.issue_id for i in log.in_flight("rl")] == [flying]
+        assert [i.issue_id for i in log.issues("rl", states=["issued"])] == [flying]
         with pytest.raises(ValueError, match="empty"):
             log.ship("rl", 1, [])
         with pytest.raises(ValueError, match="unknown"):
             log.drop(99, "never issued")
+
+
+def test_the_database_itself_refuses_to_ship_a_segment_twice(log_url: str) -> None:
+    with ExperienceLog.open(log_url) as log:
+        (issue,) = ready(log, 1)
+        log.ship("rl", 0, entries([issue]))
+        row = {"issue_id": issue, "sample": 0, "segment": 0, "credit": b"", "stage": "rl"}
+        again = sa.insert(schema.shipped).values(**row, step=1, ordinal=0)
+        with pytest.raises(sa.exc.IntegrityError), log._write() as conn:
+            conn.execute(again)
+
+
+def test_a_shipped_batch_survives_a_power_cut(tmp_path: Path) -> None:
+    """SQLite waits for the disk (2: FULL) when a batch ships, and for that alone (1: NORMAL)."""
+    levels: dict[str, int] = {}
+
+    def watch(conn: sa.Connection, cursor: sqlite3.Cursor, statement: str, *_: object) -> None:
+        if statement.startswith("INSERT INTO"):
+            pragma = cursor.connection.execute("PRAGMA synchronous")
+            levels[statement.split()[2]] = pragma.fetchone()[0]
+
+    sa.event.listen(sa.Engine, "before_cursor_execute", watch)
+    try:
+        with ExperienceLog.open(tmp_path / "e.db") as log:
+            log.ship("rl", 0, entries(ready(log, 1)))
+    finally:
+        sa.event.remove(sa.Engine, "before_cursor_execute", watch)
+    assert (levels["shipped"], levels["trajectory"], levels["issue"]) == (2, 1, 1)
 
 
 def test_the_last_attempt_counts_and_a_rerun_forgets_later_ones(log_url: str) -> None:
@@ -342,7 +370,7 @@ def speaking(name):
 for name in ("issue_round", "record_trajectory", "finish_group", "ship"):
     speaking(name)
 with Log.open(sys.argv[1]) as log:
-    for issue in log.in_flight("rl"):
+    for issue in log.issues("rl", states=["issued"]):
         log.record_trajectory(trajectory(issue.issue_id, seed=issue.issue_id))
         log.finish_group(issue.issue_id, "ready")
     while True:

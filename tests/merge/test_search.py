@@ -87,6 +87,8 @@ def test_a_greedy_soup_takes_what_helps_best_first():
     soup, took = soups.greedy_soup(trees, nearness(target))
     assert took.ingredients == (2, 1) and took.scores[1] > took.scores[0]
     close(soup, soups.uniform_soup(trees[1:]))
+    _, took = soups.greedy_soup([target, target], lambda _: 0.5)
+    assert took.ingredients == (0, 1)  # no worse is good enough
     with pytest.raises(UserError, match="score of model 0 is nan"):
         soups.greedy_soup(trees, lambda _: float("nan"))
     with pytest.raises(UserError, match="0 models"):

@@ -14,9 +14,9 @@ from agentcpm_jax.model import qwen3
 from agentcpm_jax.model.config import TINY
 from agentcpm_jax.model.logprobs import (
     chunk_tokens,
-    entropy_from_logits,
     label_logprobs,
     logprobs_from_logits,
+    predicted,
     token_logprobs,
     token_logprobs_and_entropy,
 )
@@ -53,19 +53,29 @@ def test_entry_t_speaks_of_token_t():
     assert (logprobs[0, [0, 4, 6, 7]] == 0).all() and logprobs[1, 0] == 0
 
 
+def test_no_token_of_the_padding_is_predicted():
+    segments = jnp.asarray([[1, 1, 2, 2, 0, 0], [0, 0, 0, 1, 1, 1]])
+    expected = [[0, 1, 0, 1, 0, 0], [0, 0, 0, 0, 1, 1]]
+    assert predicted(segments).astype(int).tolist() == expected
+
+
+def entropy_of(logits: jax.Array) -> jax.Array:
+    """Of one position: hidden states are the logits of a vocabulary of unit vectors."""
+    labels = jnp.zeros((1, 1), jnp.int32)
+    return label_logprobs(logits[None, None], jnp.eye(len(logits)), labels, entropy=True)[1][0, 0]
+
+
 def test_entropy_of_known_distributions():
-    logits = jnp.array([[0.0] * 4, [7.0, 7.0, -jnp.inf, -jnp.inf], [90.0, 0.0, 0.0, 0.0]])
-    np.testing.assert_allclose(
-        entropy_from_logits(logits), [np.log(4), np.log(2), 0], rtol=1e-6, atol=1e-6
-    )
+    found = [entropy_of(jnp.asarray(z)) for z in ([0.0] * 4, [7.0, 7.0, -1e4, -1e4], [90.0, 0, 0])]
+    np.testing.assert_allclose(found, [np.log(4), np.log(2), 0], rtol=1e-6, atol=1e-6)
 
 
 def test_entropy_gradient_is_its_closed_form():
     """dH/dz_i = -p_i (log p_i + H)."""
     logits = jax.random.normal(jax.random.key(0), (7,))
     p = jax.nn.softmax(logits)
-    closed = -p * (jnp.log(p) + entropy_from_logits(logits))
-    np.testing.assert_allclose(jax.grad(entropy_from_logits)(logits), closed, atol=1e-6)
+    closed = -p * (jnp.log(p) + entropy_of(logits))
+    np.testing.assert_allclose(jax.grad(entropy_of)(logits), closed, atol=1e-6)
 
 
 def inputs() -> tuple[Any, Any, Any]:
@@ -77,7 +87,9 @@ def inputs() -> tuple[Any, Any, Any]:
 
 def dense(hidden: Any, matrix: Any, labels: Any) -> tuple[Any, Any]:
     logits = jnp.einsum("BTD,VD->BTV", hidden, matrix, precision="highest")
-    return logprobs_from_logits(logits, labels), entropy_from_logits(logits)
+    return logprobs_from_logits(logits, labels), -jnp.sum(
+        jax.nn.softmax(logits) * jax.nn.log_softmax(logits), -1
+    )
 
 
 @pytest.mark.parametrize("chunk", [4, 22])

@@ -8,12 +8,17 @@ import numpy as np
 import pytest
 
 from agentcpm_jax.model import qwen3
-from agentcpm_jax.model.attention import reference as attention
 from agentcpm_jax.model.config import REMATS, TINY
 from agentcpm_jax.model.params import init
 
 CFG = dataclasses.replace(TINY, vocab_size=61, width=32, num_layers=2, head_dim=8, ffw=48)
 forward = jax.jit(qwen3.forward, static_argnums=1)
+
+
+def visible(segments):
+    """[b, t, s]: query t may look at key s."""
+    same = segments[:, :, None] == segments[:, None, :]
+    return same & jnp.tril(jnp.ones(same.shape[1:], bool))
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +39,7 @@ def test_no_logit_depends_on_a_later_token_or_another_segment(params):
     params = {**params, "lm_head": params["embed"].T}
     jacobian = jax.jit(jax.jacrev(logit_sums))(params["embed"])  # [T, V, D]
     influence = np.abs(np.asarray(jacobian)[:, np.asarray(tokens[0])]).sum(-1)  # [T, T]
-    allowed = np.asarray(attention.segment_mask(segments))[0]
+    allowed = np.asarray(visible(segments))[0]
     assert (influence[~allowed] == 0).all()
     assert (influence[allowed] > 0).all()
     assert not allowed[4:, :4].any() and not allowed[:7, 7:].any()
@@ -93,7 +98,7 @@ def test_attention_is_injected_and_equals_repeated_heads(params):
     def repeated(q, k, v, segment_ids):
         groups = q.shape[2] // k.shape[2]
         k, v = (jnp.repeat(x, groups, axis=2) for x in (k, v))
-        mask = attention.segment_mask(segment_ids)[:, None]
+        mask = visible(segment_ids)[:, None]
         return jax.nn.dot_product_attention(q, k, v, mask=mask)
 
     ours = forward(params, CFG, *inputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -105,6 +106,13 @@ def test_an_unusable_answer_is_named(status, payload, kind):
     with pytest.raises(PoolError) as error:
         read_generate(status, payload, EXPECTED)
     assert error.value.kind == kind
+
+
+def test_weights_older_than_at_send_are_lost_weights():
+    """A server that came back with its first weights may not pass for the trainer's newest."""
+    with pytest.raises(PoolError, match="weights 'r-0', 'r-1' or newer expected") as error:
+        read_generate(200, body(), replace(EXPECTED, oldest=1))
+    assert error.value.kind == PoolErrorKind.WRONG_VERSION
 
 
 def test_the_newest_version_alone_is_uncertain_when_it_changed_meanwhile():

@@ -243,11 +243,12 @@ def test_killing_one_of_two_workers_loses_no_trajectory(servers, tmp_path):
 
 
 def test_a_late_worker_takes_the_published_weights_before_its_first_request(servers, tmp_path):
-    first, late = FaultServer(), FaultServer()
-    pool = open_pool([servers.start(first)], tmp_path)
+    first, late, file = FaultServer(), FaultServer(), tmp_path / "urls.txt"
+    file.write_text(servers.start(first))
+    pool = open_pool([], tmp_path, urls_file=str(file))
     pool.update_weights(1, toy_weights(tmp_path, "w1"))
     url = servers.start(late)
-    pool.add_worker(url)
+    file.write_text(f"{file.read_text()}\n{url}")
     wait_for(lambda: pool.workers().get(url) == "ready")
     done = sample_all(pool, [request(i) for i in range(16)])
     pool.close()

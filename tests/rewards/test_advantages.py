@@ -159,6 +159,14 @@ def test_sampled_tokens_of_a_turn_share_the_trajectory_advantage():
     assert right.keep.tolist() == [False] * 2 + [True] * 8
 
 
+@pytest.mark.parametrize(("reward", "trained"), [(0.5, False), (0.51, True)])
+def test_a_score_at_the_threshold_is_not_right(reward, trained):
+    """Better than the other, but only what lies above `right_above` is ever encouraged."""
+    ((mine,), _) = credit(trajectory(reward), trajectory(0.0, 1))
+    assert mine.keep[2:].tolist() == [trained] * 8
+    assert mine.advantage[2:].tolist() == pytest.approx([2 * reward if trained else 0.0] * 8)
+
+
 @pytest.mark.parametrize("reward", [1.0, 0.0])
 def test_a_bad_call_loses_its_own_credit_and_nothing_else(reward):
     """The original mutes the whole turn, the good call included."""

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from agentcpm_jax.chat.format import IM_END
-from agentcpm_jax.rollout.episode import cancelled_trajectory, run_episode
+from agentcpm_jax.rollout.episode import run_episode
 from agentcpm_jax.rollout.policy import Completion, Finish, SampleRequest
 from agentcpm_jax.types import (
     Provenance,
@@ -63,7 +63,6 @@ STOPS: dict[StopReason, Callable[[], Trajectory]] = {
 
 def test_the_loop_can_reach_every_stop_but_the_graders_and_the_callers() -> None:
     assert set(StopReason) - set(STOPS) == {StopReason.JUDGE_ERROR, StopReason.CANCELLED}
-    assert cancelled_trajectory(7, 1, 0).stop is StopReason.CANCELLED
 
 
 @pytest.mark.parametrize("reason", STOPS)
@@ -86,6 +85,16 @@ def test_no_generation_is_paid_for_that_cannot_fit() -> None:
     for request in says.requests:
         assert len(request.prompt_ids) + request.max_new_tokens <= SMALL.max_context
         assert request.max_new_tokens >= SMALL.reserve
+
+
+@pytest.mark.parametrize(("missing", "turns"), [(0, 2), (1, 1)])
+def test_a_turn_starts_only_with_the_reserve_at_hand(missing: int, turns: int) -> None:
+    says = Says(search("a"), ANSWER)
+    play(policy=says.policy)
+    needed = len(says.requests[1].prompt_ids) + CFG.reserve
+    trajectory = play(search("a"), ANSWER, cfg=replace(CFG, max_context=needed - missing))
+    assert len(trajectory.turns) == turns
+    assert (trajectory.stop is StopReason.MAX_CONTEXT) == bool(missing)
 
 
 def test_context_that_ends_inside_a_turn_is_max_context_not_truncation() -> None:

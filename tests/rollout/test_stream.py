@@ -8,8 +8,10 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +77,7 @@ def test_a_restart_re_issues_what_was_in_flight_and_trains_nothing_twice(tmp_pat
                 stream.start(version=len(batches))
                 batches += train(stream, world, len(batches), 2)
                 time.sleep(rnd.uniform(0, 0.01))
-            before = {i.issue_id for i in log.in_flight("rl")}
+            before = {i.issue_id for i in log.issues("rl", states=["issued"])}
             last = log.next_ordinal("rl")
         check_bounds(log, SMALL, 8)
         # A trainer that fell back to an older checkpoint gets the same batches again (R1).
@@ -87,9 +89,33 @@ def test_a_restart_re_issues_what_was_in_flight_and_trains_nothing_twice(tmp_pat
             assert stream.snapshot()["stream/running"] == 0 and log.next_ordinal("rl") == last
             train(stream, world, 5, 6)
         check_bounds(log, SMALL, 11)
-        assert not before & {i.issue_id for i in log.in_flight("rl")}
+        assert not before & {i.issue_id for i in log.issues("rl", states=["issued"])}
         ordinals = [i.ordinal for i in log.issues("rl")]
         assert sorted(set(ordinals)) == list(range(max(ordinals) + 1))  # no task skipped
+
+
+def test_a_restart_samples_anew_what_grew_too_old_to_be_trained(tmp_path: Path) -> None:
+    calls: list[int] = []
+    resumed = threading.Event()
+    world = World()
+
+    async def run(task: Task, issue_id: int, sample: int, attempt: int) -> Trajectory:
+        if issue_id == 1:
+            calls.append(sample)
+            if sample == 2:
+                resumed.set()
+        return await world.run(task, issue_id, sample, attempt)
+
+    with ExperienceLog.open(tmp_path / "e.db") as log:
+        issue = log.issue("rl", "train", task(0), 0, 0)
+        for sample, world.version in ((0, 3), (1, 4)):
+            traj = asyncio.run(world.run(task(0), issue, sample, 0))
+            log.record_trajectory(replace(traj, issue_id=issue, sample=sample))
+        world.version = 5
+        with Stream(log, "rl", task, run, finish, SMALL) as stream:  # eta = 1
+            stream.start(version=5)
+            assert resumed.wait(20)
+    assert calls == [0, 2]
 
 
 # ---- lockstep (R3)
@@ -170,7 +196,7 @@ def test_issues_left_of_the_next_batch_wait_for_their_version(tmp_path: Path) ->
         return await world.run(task, issue_id, sample, attempt)
 
     def batches(log: ExperienceLog) -> set[int | None]:
-        return {issue.batch for issue in log.in_flight("rl")}
+        return {issue.batch for issue in log.issues("rl", states=["issued"])}
 
     with ExperienceLog.open(where) as log:
         with Stream(log, "rl", task, run, finish, LOCKSTEP, world.use_version) as stream:

@@ -35,24 +35,27 @@ from tests.rollout.stream_world import SMALL, World, check_bounds, finish, task,
 
 
 def test_a_failed_sample_is_retried_alone(tmp_path: Path) -> None:
+    """Up to `retries` times: sample 1 needs them all, sample 2 would need one more."""
     calls: list[tuple[int, int, int]] = []
     world = World()
 
     async def run(task: Task, issue_id: int, sample: int, attempt: int) -> Trajectory:
         calls.append((issue_id, sample, attempt))
-        if sample == 1 and attempt < 2:
+        if attempt < (0, 2, 3)[sample]:
             raise OSError("no sandbox")
         traj = await world.run(task, issue_id, sample, attempt)
         reward = float(sample == 0)
         return Trajectory(traj.segments, (), traj.stop, verdict=Verdict.RIGHT, reward=reward)
 
     with ExperienceLog.open(tmp_path / "e.db") as log:
-        with Stream(log, "rl", task, run, finish, with_(SMALL, max_staleness=0)) as stream:
+        cfg = with_(SMALL, max_staleness=0, retries=2)
+        with Stream(log, "rl", task, run, finish, cfg) as stream:
             stream.start()
-            stream.next_step_segments(0)
+            shipped = stream.next_step_segments(0)
+        assert {s.sample for s in shipped} == {0, 1}
         for issue_id in (1, 2):
             mine = sorted(c[1:] for c in calls if c[0] == issue_id)
-            assert mine == [(0, 0), (1, 0), (1, 1), (1, 2), (2, 0)]
+            assert mine == [(0, 0), (1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (2, 2)]
             tries = [t for t in log.attempts(issue_id) if t.sample == 1]
             assert [t.stop for t in tries] == ["infra_error", "infra_error", "answered"]
             assert tries[0].error == "OSError: no sandbox" and tries[0].reward is None
@@ -158,7 +161,7 @@ def test_stop_frees_a_waiting_trainer_and_stubborn_episodes_are_not_recorded(
         stream.stop()
         trainer.join(5)
         assert len(seen) == 1
-        (*flying,) = log.in_flight("rl")
+        (*flying,) = log.issues("rl", states=["issued"])
         assert len(flying) == 4 and not any(log.attempts(i.issue_id) for i in flying)
         assert stream._producer.admission.running == 0
 

@@ -83,7 +83,7 @@ def test_a_new_trainer_takes_over_what_workers_have(tmp_path: Path) -> None:
         world = World()
         with Team(log, world) as team:
             train(team, 0, 2)
-        left = {issue.issue_id for issue in log.in_flight("rl")}
+        left = {issue.issue_id for issue in log.issues("rl", states=["issued"])}
         assert left, "nothing was in flight: the test proves nothing"
         with Team(log, world) as team:
             train(team, 2, 4)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from agentcpm_jax.tasks.jsonl import load_tasks, save_tasks
+from agentcpm_jax.tasks.jsonl import load_tasks
 from agentcpm_jax.tasks.world import WorldTasks
 from agentcpm_jax.types import UserError
 
@@ -15,7 +15,7 @@ GOOD = {"question": "Who?", "answers": ["Kar Vel"]}
 def test_world_tasks_survive_the_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "tasks.jsonl"
     tasks = WorldTasks(worlds=3, hops=(1, 2, 3)).take(9)
-    save_tasks(path, tasks)
+    path.write_text("".join(json.dumps(task.to_json()) + "\n" for task in tasks))
     loaded, report = load_tasks(path)
     assert loaded == tasks
     assert (report.lines, report.loaded, report.bad, report.duplicates) == (9, 9, (), ())

@@ -205,6 +205,25 @@ def test_one_update_takes_the_proximal_policy_for_free() -> None:
     assert 0 < metrics["loss/weight_mean"] < 1 and 0 < metrics["loss/ess"] < 1
 
 
+@pytest.mark.parametrize("age", [0, 1])
+def test_the_age_of_a_token_is_counted_from_the_version_that_is_trained(age: int) -> None:
+    """The band of ratios is 1 + 0.3 * 4 exp(-0.1 age): 2.2, then 2.09. At 2.15 it holds age 0."""
+    batch = pack(rows(), row_length=16, num_rows=4).batch
+    where = (batch.tokens, batch.positions, batch.segment_ids)
+    first = jax.tree.map(jnp.asarray, initial())
+    logprobs = token_logprobs(first, MODEL, *map(jnp.asarray, where))
+    batch = batch.replace(
+        advantages=np.ones_like(batch.advantages),
+        behavior_logprobs=np.asarray(logprobs) - np.float32(np.log(2.15)),
+        versions=np.where(batch.loss_mask > 0, VERSION - age, -1).astype(np.int32),
+    )
+    params, metrics = updated(LossConfig(eps_high=0.3, widen=4.0, decay=0.1), batch)
+    assert metrics["loss/age_mean"] == age
+    assert metrics["loss/bound_fraction"] == (age > 0)
+    before = np.concatenate([np.asarray(p).ravel() for p in jax.tree.leaves(initial())])
+    assert np.array_equal(params, before) == (age > 0)
+
+
 def test_the_reference_policy_pulls_back() -> None:
     cfg = LossConfig("grpo", kl_coef=1e3, eps_low=0.0, eps_high=0.0)
     assert needs_reference(cfg) and not needs_reference(LossConfig())
@@ -269,11 +288,15 @@ def test_a_mesh_changes_neither_loss_nor_gradient() -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_a_non_finite_update_is_skipped_and_counted() -> None:
+@pytest.mark.parametrize("weight", [np.inf, 1e30], ids=["the loss", "the gradient alone"])
+def test_a_non_finite_update_is_skipped_and_counted(weight: float) -> None:
     tx, schedule = make_optimizer(OptimizerConfig(lr=0.1, schedule="linear", total_steps=4))
     step = make_sft_step(MODEL, tx, schedule)
     good = fill([[row] for row in rows()], 16, 6)
-    bad = good.replace(weights=np.where(good.loss_mask > 0, np.inf, 0).astype(np.float32))
+    bad = good.replace(weights=np.where(good.loss_mask > 0, weight, 0).astype(np.float32))
+    _, overflowing = step(fresh(tx), bad, Frozen())
+    assert np.isfinite(overflowing["train/loss"]) == np.isfinite(weight)
+    assert not np.isfinite(overflowing["train/grad_norm"])
     skipping, straight = fresh(tx), fresh(tx)
     for batch in (good, bad, good):
         skipping, metrics = step(skipping, batch, Frozen())

@@ -94,12 +94,14 @@ def test_each_host_copies_once_for_all_of_its_workers(
             load(path, version)
 
         toy.toy.load = noting
-    cfg = PoolConfig(**vars(QUICK) | {"urls": urls, "agent_port": port, "weights_dir": store.url})
-    pool = SGLangPool(cfg, "run.a1")
+    file = tmp_path / "urls.txt"
+    file.write_text("\n".join(urls))
+    own = {"urls_file": str(file), "agent_port": port, "weights_dir": store.url}
+    pool = SGLangPool(PoolConfig(**vars(QUICK) | own), "run.a1")
     root = f"{store.url}/run.a1"
     pool.start(toy_trainer("w0"), 0, publish(root, 0, "w0"))
     assert set(pool.update_weights(1, publish(root, 1, "w1")).values()) == {""}
-    pool.add_worker(servers.start(late))
+    file.write_text("\n".join([*urls, servers.start(late)]))
     wait_for(lambda: list(pool.workers().values()).count("ready") == 4)
     done = sample_all(pool, [request(i) for i in range(16)])
     pool.close()

@@ -10,12 +10,11 @@ from agentcpm_jax.world.graph import World, WorldConfig, build_world, execute
 from agentcpm_jax.world.names import SPLITS
 from agentcpm_jax.world.questions import (
     demonstration,
-    oracle_answer,
-    oracle_calls,
     question_text,
     questions,
 )
 from agentcpm_jax.world.tools import open_toolbox
+from tests.world.flawless import oracle_answer, oracle_calls
 
 
 def test_question_and_script_to_the_letter() -> None:

@@ -16,11 +16,12 @@ from hypothesis.strategies import DataObject
 
 from agentcpm_jax.types import ToolResult, ToolStatus, UserError
 from agentcpm_jax.world.graph import WorldConfig
-from agentcpm_jax.world.questions import oracle_calls, questions
+from agentcpm_jax.world.questions import questions
 from agentcpm_jax.world.search import search_index
 from agentcpm_jax.world.tools import answer_call, call_latency, open_toolbox
 from tests.doubles.site import Site
 from tests.doubles.virtual_time import run_virtual
+from tests.world.flawless import oracle_calls
 
 CFG = WorldConfig(stale=0.2, injections=0.2, distractors=3)
 NAME = search_index(CFG).world.entities[0]

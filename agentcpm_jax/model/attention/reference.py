@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 Attention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -76,13 +76,6 @@ def reference_kernel(
     scores = jnp.where(seen[:, None, None], scores, MASKED)
     weights = jax.nn.softmax(scores, axis=-1)
     return jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(v.dtype), v).reshape(q.shape)
-
-
-def segment_mask(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
-    """[b, t, s]: query t may look at key s."""
-    same = segment_ids[:, :, None] == segment_ids[:, None, :]
-    index = jnp.arange(segment_ids.shape[1])
-    return same & (index[:, None] >= index[None, :])
 
 
 def group_queries(q: Float[Array, "B T N H"], num_kv_heads: int) -> Float[Array, "B T K G H"]:

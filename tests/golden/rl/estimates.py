@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from agentcpm_jax.model.logprobs import entropy_from_logits, logprobs_from_logits
+from agentcpm_jax.model.logprobs import label_logprobs, logprobs_from_logits
 from agentcpm_jax.rewards.advantages import AdvantageConfig, estimate, grpo, soft_overlong
 from agentcpm_jax.train.losses.aggregate import aggregate, count_sequences
 from agentcpm_jax.train.losses.config import Rule
@@ -207,15 +207,21 @@ def kl(kind: str, exponent: float = 0.0, value: float = 0.0, ratio: bool = False
 
 def entropy(x: Arrays, p: Params) -> Arrays:
     logits = jnp.asarray(x["logits"])
-    out: Arrays = {"entropy": entropy_from_logits(logits)}
+    out: Arrays = {"entropy": _entropy(logits)}
     if "mask" in x:
         mask = jnp.asarray(x["mask"])
 
         def mean(z: jax.Array) -> jax.Array:
-            return aggregate(entropy_from_logits(z), mask, mode="token-mean")
+            return aggregate(_entropy(z), mask, mode="token-mean")
 
         out["loss"], out["grad_logits"] = jax.value_and_grad(mean)(logits)
     return out
+
+
+def _entropy(logits: jax.Array) -> jax.Array:
+    """As the step computes it; hidden states are the logits of a vocabulary of unit vectors."""
+    labels = jnp.zeros(logits.shape[:-1], jnp.int32)
+    return label_logprobs(logits, jnp.eye(logits.shape[-1]), labels, entropy=True)[1]
 
 
 def token_logps(x: Arrays, p: Params) -> Arrays:

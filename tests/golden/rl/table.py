@@ -179,9 +179,9 @@ TABLE: dict[str, Offered | NotOffered] = {
     "verl_kl_abs": NotOffered("|x| estimates no divergence"),
     "slime_kl_k3_is": Offered("kl.kl_per_token: k3, kl_ratio", e.kl("k3", ratio=True)),
     # entropy, log-probabilities, reward shaping
-    "verl_entropy": Offered("logprobs.entropy_from_logits, aggregate.aggregate", e.entropy),
-    "tunix_entropy": Offered("logprobs.entropy_from_logits", e.entropy),
-    "agentcpm_entropy": Offered("logprobs.entropy_from_logits", e.entropy),
+    "verl_entropy": Offered("logprobs.label_logprobs, aggregate.aggregate", e.entropy),
+    "tunix_entropy": Offered("logprobs.label_logprobs", e.entropy),
+    "agentcpm_entropy": Offered("logprobs.label_logprobs", e.entropy),
     "tunix_selective_logsoftmax": Offered("logprobs.logprobs_from_logits", e.token_logps),
     "areal_overlong": Offered("advantages.soft_overlong", e.overlong),
     "verl_overlong": Offered("advantages.soft_overlong", e.overlong),

@@ -294,6 +294,13 @@ def test_slerp_keeps_the_length_and_its_ends():
     np.testing.assert_allclose(out, y, rtol=1e-6)
 
 
+def test_slerp_between_opposites_is_linear():
+    """No great circle is the shortest between them, and the sine of their angle is 0."""
+    x = normal(1)
+    out = merge_tensors("slerp", [-x], base=x, global_params={"t": 0.3}, model_params=[{}])
+    np.testing.assert_allclose(out, 0.4 * x, rtol=1e-5)
+
+
 def test_the_dtype_of_the_result():
     assert result_dtype("ties", [np.float32, BF16], False) == np.float32
     assert result_dtype("arcee_fusion", [BF16, BF16], True) == np.float32

@@ -87,6 +87,12 @@ def test_nothing_is_differentiated_and_extremes_stay_finite() -> None:
         assert not grad.any()
 
 
+def test_the_ratio_of_a_long_sequence_is_bounded_under_any_rule() -> None:
+    """Five tokens of ratio e^18: e^90 is no float32, and the weight of each is e^20."""
+    got = weights("sequence_tis", [np.exp(18.0)] * 5, high=0.0)
+    assert got == pytest.approx([np.exp(20.0)] * 5, rel=1e-6)
+
+
 def test_log_linear_by_age() -> None:
     age = jnp.asarray([[0.0, 1.0, 2.0, 5.0]])
     current, behavior = jnp.full_like(age, -1.0), jnp.full_like(age, -2.0)

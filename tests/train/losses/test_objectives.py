@@ -59,6 +59,15 @@ def test_gspo_moves_a_sequence_as_one():
     assert not run(high, LossConfig("gspo", eps_low=0.1, eps_high=0.1))[1].any()
 
 
+def test_gspo_stops_at_the_clamp_of_its_ratio():
+    """Where A < 0 no clip bounds the ratio: e^9 pulls with its size, e^12 counts as e^10."""
+    cfg = LossConfig("gspo", aggregation="token-sum")
+    _, grad, _ = run(one_row([np.exp(9.0)] * 2, [-1.0, -1.0]), cfg)
+    np.testing.assert_allclose(grad[0, :2], np.exp(9.0), rtol=1e-12)
+    loss, grad, _ = run(one_row([np.exp(12.0)] * 2, [-1.0, -1.0]), cfg)
+    assert loss == pytest.approx(2 * np.exp(10.0), rel=1e-12) and not grad.any()
+
+
 def test_cispo_keeps_every_gradient():
     rows = one_row([9.0, 0.01, 1.0], [1.0, -1.0, 1.0])
     _, grad, _ = run(rows, LossConfig("cispo", aggregation="token-sum"))

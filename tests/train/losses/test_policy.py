@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from agentcpm_jax.train.losses.aggregate import aggregate
+from agentcpm_jax.train.losses.aggregate import aggregate, sequence_sum
 from agentcpm_jax.train.losses.config import METHODS, MODES, Correction, LossConfig
 from agentcpm_jax.train.losses.policy import (
     cross_entropy,
@@ -145,6 +146,33 @@ def test_five_aggregation_modes_by_hand():
     }
     got = {m: float(aggregate(values, mask, segments, m, norm=10.0)) for m in MODES}
     assert got == pytest.approx(expected, rel=1e-6)
+
+
+def pulled(x: list[float], ratios: list[float], **options: Any) -> np.ndarray:
+    """Gradients of the KL alone, at tokens with log pi - log ref = x and these pi/pi_old."""
+    rows = one_row(ratios, [0.0] * len(x))
+    rows["reference"] = rows["logprobs"].copy()
+    rows["reference"][0, : len(x)] -= x
+    cfg = LossConfig("grpo", kl_coef=0.5, aggregation="token-sum", **options)
+    return run(rows, cfg)[1][0, : len(x)]
+
+
+def test_beyond_the_clamp_of_its_value_the_kl_pulls_no_more():
+    """k3 = exp(-x) - 1 + x has the slope 1 - exp(-x); at x = -3 it is 16, at -1 it is 0.7."""
+    got = pulled([-1.0, -3.0], [1.0, 1.0], kl="k3", kl_clamp=10.0)
+    np.testing.assert_allclose(got, [0.5 * (1 - np.e), 0.0], rtol=1e-12)
+    got = pulled([-1.0, -3.0], [1.0, 1.0], kl="k2", kl_clamp=0.1)  # k3 alone can explode
+    np.testing.assert_allclose(got, [-0.5, -1.5], rtol=1e-12)
+
+
+def test_the_ratio_that_weights_the_kl_is_a_constant():
+    got = pulled([1.0, 1.0], [1.0, 1.5], kl="k2", kl_ratio=True)
+    np.testing.assert_allclose(got, [0.5, 0.75], rtol=1e-12)
+
+
+def test_a_row_may_hold_as_many_sequences_as_tokens():
+    values, segments = jnp.asarray([[1.0, 2.0, 4.0]]), jnp.asarray([[1, 2, 3]])
+    assert sequence_sum(values, segments).tolist() == values.tolist()
 
 
 def test_cross_entropy_is_a_weighted_mean_and_ignores_nan():
