@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
 
@@ -32,44 +33,30 @@ FLOATS = {
 EXPONENT = {FLOATS["float16"]: np.uint16(0x7C00), FLOATS["bfloat16"]: np.uint16(0x7F80)}
 
 
+@dataclass
 class Chunked:
-    """The operations `ops.Ops` on numpy arrays; see the module.
+    """The operations `ops.Ops` on numpy arrays; the fields are explained there.
 
-    Args:
-      name: of the tensor, for messages and randomness.
-      shape: of every array given to it.
-      labels: what to call arrays in messages, by id.
-      dtype: of results; `compute`: of arithmetic.
-      seed: of the randomness.
-      compat: reproduce mergekit where a method differs.
+    `labels` says what to call arrays in messages, by their `id`.
     """
 
-    xp: ModuleType = np
-    traced = False
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    compute: np.dtype
+    seed: int
+    compat: bool
+    labels: Mapping[int, str] = field(default_factory=dict)
 
-    def __init__(
-        self,
-        name: str,
-        shape: tuple[int, ...],
-        labels: dict[int, str],
-        dtype: np.dtype,
-        compute: np.dtype,
-        seed: int,
-        compat: bool,
-    ):
-        self.name, self.shape, self.labels = name, shape, labels
-        self.dtype, self.compute = dtype, compute
-        self.seed, self.compat = seed, compat
-        self.native = compute.itemsize < 4
-        self.size = math.prod(shape)
-        self.row = shape[-1] if shape else 1
+    def __post_init__(self) -> None:
+        self.xp: ModuleType = np
+        self.traced, self.native = False, self.compute.itemsize < 4
+        self.size = math.prod(self.shape)
+        self.row = self.shape[-1] if self.shape else 1
         self.rows = self.size // self.row if self.row else 0
 
-    def number(self, x: Scalar) -> Scalar:
-        return self.compute.type(x)
-
-    def numbers(self, x: Array) -> Array:
-        return x.astype(self.compute)
+    def number(self, x: Scalar | Array) -> Array:
+        return np.asarray(x, self.compute)
 
     def sum(self, parts: Sequence[Array]) -> Array:
         """Of 16-bit arrays in float32, rounded once."""
@@ -84,9 +71,7 @@ class Chunked:
         return state
 
     def turned(self) -> Chunked:
-        shape = (self.shape[-1], *self.shape[1:-1], self.shape[0])
-        labels, seed, compat = self.labels, self.seed, self.compat
-        return Chunked(self.name, shape, labels, self.dtype, self.compute, seed, compat)
+        return replace(self, shape=(self.shape[-1], *self.shape[1:-1], self.shape[0]))
 
     def map(self, kernel: Kernel, arrays: Sequence[Array], propagates: bool = False) -> np.ndarray:
         """Raises UserError for inputs that are not finite; with `propagates`, for a result."""

@@ -14,8 +14,10 @@ Deviations from `chunked`:
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -28,6 +30,13 @@ from agentcpm_jax.merge.kernels.ops import Array, Kernel, Ops, Scalar
 from agentcpm_jax.merge.kernels.random_bits import Key, bits_at, stream_key
 
 
+def compiled(fn: Callable[..., Array], leaves: Sequence[Array]) -> Array:
+    """`fn(*leaves)` as one program, whose result is sharded as the first leaf is."""
+    first = leaves[0]
+    sharded = isinstance(first, jax.Array) and not isinstance(first, jax.core.Tracer)
+    return jax.jit(fn, out_shardings=first.sharding if sharded else None)(*leaves)
+
+
 def on_device(
     fn: Callable[..., Array],
     tensors: Sequence[Array],
@@ -37,7 +46,6 @@ def on_device(
     compute: np.dtype,
     seed: int,
     compat: bool,
-    keys: Any,
 ) -> Array:
     """`fn` on JAX arrays or tracers of one shape; see `methods.merge_tensors`."""
     tensors = [jnp.asarray(x) for x in tensors]
@@ -45,39 +53,29 @@ def on_device(
         arguments = {**arguments, "base": jnp.asarray(arguments["base"])}
     # Scalars are float64 and counts int64; the tensors stay what they are.
     with jax.enable_x64(True):
-        if keys is None:
-            keys = [stream_key(seed, name, model) for model in range(len(tensors))]
-        ops: Ops = Sharded(name, tensors[0].shape, dtype, compute, keys, compat)
+        ops: Ops = Sharded(name, tensors[0].shape, dtype, compute, seed, compat)
         return fn(ops, tensors, **arguments)
 
 
+@dataclass
 class Sharded:
-    """The operations `ops.Ops` on JAX arrays."""
+    """The operations `ops.Ops` on JAX arrays; the fields are explained there."""
 
-    xp: ModuleType = jnp
-    native = False
-    traced = True
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    compute: np.dtype
+    seed: int
+    compat: bool
 
-    def __init__(
-        self,
-        name: str,
-        shape: tuple[int, ...],
-        dtype: np.dtype,
-        compute: np.dtype,
-        keys: Any,
-        compat: bool,
-    ):
-        self.name, self.shape = name, shape
-        self.dtype, self.compute = dtype, compute
-        self.keys, self.compat = keys, compat
-        self.size = math.prod(shape)
-        self.row = shape[-1] if shape else 1
+    def __post_init__(self) -> None:
+        self.xp: ModuleType = jnp
+        self.traced, self.native = True, False
+        self.size = math.prod(self.shape)
+        self.row = self.shape[-1] if self.shape else 1
 
-    def number(self, x: Scalar) -> Scalar:
+    def number(self, x: Scalar | Array) -> Array:
         return jnp.asarray(x).astype(self.compute)
-
-    def numbers(self, x: Array) -> Array:
-        return x.astype(self.compute)
 
     def sum(self, parts: Sequence[Array]) -> Array:
         total = parts[0]
@@ -89,8 +87,7 @@ class Sharded:
         return lax.fori_loop(0, count, lambda _, s: step(*s), state)
 
     def turned(self) -> Sharded:
-        shape = (self.shape[-1], *self.shape[1:-1], self.shape[0])
-        return Sharded(self.name, shape, self.dtype, self.compute, self.keys, self.compat)
+        return replace(self, shape=(self.shape[-1], *self.shape[1:-1], self.shape[0]))
 
     def values(self, kernel: Kernel, arrays: Sequence[Array]) -> Array:
         return kernel(0, *(x.astype(self.compute) for x in arrays))
@@ -125,7 +122,7 @@ class Sharded:
         return cut
 
     def key(self, model: int) -> Key:
-        return self.keys[model][0], self.keys[model][1]
+        return stream_key(self.seed, self.name, model)
 
     def draws(self, at: int, like: Array, key: Key) -> Array:
         index = _index(like.shape)
@@ -142,36 +139,12 @@ class Sharded:
         return jnp.asarray(values)[rank] * kept
 
 
-@jax.custom_jvp
-def _exact_total(x: Array) -> Array:
-    return _integer_sum(x, None)
-
-
-@jax.custom_jvp
-def _exact_rows(x: Array) -> Array:
-    return _integer_sum(x, -1)
-
-
-@_exact_total.defjvp
-def _exact_total_jvp(primals: Any, tangents: Any) -> Array:
-    return _exact_total(*primals), jnp.sum(tangents[0].astype(np.float64))
-
-
-@_exact_rows.defjvp
-def _exact_rows_jvp(primals: Any, tangents: Any) -> Array:
-    (t,) = tangents
-    return _exact_rows(*primals), jnp.sum(t.astype(np.float64), axis=-1, keepdims=True)
-
-
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def exact_sum(x: Array, axis: int | None) -> Array:
     """float64 sum over everything (axis None) or over the last axis, which stays with size 1.
 
     The result has the same bits for every sharding of `x`. Call it under `jax.enable_x64`.
     """
-    return _exact_total(x) if axis is None else _exact_rows(x)
-
-
-def _integer_sum(x: Array, axis: int | None) -> Array:
     keep = axis is not None
     count = x.size if axis is None else x.shape[axis]
     bits = min(50, 61 - max(count - 1, 1).bit_length())
@@ -185,6 +158,13 @@ def _integer_sum(x: Array, axis: int | None) -> Array:
     low = jnp.sum(rest.astype(np.int64), axis=axis, keepdims=keep)
     total = high.astype(np.float64) + low.astype(np.float64) * 2.0**-bits
     return total * (power * 2.0**-bits)
+
+
+@exact_sum.defjvp
+def _exact_sum_jvp(axis: int | None, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    (t,) = tangents
+    slope = jnp.sum(t.astype(np.float64), axis=axis, keepdims=axis is not None)
+    return exact_sum(*primals, axis), slope
 
 
 def _pattern(x: Array) -> Array:

@@ -11,6 +11,7 @@ Coefficients are plain numbers or traced scalars; the helpers at the end tell th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Real
 from types import ModuleType
 from typing import Any, Concatenate, Protocol, TypeAlias, runtime_checkable
 
@@ -37,9 +38,10 @@ class Ops(Protocol):
       xp: numpy or jax.numpy.
       traced: whether values may be unknown while the method runs.
       native: whether arithmetic is in 16 bits, as mergekit's is.
-      name: of the tensor, for messages.
+      name: of the tensor, for messages and randomness.
       shape, size, row: of the tensor, its number of elements, the length of its last axis.
       dtype, compute: of results and of arithmetic.
+      seed: of the randomness.
       compat: reproduce mergekit where a method differs.
     """
 
@@ -52,14 +54,11 @@ class Ops(Protocol):
     row: int
     dtype: np.dtype
     compute: np.dtype
+    seed: int
     compat: bool
 
-    def number(self, x: Scalar) -> Scalar:
-        """A coefficient in the compute dtype, which does not widen what it multiplies."""
-        ...
-
-    def numbers(self, x: Array) -> Array:
-        """An array of coefficients in the compute dtype."""
+    def number(self, x: Scalar | Array) -> Array:
+        """Coefficients in the compute dtype, which do not widen what they multiply."""
         ...
 
     def sum(self, parts: Sequence[Array]) -> Array:
@@ -126,7 +125,7 @@ class Ops(Protocol):
 def nonzero_sum(ops: Ops, weights: Sequence[Scalar]) -> Scalar:
     """The sum of the weights; UserError if it is zero (not noticed when traced)."""
     total = sum(weights[1:], start=weights[0])
-    if isinstance(total, float | int) and not abs(total) > SMALLEST_SUM:
+    if isinstance(total, Real) and not abs(total) > SMALLEST_SUM:
         raise UserError(
             f"weights {[float(w) for w in weights]} of tensor {ops.name} sum to {total:g}, which "
             "cannot be normalised; change them or set normalize to false"
@@ -136,9 +135,9 @@ def nonzero_sum(ops: Ops, weights: Sequence[Scalar]) -> Scalar:
 
 def is_zero(x: Scalar) -> bool:
     """Whether a coefficient is the plain number 0, not a traced scalar."""
-    return isinstance(x, float | int) and x == 0
+    return isinstance(x, Real) and bool(x == 0)
 
 
 def is_one(x: Scalar) -> bool:
     """Whether a coefficient is the plain number 1."""
-    return isinstance(x, float | int) and x == 1
+    return isinstance(x, Real) and bool(x == 1)

@@ -15,7 +15,7 @@ from agentcpm_jax.merge.kernels import chunked
 from agentcpm_jax.merge.kernels.chunked import Chunked
 from agentcpm_jax.merge.kernels.device import Sharded
 from agentcpm_jax.merge.kernels.ops import Ops
-from agentcpm_jax.merge.kernels.random_bits import Key, stream_key
+from agentcpm_jax.merge.kernels.random_bits import Key
 
 SHAPE = (6, 40)
 F4 = np.dtype(np.float32)
@@ -26,10 +26,9 @@ FACTORS = np.linspace(1, 2, SHAPE[1]).astype(F4)
 
 def both(dtype: str = "float32") -> tuple[Ops, Ops]:
     out = chunked.FLOATS[dtype]
-    keys = [stream_key(7, "layer", model) for model in range(2)]
     return (
-        Chunked("layer", SHAPE, {}, out, F4, seed=7, compat=False),
-        Sharded("layer", SHAPE, out, F4, keys, compat=False),
+        Chunked("layer", SHAPE, out, F4, seed=7, compat=False),
+        Sharded("layer", SHAPE, out, F4, seed=7, compat=False),
     )
 
 
@@ -49,8 +48,7 @@ def by_key(key: Key) -> list[int]:
 
 #: By name: what to do with the operations and two arrays, and how exactly results agree.
 OPERATIONS: dict[str, Callable[[Ops, list[Any]], Any]] = {
-    "number": lambda ops, x: ops.number(0.7) * x[0],
-    "numbers": lambda ops, x: ops.numbers(ops.row_total(x[0])),
+    "number": lambda ops, x: (ops.number(0.7) * x[0], ops.number(ops.row_total(x[0]))),
     "sum": lambda ops, x: ops.sum([x[0], x[1], x[0]]),
     "repeat": lambda ops, x: ops.repeat(3, lambda a, b: (b, a + b), (ops.number(1), ops.number(2))),
     "turned": lambda ops, x: ops.turned().map(distance, [ops.xp.swapaxes(a, 0, -1) for a in x]),
