@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 from agentcpm_jax.merge.kernels.ops import Array, Kernel, Ops, Scalar
 from agentcpm_jax.merge.kernels.random_bits import Key, bits_at, stream_key
@@ -33,7 +34,7 @@ from agentcpm_jax.merge.kernels.random_bits import Key, bits_at, stream_key
 def compiled(fn: Callable[..., Array], leaves: Sequence[Array]) -> Array:
     """`fn(*leaves)` as one program, whose result is sharded as the first leaf is."""
     first = leaves[0]
-    sharded = isinstance(first, jax.Array) and not isinstance(first, jax.core.Tracer)
+    sharded = isinstance(first, jax.Array) and not isinstance(first, Tracer)
     return jax.jit(fn, out_shardings=first.sharding if sharded else None)(*leaves)
 
 

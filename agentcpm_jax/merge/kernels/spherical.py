@@ -8,7 +8,8 @@
 All of these lie in the span of their inputs. So one pass takes the inner products, the rest is
 arithmetic on a matrix of M x M numbers in float64, and a second pass combines the inputs.
 
-Deviations from mergekit: none but accuracy; its norms are float32 (or bfloat16) sums.
+Deviations from mergekit: accuracy, its norms being float32 (or bfloat16) sums; and multislerp of
+more than two models leaves alone a tensor that none of them moved, which is an error there.
 """
 
 from __future__ import annotations
@@ -88,20 +89,19 @@ def multislerp(
     norms = xp.sqrt(xp.diagonal(gram))
     units = gram / ((norms + eps)[:, None] * (norms + eps)[None, :])  # <u_i, u_j>
     length = _norm(xp, a, units)
-    if not ops.traced and length < eps:
-        if len(tensors) > 2:
-            raise UserError(
-                f"the weighted mean direction of tensor {ops.name} is zero: multislerp has no "
-                "starting point; change the weights or use linear"
-            )
-        return _combined(ops, list(a), tensors, base)
-    mu = a / length  # coefficients of the units
+    straight = length < eps  # the linear mean: exact where no model moved, all that two can have
+    if not ops.traced and straight and len(tensors) > 2 and norms.any():
+        raise UserError(
+            f"the weighted mean direction of tensor {ops.name} is zero: multislerp has no "
+            "starting point; change the weights or use linear"
+        )
+    mu = a / xp.where(straight, 1.0, length)  # coefficients of the units
     along = units @ mu
     tau = a - mu * xp.sum(a * along)
     arc = _norm(xp, tau, units) + eps
     point = mu * xp.cos(arc) + tau * xp.sin(arc) / arc
-    scale = xp.sum(a * norms)
-    return _combined(ops, list(point * scale / (norms + eps)), tensors, base)
+    curved = point * xp.sum(a * norms) / (norms + eps)
+    return _combined(ops, list(xp.where(straight, a, curved)), tensors, base)
 
 
 def karcher(ops: Ops, tensors: Sequence[Array], *, max_iter: Scalar, tol: Scalar) -> Array:

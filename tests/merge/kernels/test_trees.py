@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -23,7 +24,11 @@ def tree(seed: int, dtype: npt.DTypeLike = np.float32) -> dict[str, Array]:
 
 
 def task_arithmetic(
-    base: Tree, trees: list[Tree], weights: list[Any], lambda_: float = 1.0, normalize: bool = False
+    base: Tree,
+    trees: Sequence[Tree],
+    weights: Sequence[Any],
+    lambda_: float = 1.0,
+    normalize: bool = False,
 ) -> Tree:
     shared = {"lambda": lambda_, "normalize": normalize}
     return merge_tree("task_arithmetic", trees, base, [{"weight": w} for w in weights], shared)
@@ -71,14 +76,13 @@ def test_bfloat16_is_accumulated_in_float32_and_rounded_once():
 def test_dtype_of_the_result():
     bf16, f32 = tree(0, ml_dtypes.bfloat16), tree(1)
     assert linear([bf16, f32], [1, 1])["embed"].dtype == np.float32
-    own = [{"weight": 1.0}] * 2
-    for least, dtype in [(np.float32, np.float32), (np.float64, np.float64)]:
-        got = merge_tree("linear", [bf16, bf16], own=own, dtype=least)
+    for other, least, dtype in [
+        (bf16, np.float32, np.float32),
+        (bf16, np.float64, np.float64),
+        (f32, ml_dtypes.bfloat16, np.float32),
+    ]:
+        got = merge_tree("linear", [bf16, other], own=[{"weight": 1.0}] * 2, dtype=least)
         assert got["embed"].dtype == dtype
-    assert (
-        merge_tree("linear", [bf16, f32], own=own, dtype=ml_dtypes.bfloat16)["embed"].dtype
-        == np.float32
-    )
     weight = np.float64(0.3)
     assert linear([f32, f32], [weight, weight])["embed"].dtype == np.float32
 
