@@ -1,6 +1,6 @@
 """What a merge would do, without doing it: parameters, bytes, memory, time, and where models clash.
 
-And, while one is done, the line that says how far it is.
+Also the line that shows how far a running merge is.
 
 Conflict map, per layer, over a sample of every tensor's entries d_m = W_m - B:
 

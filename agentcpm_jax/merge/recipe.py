@@ -40,7 +40,7 @@ from typing import Any
 
 import yaml
 
-from agentcpm_jax.merge.kernels.methods import METHODS, WITHOUT_EFFECT, MethodSpec
+from agentcpm_jax.merge.kernels.methods import METHODS, WITHOUT_EFFECT, MethodSpec, spec_of
 from agentcpm_jax.merge.kernels.task_vectors import ELECTIONS, RESCALES
 from agentcpm_jax.merge.vocabulary import TokenizerOptions, parse_tokenizer
 from agentcpm_jax.types import UserError
@@ -63,12 +63,7 @@ TOP = (
 CHOICES = {"rescale": RESCALES, "elect": ELECTIONS, "trim_scope": ("tensor", "model")}
 
 
-class _Missing:
-    def __repr__(self) -> str:
-        return "missing"
-
-
-MISSING = _Missing()  # None is a value
+MISSING: Any = object()  # None is a value
 
 
 @dataclass(frozen=True)
@@ -169,12 +164,13 @@ def parse_recipe(data: Any, compat: str = "") -> MergeRecipe:
     method = top.get("merge_method")
     if method is None:
         raise UserError(f"merge_method is missing; add one of {', '.join(METHODS)}")
-    if not isinstance(method, str) or method not in METHODS:
-        raise UserError(f"unknown merge_method {method!r}; use one of {', '.join(METHODS)}")
-    reader.spec = METHODS[method]
+    reader.spec = spec_of(method)
     base = _model_name(top["base_model"], "base_model") if top.get("base_model") else ""
     shared = reader.parameters(top.get("parameters"), "parameters")
     slices, module = _body(reader, top)
+    template = top.get("chat_template") or ""
+    if not isinstance(template, str):
+        raise UserError(f"chat_template is {template!r}; write text")
     recipe = MergeRecipe(
         merge_method=method,
         base_model=base,
@@ -183,7 +179,7 @@ def parse_recipe(data: Any, compat: str = "") -> MergeRecipe:
         dtype=_dtype(top.get("dtype"), "dtype"),
         out_dtype=_dtype(top.get("out_dtype"), "out_dtype"),
         tokenizer=parse_tokenizer(top.get("tokenizer"), top.get("tokenizer_source"), _model_name),
-        chat_template=_text(top.get("chat_template") or "", "chat_template"),
+        chat_template=template,
         compat=bool(compat),
         notes=tuple(reader.notes),
         raw={**data, "compat": compat} if compat else dict(data),
@@ -428,12 +424,6 @@ def _dtype(value: Any, where: str) -> str:
     if name not in DTYPES:
         raise UserError(f"{where} {value!r} is not one of {', '.join(DTYPES)}")
     return name
-
-
-def _text(value: Any, where: str) -> str:
-    if not isinstance(value, str):
-        raise UserError(f"{where} is {value!r}; write text")
-    return value
 
 
 def _is_filtered(setting: Any) -> bool:

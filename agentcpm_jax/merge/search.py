@@ -59,9 +59,7 @@ def sweep(
     grid: Mapping[str, Sequence[Any]],
     agent: Evaluator,
     general: Evaluator,
-    shared: Mapping[str, Any] | None = None,
-    own: Sequence[Mapping[str, Any]] | None = None,
-    seed: int = 0,
+    own: Sequence[Mapping[str, Any]],
 ) -> SearchResult:
     """Every combination of the grid.
 
@@ -71,8 +69,7 @@ def sweep(
       grid: values to try, by parameter. A shared parameter by its name (`lambda`, `t`); a model's
         as `weight` for all models or `weight.0` for the first.
       agent, general: params -> score, more is better.
-      shared, own: the parameters that are not in the grid.
-      seed: of the randomness; the same for every point.
+      own: every model's parameters that are not in the grid. Shared ones have their defaults.
 
     Raises:
       UserError: a parameter that the method does not have, an empty grid, scores that are not
@@ -91,8 +88,7 @@ def sweep(
             )
         if not values:
             raise UserError(f"the grid of {key} is empty; list the values to try")
-    own = own or [{}] * len(trees)
-    found = _candidates(method, trees, base, grid, shared or {}, own, seed)
+    found = _candidates(method, trees, base, grid, own)
     return _result(method, [_point(choice, params, agent, general) for choice, params in found])
 
 
@@ -136,23 +132,20 @@ def _candidates(
     trees: Sequence[Tree],
     base: Tree | None,
     grid: Mapping[str, Sequence[Any]],
-    shared: Mapping[str, Any],
     own: Sequence[Mapping[str, Any]],
-    seed: int,
 ) -> Iterator[tuple[dict[str, Any], Tree]]:
     """(choice, params); lambda varies fastest."""
     outer = {k: v for k, v in grid.items() if k != "lambda"}
     for values in itertools.product(*outer.values()):
         choice = dict(zip(outer, values, strict=True))
-        chosen = {k: v for k, v in choice.items() if k in METHODS[method].global_params}
-        common = {**shared, **chosen}
-        each = [{**p, **_of_model(choice, i, common)} for i, p in enumerate(own)]
+        shared = {k: v for k, v in choice.items() if k in METHODS[method].global_params}
+        each = [{**p, **_of_model(choice, i, shared)} for i, p in enumerate(own)]
         if "lambda" not in grid:
-            yield choice, merge_tree(method, trees, base, each, common, seed)
+            yield choice, merge_tree(method, trees, base, each, shared)
             continue
         # Every method with a lambda starts from a base and scales what it adds by lambda.
-        common = {**common, "lambda": 1.0}
-        whole = merge_tree(method, trees, base, each, common, seed, dtype=np.float32)
+        shared["lambda"] = 1.0
+        whole = merge_tree(method, trees, base, each, shared, dtype=np.float32)
         mix = map_leaves(lambda _, m, b: m - b.astype(m.dtype), [whole, base])
         del whole
         for lambda_ in grid["lambda"]:
@@ -164,9 +157,9 @@ def _stepped(lambda_: float, name: str, b: Array, mix: Array) -> Array:
     return (b.astype(mix.dtype) + mix * mix.dtype.type(lambda_)).astype(b.dtype)
 
 
-def _of_model(choice: Mapping[str, Any], i: int, common: Mapping[str, Any]) -> dict[str, Any]:
+def _of_model(choice: Mapping[str, Any], i: int, shared: Mapping[str, Any]) -> dict[str, Any]:
     """What the grid's point says of model `i`: a value for all models, or one of its own."""
-    mine = {k: v for k, v in choice.items() if "." not in k and k not in common}
+    mine = {k: v for k, v in choice.items() if "." not in k and k not in shared}
     numbered = {k.partition(".")[0]: v for k, v in choice.items() if k.endswith(f".{i}")}
     return {**mine, **numbered}
 

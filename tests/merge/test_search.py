@@ -104,14 +104,13 @@ def test_a_sweep_that_reuses_task_vectors_finds_what_single_merges_find(method):
         lambda p: seen.append(p) or 0.0,
         lambda p: 1.0,
         own=own,
-        seed=4,
     )
     assert len(result.points) == len(seen) == 6
     for point, params in zip(result.points, seen, strict=True):
         c = dict(point.choice)
         mine = [{**p, **({"density": 0.5} if "density" in c else {})} for p in own]
         mine[0]["weight"] = c["weight.0"]
-        close(params, merge_tree(method, trees, base, mine, {"lambda": c["lambda"]}, 4))
+        close(params, merge_tree(method, trees, base, mine, {"lambda": c["lambda"]}))
 
 
 def test_the_line_between_two_skills_is_the_pareto_set():

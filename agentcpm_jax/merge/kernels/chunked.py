@@ -29,7 +29,8 @@ FLOATS = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
-# All ones in NaN and infinities: a quarter of the time of np.isfinite, on half the bytes.
+# The bits of the exponent: all ones in NaN and infinities, and nowhere else. Comparing them takes a
+# quarter of the time of np.isfinite, on half the bytes.
 EXPONENT = {FLOATS["float16"]: np.uint16(0x7C00), FLOATS["bfloat16"]: np.uint16(0x7F80)}
 
 
@@ -75,15 +76,7 @@ class Chunked:
 
     def map(self, kernel: Kernel, arrays: Sequence[Array], propagates: bool = False) -> np.ndarray:
         """Raises UserError for inputs that are not finite; with `propagates`, for a result."""
-        return self._mapped(kernel, arrays, self.dtype, propagates)
-
-    def values(self, kernel: Kernel, arrays: Sequence[Array]) -> np.ndarray:
-        return self._mapped(kernel, arrays, self.compute, propagates=False)
-
-    def _mapped(
-        self, kernel: Kernel, arrays: Sequence[Array], dtype: np.dtype, propagates: bool
-    ) -> np.ndarray:
-        out = np.empty((self.rows, self.row), dtype)
+        out = np.empty((self.rows, self.row), self.dtype)
         broken = self._what_is_not_finite
         for at, chunks in self._chunks(arrays, None if propagates else broken):
             first = at // max(self.row, 1)
@@ -94,12 +87,15 @@ class Chunked:
             out[first : first + chunks[0].shape[0]] = value
         return out.reshape(self.shape)
 
-    def pick(self, kernel: Kernel, arrays: Sequence[Array], index: np.ndarray) -> np.ndarray:
+    def pick(self, kernel: Kernel, arrays: Sequence[Array], index: Array | None) -> np.ndarray:
         parts = []
         for at, chunks in self._chunks(arrays):
-            start, end = np.searchsorted(index, (at, at + chunks[0].size))
             with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-                parts.append(kernel(at, *chunks).reshape(-1)[index[start:end] - at])
+                value = kernel(at, *chunks).reshape(-1)
+            if index is not None:
+                start, end = np.searchsorted(index, (at, at + value.size))
+                value = value[index[start:end] - at]
+            parts.append(value)
         return np.concatenate(parts)
 
     def totals(self, kernel: Kernel, arrays: Sequence[Array]) -> list[float]:

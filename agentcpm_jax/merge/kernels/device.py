@@ -1,11 +1,11 @@
 """The operations that merge methods are made of, on JAX arrays: whole, sharded or traced.
 
-Results do not depend on how an array is laid out over devices. Elementwise arithmetic does not by
-nature. Sums do not because they are made of integers: values are scaled by a power of two so that
-the largest has 34 bits, or as many as int64 admits for so many addends, rounded to int64, and added
-exactly; what the rounding left is added in the same way. Together they are as good as float64. The
-k largest are found by bisection on the bits of the magnitude, four a round, and then on the index
-among equals: counts only, no sort.
+Results do not depend on how an array is laid out over devices. Elementwise arithmetic never does.
+Sums do not because they are sums of integers: values are scaled by a power of two so that the
+largest has as many bits as int64 admits for so many addends, at most 50, rounded to int64, and
+added exactly; what the rounding left is added in the same way. The result is as good as float64.
+The k largest are found by bisection on the bits of the magnitude, four a round, and then, among
+equal magnitudes, on the index: this counts elements and sorts none.
 
 Deviations from `chunked`:
 1. NaN and infinite inputs are not reported: that would wait for the device.
@@ -90,17 +90,15 @@ class Sharded:
     def turned(self) -> Sharded:
         return replace(self, shape=(self.shape[-1], *self.shape[1:-1], self.shape[0]))
 
-    def values(self, kernel: Kernel, arrays: Sequence[Array]) -> Array:
-        return kernel(0, *(x.astype(self.compute) for x in arrays))
-
-    def pick(self, kernel: Kernel, arrays: Sequence[Array], index: Array) -> Array:
-        return self.values(kernel, arrays).reshape(-1)[index]
-
     def map(self, kernel: Kernel, arrays: Sequence[Array], propagates: bool = False) -> Array:
-        return self.values(kernel, arrays).astype(self.dtype)
+        return self._values(kernel, arrays).astype(self.dtype)
+
+    def pick(self, kernel: Kernel, arrays: Sequence[Array], index: Array | None) -> Array:
+        flat = self._values(kernel, arrays).reshape(-1)
+        return flat if index is None else flat[index]
 
     def totals(self, kernel: Kernel, arrays: Sequence[Array]) -> list[Scalar]:
-        return [exact_sum(x, None) for x in self.values(kernel, arrays)]
+        return [exact_sum(x, None) for x in self._values(kernel, arrays)]
 
     def row_total(self, x: Array) -> Array:
         return exact_sum(x, -1)
@@ -108,7 +106,7 @@ class Sharded:
     def largest(self, kernel: Kernel, arrays: Sequence[Array], k: Scalar) -> Kernel:
         if not isinstance(k, jax.Array) and k >= self.size:
             return lambda at, m: m >= 0
-        bits, index = _pattern(self.values(kernel, arrays)), _index(self.shape)
+        bits, index = _pattern(self._values(kernel, arrays)), _index(self.shape)
         value = _largest_that(lambda v: _count(bits >= v) >= k, 31, bits.dtype)
         quota = k - _count(bits > value)
         equal = bits == value
@@ -138,6 +136,9 @@ class Sharded:
         rank = jnp.argsort(order, axis=-1)
         kept = self.draws(at, magnitude, key) < jnp.asarray(limits)[rank]
         return jnp.asarray(values)[rank] * kept
+
+    def _values(self, kernel: Kernel, arrays: Sequence[Array]) -> Any:
+        return kernel(0, *(x.astype(self.compute) for x in arrays))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))

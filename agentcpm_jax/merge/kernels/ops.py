@@ -76,17 +76,13 @@ class Ops(Protocol):
     def map(self, kernel: Kernel, arrays: Sequence[Array], propagates: bool = False) -> Array:
         """`kernel(at, *chunks)` everywhere, rounded to the result's dtype.
 
-        `propagates`: what is not finite in an input is not so in the kernel's result either, so
-        that looking at the result is enough.
+        `propagates`: a NaN or infinity in an input makes the kernel's result NaN or infinite there,
+        so that checking the result is enough.
         """
         ...
 
-    def values(self, kernel: Kernel, arrays: Sequence[Array]) -> Array:
-        """As `map`, in the compute dtype."""
-        ...
-
-    def pick(self, kernel: Kernel, arrays: Sequence[Array], index: Array) -> Array:
-        """The elements of `kernel(at, *chunks)` at sorted flat indices."""
+    def pick(self, kernel: Kernel, arrays: Sequence[Array], index: Array | None) -> Array:
+        """The elements of `kernel(at, *chunks)` at sorted flat indices; None: all, flat."""
         ...
 
     def totals(self, kernel: Kernel, arrays: Sequence[Array]) -> Sequence[Scalar]:

@@ -89,7 +89,8 @@ def multislerp(
     norms = xp.sqrt(xp.diagonal(gram))
     units = gram / ((norms + eps)[:, None] * (norms + eps)[None, :])  # <u_i, u_j>
     length = _norm(xp, a, units)
-    straight = length < eps  # the linear mean: exact where no model moved, all that two can have
+    # Without a mean direction, where no model moved or two are opposite, take the linear mean.
+    straight = length < eps
     if not ops.traced and straight and len(tensors) > 2 and norms.any():
         raise UserError(
             f"the weighted mean direction of tensor {ops.name} is zero: multislerp has no "
@@ -148,14 +149,13 @@ def _arc(
     parallel: float | None = None,
 ) -> tuple[Array, Array]:
     """Coefficients of x and y at t, from their inner products; scalars or one per row."""
+    nx, ny = xp.sqrt(xx), xp.sqrt(yy)
     if parallel is None:
-        c = xy / (xp.maximum(xp.sqrt(xx), smallest) * xp.maximum(xp.sqrt(yy), smallest))
-        c = xp.clip(c, -1.0, 1.0)
+        c = xp.clip(xy / (xp.maximum(nx, smallest) * xp.maximum(ny, smallest)), -1.0, 1.0)
         straight = 1.0 - c * c <= SMALLEST_SINE2
     else:
-        nx, ny = (xp.sqrt(n) for n in (xx, yy))
-        c = xy / (xp.where(nx > smallest, nx, 1.0) * xp.where(ny > smallest, ny, 1.0))
-        c = xp.clip(c, -1.0, 1.0)
+        scale = xp.where(nx > smallest, nx, 1.0) * xp.where(ny > smallest, ny, 1.0)
+        c = xp.clip(xy / scale, -1.0, 1.0)
         straight = abs(c) > parallel
     theta = xp.arccos(xp.where(straight, 0.0, c))
     sine = xp.sin(theta)

@@ -69,7 +69,8 @@ def merge_task_vectors(
         raise UserError(f"elect {elect!r} is not one of {', '.join(ELECTIONS)}")
 
     plain = all(isinstance(x, float | int) and x > 0 for x in weights)
-    least = ops.number(min(weights)) if plain else None  # Z is 0 or not below it
+    # Z is the sum of some of the weights: 0 where no model agrees, else at least the smallest.
+    least = ops.number(min(weights)) if plain else None
 
     def mixed(at: int, b: Array, *models: Array) -> Array:
         s = [f(at, x - b) for f, x in zip(sparse, models, strict=True)]

@@ -53,8 +53,9 @@ OPERATIONS: dict[str, Callable[[Ops, list[Any]], Any]] = {
     "repeat": lambda ops, x: ops.repeat(3, lambda a, b: (b, a + b), (ops.number(1), ops.number(2))),
     "turned": lambda ops, x: ops.turned().map(distance, [ops.xp.swapaxes(a, 0, -1) for a in x]),
     "map": lambda ops, x: ops.map(lambda at, a, b: a * b, x, propagates=True),
-    "values": lambda ops, x: ops.values(distance, x),
-    "pick": lambda ops, x: ops.pick(distance, x, ops.xp.asarray([0, 39, 40, 100, 239])),
+    "pick": lambda ops, x: [
+        ops.pick(distance, x, index) for index in (None, ops.xp.asarray([0, 39, 40, 100, 239]))
+    ],
     "totals": lambda ops, x: ops.totals(lambda at, a, b: (a * b, a * a), x),
     "row_total": lambda ops, x: ops.row_total(x[0]),
     "largest": lambda ops, x: [
@@ -95,4 +96,4 @@ def test_results_have_the_dtype_that_was_asked_for(dtype: str) -> None:
     with jax.enable_x64(True):
         for ops, x in ((on_host, arrays()), (on_device, [jnp.asarray(a) for a in arrays()])):
             assert ops.map(distance, x).dtype.name == dtype
-            assert ops.values(distance, x).dtype == F4
+            assert ops.pick(distance, x, None).dtype == F4
