@@ -130,7 +130,7 @@ class MergeRecipe:
 
 
 def load_recipe(path: Path, compat: str = "") -> MergeRecipe:
-    """Reads a YAML file; `compat` stands for the key of that name.
+    """Reads a YAML file; `compat`, if given, replaces its key of that name.
 
     Raises UserError, with the file's name, for whatever is wrong in it.
     """
@@ -203,7 +203,7 @@ def value_for(key: str, tensor: str, t: float, scopes: Sequence[Mapping[str, Any
 
 
 def filters(setting: Any) -> Iterator[str]:
-    """The name filters of a setting that can fail to match."""
+    """The name filters of a setting, but for those that fit every tensor."""
     if _is_filtered(setting):
         for entry in setting:
             if entry.get("filter") not in (None, "*"):
@@ -211,7 +211,7 @@ def filters(setting: Any) -> Iterator[str]:
 
 
 class _Reader:
-    """Reads mappings; knows which keys there are and what an unknown one means."""
+    """Reads mappings; an unknown key is an error or, under `compat`, a note."""
 
     def __init__(self, compat: bool):
         self.compat = compat
@@ -397,7 +397,7 @@ def _check_models(recipe: MergeRecipe) -> None:
 
 
 def _model_name(value: Any, where: str) -> str:
-    """`path`, `path@revision`, `path+lora`; mergekit's mapping form is written as such text."""
+    """`path`, `path@revision` or `path+lora`; mergekit's mapping form becomes such text."""
     if isinstance(value, str) and value:
         return value
     if isinstance(value, Mapping) and set(value) <= {"model", "lora", "override_architecture"}:

@@ -60,7 +60,7 @@ class Chunked:
         return np.asarray(x, self.compute)
 
     def sum(self, parts: Sequence[Array]) -> Array:
-        """Of 16-bit arrays in float32, rounded once."""
+        """16-bit arrays are added in float32 and rounded once."""
         total = parts[0].astype(np.float32) if self.native else parts[0]
         for part in parts[1:]:
             total = total + part
@@ -75,7 +75,7 @@ class Chunked:
         return replace(self, shape=(self.shape[-1], *self.shape[1:-1], self.shape[0]))
 
     def map(self, kernel: Kernel, arrays: Sequence[Array], propagates: bool = False) -> np.ndarray:
-        """Raises UserError for inputs that are not finite; with `propagates`, for a result."""
+        """Raises UserError for an input, or with `propagates` for a result, that is not finite."""
         out = np.empty((self.rows, self.row), self.dtype)
         broken = self._what_is_not_finite
         for at, chunks in self._chunks(arrays, None if propagates else broken):
@@ -159,8 +159,10 @@ class Chunked:
     def _chunks(
         self, arrays: Sequence[Array], broken: Callable[[Sequence[Array]], str] | None = None
     ) -> Iterator[tuple[int, list[np.ndarray]]]:
-        """(index of the first element, chunks in the compute dtype); UserError(broken(arrays))
-        for what is not finite."""
+        """(index of the first element, chunks in the compute dtype) of each few rows.
+
+        With `broken`, UserError(broken(arrays)) for what is not finite.
+        """
         flat = [np.ascontiguousarray(a).reshape(self.rows, self.row) for a in arrays]
         step = max(1, CHUNK // max(self.row, 1))
         for first in range(0, self.rows, step):

@@ -175,7 +175,7 @@ def _pattern(x: Array) -> Array:
 
 
 def _index(shape: tuple[int, ...]) -> Array:
-    """Each element's flat index, made in place on every device."""
+    """Each element's flat index; every device makes its own part."""
     word = np.uint32 if math.prod(shape) <= 2**32 else np.uint64
     index = jnp.zeros(shape, word)
     stride = 1
@@ -186,7 +186,7 @@ def _index(shape: tuple[int, ...]) -> Array:
 
 
 def _largest_that(holds: Callable[[Any], Any], bits: int, dtype: Any) -> Array:
-    """The largest number of so many bits for which `holds`; it holds for 0 and is monotone.
+    """The largest number of `bits` bits for which `holds`, as it does for 0 and all below it.
 
     Four bits a round: fewer passes over the array, and fewer times that devices wait for each
     other, than one bit a round.

@@ -39,7 +39,7 @@ def weighted_mean(
 
 
 def model_stock(ops: Ops, tensors: Sequence[Array], *, base: Array, filter_wise: bool) -> Array:
-    """Between the base and the mean of the models, as near the latter as they agree."""
+    """From the base towards the mean of the models: the farther, the more they agree."""
     xp, n = ops.xp, len(tensors)
 
     def ratio(products: Sequence[Array]) -> Array:
@@ -121,7 +121,7 @@ def ram(
     r: Scalar | None = None,
     alpha: Scalar | None = None,
 ) -> Array:
-    """Entries that one model moved as it moved them, entries of several as their mean.
+    """The base plus what one model alone moved, and the mean of what several moved.
 
     Given `r` and `alpha` (RAM+), what a model alone moved is amplified by 1 + r times the share of
     what it moved together with others, at most `alpha`.

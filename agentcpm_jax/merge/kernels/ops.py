@@ -94,14 +94,14 @@ class Ops(Protocol):
         ...
 
     def largest(self, kernel: Kernel, arrays: Sequence[Array], k: Scalar) -> Kernel:
-        """The mask function (at, chunk) of the `k` largest of `kernel(at, *chunks)` >= 0.
+        """A function (at, chunk) -> mask of the `k` largest of `kernel(at, *chunks)`, all >= 0.
 
-        Of equal ones, those of the lowest index.
+        Among equal ones those of the lowest index count.
         """
         ...
 
     def key(self, model: int) -> Key:
-        """Of the randomness of one input."""
+        """The key of one input's random bits."""
         ...
 
     def draws(self, at: int, like: Array, key: Key) -> Array:

@@ -106,7 +106,7 @@ def multislerp(
 
 
 def karcher(ops: Ops, tensors: Sequence[Array], *, max_iter: Scalar, tol: Scalar) -> Array:
-    """The Riemannian mean of the directions, as long as the inputs are on average."""
+    """The mean of the directions on the sphere, with the mean length of the inputs."""
     xp = ops.xp
     if len(tensors) == 1:
         return ops.map(lambda at, x: x, tensors)

@@ -89,7 +89,7 @@ def merge_task_vectors(
 
 
 def _elected(ops: Ops, votes: list[Array], x: list[Array], w: list[Array]) -> tuple[Array, Array]:
-    """(sum_m A_m x_m, sum_m A_m w_m): turned to the elected sign, what agrees is positive."""
+    """(sum_m A_m x_m, sum_m A_m w_m). What agrees is positive once turned to the elected sign."""
     sign = ops.xp.copysign(ops.number(1.0), ops.sum(votes))
     turned = [ops.xp.maximum(a * sign, ops.number(0.0)) for a in x]
     mix = ops.sum(turned) * sign
