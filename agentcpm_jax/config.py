@@ -17,7 +17,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -118,15 +118,22 @@ class MergeStage:
     `validation`, general skill and agent skill, on questions and documents that neither training
     nor test sees. Of those that keep `keep` of the general model's skill one is taken: that of the
     largest alpha, or the best agent. When none does, the smallest alpha is taken.
+
+    With `soup` the stage's model is first averaged with further ones: their greedy soup by the same
+    two skills; the moving average of a run, `soup` oldest first and the stage's model last; or
+    WARP, the spherical mean of how they differ from the general model (alpha is its eta).
     """
 
-    # linear: alpha * stage + (1 - alpha) * general. task_arithmetic, ties, breadcrumbs, dare_ties,
-    # della ...: general + alpha * (what the method leaves of the difference).
+    # linear (WiSE-FT): alpha * stage + (1 - alpha) * general; an alpha above 1 is ExPO, a negative
+    # one unlearns. task_arithmetic, ties, breadcrumbs, dare_ties, della ...: general + alpha *
+    # (what the method leaves of the difference).
     method: str = "linear"
     general: str = "stage:base"
     alpha: float = 0.8
     density: float = 0.5  # for the methods that have one
-    soup: tuple[str, ...] = ()  # further models: the stage's own becomes their greedy soup
+    soup: tuple[str, ...] = ()  # further models
+    souping: Literal["greedy", "ema", "warp"] = "greedy"
+    where: Literal["host", "mesh"] = "host"  # host: as numpy arrays; mesh: sharded as in training
     candidates: tuple[float, ...] = ()  # alphas
     densities: tuple[float, ...] = ()
     keep: float = 0.92

@@ -1,6 +1,6 @@
 """What a merge would do, without doing it: parameters, bytes, memory, time, and where models clash.
 
-And, while one is done, the line that says how far it is.
+Also the line that shows how far a running merge is.
 
 Conflict map, per layer, over a sample of every tensor's entries d_m = W_m - B:
 
@@ -47,7 +47,7 @@ class Conflict:
 
 @dataclass(frozen=True)
 class MergePlan:
-    """See the module; sizes in bytes, time in seconds.
+    """What a merge would read, write and need; sizes in bytes, time in seconds.
 
     Attributes:
       parameters: per output tensor, 'name=value' of every parameter, models' by their position.
@@ -68,7 +68,7 @@ class MergePlan:
     notes: tuple[str, ...]
 
     def text(self) -> str:
-        """For people."""
+        """The plan as lines of text."""
         lines = [f"method   {self.method}"]
         lines += [f"base     {self.base}"] if self.base else []
         lines += [f"model {i}  {name}" for i, name in enumerate(self.models, 1)]
@@ -119,7 +119,7 @@ def plan_merge(recipe: MergeRecipe, roots: Sequence[Path], out: Path, seed: int 
 
 
 class ProgressLine:
-    """Rewrites one line of a terminal; silent when the stream is none."""
+    """Rewrites one line of a terminal; silent on a stream that is not a terminal."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream if stream.isatty() else None
@@ -207,7 +207,7 @@ def _shown(value: Any) -> str:
 
 
 def _memory(recipe: MergeRecipe, job: TensorJob, models: Mapping[str, MergeInput]) -> int:
-    """The result, and inputs that are not used where they lie in the file."""
+    """Bytes of the result, and of the inputs that must be copied out of their files."""
     total = job.info.nbytes
     for model, name in job.places:
         info = models[model].tensors[name]
@@ -227,7 +227,7 @@ def _seconds(
     seed: int,
     read: int,
 ) -> float:
-    """From merging one tensor and hashing some bytes, here and now."""
+    """An estimate, from merging one tensor and hashing some bytes."""
     small = [j for j in jobs if math.prod(j.info.shape) <= TRIAL] or [jobs[0]]
     (job,) = with_kept_counts(recipe, [max(small, key=lambda j: j.info.nbytes)], models)
     start = time.perf_counter()

@@ -40,7 +40,7 @@ from typing import Any
 
 import yaml
 
-from agentcpm_jax.merge.kernels.methods import METHODS, WITHOUT_EFFECT, MethodSpec
+from agentcpm_jax.merge.kernels.methods import METHODS, WITHOUT_EFFECT, MethodSpec, spec_of
 from agentcpm_jax.merge.kernels.task_vectors import ELECTIONS, RESCALES
 from agentcpm_jax.merge.vocabulary import TokenizerOptions, parse_tokenizer
 from agentcpm_jax.types import UserError
@@ -63,12 +63,7 @@ TOP = (
 CHOICES = {"rescale": RESCALES, "elect": ELECTIONS, "trim_scope": ("tensor", "model")}
 
 
-class _Missing:
-    def __repr__(self) -> str:
-        return "missing"
-
-
-MISSING = _Missing()  # None is a value
+MISSING: Any = object()  # None is a value
 
 
 @dataclass(frozen=True)
@@ -135,7 +130,7 @@ class MergeRecipe:
 
 
 def load_recipe(path: Path, compat: str = "") -> MergeRecipe:
-    """Reads a YAML file; `compat` stands for the key of that name.
+    """Reads a YAML file; `compat`, if given, replaces its key of that name.
 
     Raises UserError, with the file's name, for whatever is wrong in it.
     """
@@ -169,12 +164,13 @@ def parse_recipe(data: Any, compat: str = "") -> MergeRecipe:
     method = top.get("merge_method")
     if method is None:
         raise UserError(f"merge_method is missing; add one of {', '.join(METHODS)}")
-    if not isinstance(method, str) or method not in METHODS:
-        raise UserError(f"unknown merge_method {method!r}; use one of {', '.join(METHODS)}")
-    reader.spec = METHODS[method]
+    reader.spec = spec_of(method)
     base = _model_name(top["base_model"], "base_model") if top.get("base_model") else ""
     shared = reader.parameters(top.get("parameters"), "parameters")
     slices, module = _body(reader, top)
+    template = top.get("chat_template") or ""
+    if not isinstance(template, str):
+        raise UserError(f"chat_template is {template!r}; write text")
     recipe = MergeRecipe(
         merge_method=method,
         base_model=base,
@@ -183,7 +179,7 @@ def parse_recipe(data: Any, compat: str = "") -> MergeRecipe:
         dtype=_dtype(top.get("dtype"), "dtype"),
         out_dtype=_dtype(top.get("out_dtype"), "out_dtype"),
         tokenizer=parse_tokenizer(top.get("tokenizer"), top.get("tokenizer_source"), _model_name),
-        chat_template=_text(top.get("chat_template") or "", "chat_template"),
+        chat_template=template,
         compat=bool(compat),
         notes=tuple(reader.notes),
         raw={**data, "compat": compat} if compat else dict(data),
@@ -207,7 +203,7 @@ def value_for(key: str, tensor: str, t: float, scopes: Sequence[Mapping[str, Any
 
 
 def filters(setting: Any) -> Iterator[str]:
-    """The name filters of a setting that can fail to match."""
+    """The name filters of a setting, but for those that fit every tensor."""
     if _is_filtered(setting):
         for entry in setting:
             if entry.get("filter") not in (None, "*"):
@@ -215,7 +211,7 @@ def filters(setting: Any) -> Iterator[str]:
 
 
 class _Reader:
-    """Reads mappings; knows which keys there are and what an unknown one means."""
+    """Reads mappings; an unknown key is an error or, under `compat`, a note."""
 
     def __init__(self, compat: bool):
         self.compat = compat
@@ -401,7 +397,7 @@ def _check_models(recipe: MergeRecipe) -> None:
 
 
 def _model_name(value: Any, where: str) -> str:
-    """`path`, `path@revision`, `path+lora`; mergekit's mapping form is written as such text."""
+    """`path`, `path@revision` or `path+lora`; mergekit's mapping form becomes such text."""
     if isinstance(value, str) and value:
         return value
     if isinstance(value, Mapping) and set(value) <= {"model", "lora", "override_architecture"}:
@@ -428,12 +424,6 @@ def _dtype(value: Any, where: str) -> str:
     if name not in DTYPES:
         raise UserError(f"{where} {value!r} is not one of {', '.join(DTYPES)}")
     return name
-
-
-def _text(value: Any, where: str) -> str:
-    if not isinstance(value, str):
-        raise UserError(f"{where} is {value!r}; write text")
-    return value
 
 
 def _is_filtered(setting: Any) -> bool:

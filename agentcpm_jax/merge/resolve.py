@@ -129,7 +129,7 @@ class _Layout:
 
     @staticmethod
     def _stem(model: MergeInput) -> str:
-        """The stack of layers that config.json counts; else the deepest."""
+        """The prefix of the stack with as many layers as config.json says, else of the deepest."""
         stacks: dict[str, set[int]] = {}
         for name in model.tensors:
             if place := layer_of(name):
@@ -271,7 +271,7 @@ def _check_sum(
     shared: Mapping[str, Any],
     own: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Weights that cancel cannot be normalised; with election each element has its own sum."""
+    """Raises UserError for weights that sum to zero; elected signs give each element its own."""
     normalize = shared.get("normalize", shared.get("normalize_weights"))
     electing = "ties" in recipe.merge_method or recipe.merge_method in ("della", "sce")
     if not normalize or electing or not all("weight" in o for o in own):

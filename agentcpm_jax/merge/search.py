@@ -2,14 +2,13 @@
 
 `sweep` evaluates a grid over a method's parameters; `alpha_sweep` the line between two models;
 `soup_search` the prefixes of a greedy soup. Each returns every point with both scores, and which
-points no other point beats on both (the Pareto set). Task arithmetic over a grid of one lambda
-reuses the task vectors: B + lambda * MIX costs one multiplication and addition per point, as long
-as the models and the MIX fit in memory, which a search needs anyway.
+points no other point beats on both (the Pareto set). A grid of lambdas merges once for all of them:
+with M the merge at lambda 1, every point is B + lambda (M - B).
 """
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,15 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from agentcpm_jax.merge.kernels.methods import METHODS
+from agentcpm_jax.merge.kernels.methods import METHODS, spec_of
 from agentcpm_jax.merge.kernels.ops import Array
-from agentcpm_jax.merge.kernels.trees import Tree, linear, map_leaves
-from agentcpm_jax.merge.soups import greedy_soup, merged_tree
+from agentcpm_jax.merge.kernels.trees import Tree, map_leaves, merge_tree
+from agentcpm_jax.merge.soups import greedy_soup, wise_ft
 from agentcpm_jax.types import UserError
 
 Evaluator = Callable[[Tree], float]
-#: Methods whose result is base + lambda * (something without lambda).
-SCALED_BY_LAMBDA = frozenset(name for name, m in METHODS.items() if "lambda" in m.global_params)
 
 
 @dataclass(frozen=True)
@@ -54,21 +51,6 @@ class SearchResult:
         ]
         return {"method": self.method, "points": rows}
 
-    def best_agent(self, keep: float) -> Point:
-        """The best agent among points with a general skill of at least `keep`.
-
-        Raises:
-          UserError: there is none.
-        """
-        able = [p for p in self.points if p.general >= keep]
-        if not able:
-            best = max(p.general for p in self.points)
-            raise UserError(
-                f"no candidate keeps a general skill of {keep:g}: the best has {best:g}; lower "
-                "the bound or widen the grid"
-            )
-        return max(able, key=lambda p: (p.agent, p.general))
-
 
 def sweep(
     method: str,
@@ -77,9 +59,7 @@ def sweep(
     grid: Mapping[str, Sequence[Any]],
     agent: Evaluator,
     general: Evaluator,
-    shared: Mapping[str, Any] | None = None,
-    own: Sequence[Mapping[str, Any]] | None = None,
-    seed: int = 0,
+    own: Sequence[Mapping[str, Any]],
 ) -> SearchResult:
     """Every combination of the grid.
 
@@ -89,16 +69,13 @@ def sweep(
       grid: values to try, by parameter. A shared parameter by its name (`lambda`, `t`); a model's
         as `weight` for all models or `weight.0` for the first.
       agent, general: params -> score, more is better.
-      shared, own: the parameters that are not in the grid.
-      seed: of the randomness; the same for every point.
+      own: every model's parameters that are not in the grid. Shared ones have their defaults.
 
     Raises:
       UserError: a parameter that the method does not have, an empty grid, scores that are not
         numbers.
     """
-    spec = METHODS.get(method)
-    if spec is None:
-        raise UserError(f"unknown merge_method {method!r}; use one of {', '.join(METHODS)}")
+    spec = spec_of(method)
     for key, values in grid.items():
         name, _, place = key.partition(".")
         known = key in spec.global_params or (
@@ -111,36 +88,32 @@ def sweep(
             )
         if not values:
             raise UserError(f"the grid of {key} is empty; list the values to try")
-    own = own or [{}] * len(trees)
-    points = []
-    for choice, params in _candidates(method, trees, base, grid, shared or {}, own, seed):
-        points.append(_point(choice, params, agent, general))
-    return _result(method, points)
+    found = _candidates(method, trees, base, grid, own)
+    return _result(method, [_point(choice, params, agent, general) for choice, params in found])
 
 
 def alpha_sweep(
     base: Tree, tuned: Tree, alphas: Sequence[float], agent: Evaluator, general: Evaluator
 ) -> SearchResult:
-    """The line from the base (alpha 0) to the tuned model (1), as WiSE-FT draws it."""
+    """WiSE-FT: the line from the base (alpha 0) to the tuned model (1)."""
     if not alphas:
         raise UserError("the grid of alpha is empty; list the values to try")
-    points = [
-        _point({"alpha": a}, linear([base, tuned], [1.0 - a, a]), agent, general) for a in alphas
-    ]
+    line = wise_ft(base, tuned, alphas)
+    points = [_point({"alpha": alpha}, params, agent, general) for alpha, params in line]
     return _result("wise_ft", points)
 
 
 def soup_search(
-    trees: Sequence[Tree], agent: Evaluator, general: Evaluator, share: float = 0.5
+    trees: Sequence[Tree], agent: Evaluator, general: Evaluator
 ) -> tuple[Tree, SearchResult]:
-    """Greedy soup by share * agent + (1 - share) * general; also the points it looked at."""
+    """The greedy soup by the mean of both skills; also the points it looked at."""
     points: list[Point] = []
 
     def both(params: Tree) -> float:
         points.append(_point({"candidate": len(points)}, params, agent, general))
-        return share * points[-1].agent + (1.0 - share) * points[-1].general
+        return 0.5 * points[-1].agent + 0.5 * points[-1].general
 
-    soup, _ = greedy_soup(trees, both)
+    soup = greedy_soup(trees, both)
     return soup, _result("greedy_soup", points)
 
 
@@ -148,7 +121,8 @@ def pareto_set(points: Sequence[Point]) -> tuple[Point, ...]:
     """The points that no other equals or beats on both scores and beats on one."""
     best: list[Point] = []
     for p in sorted(points, key=lambda p: (-p.agent, -p.general)):
-        if not best or p.general > best[-1].general or _same(p, best[-1]):
+        twin = best and (p.agent, p.general) == (best[-1].agent, best[-1].general)
+        if not best or p.general > best[-1].general or twin:
             best.append(p)
     return tuple(best)
 
@@ -158,46 +132,34 @@ def _candidates(
     trees: Sequence[Tree],
     base: Tree | None,
     grid: Mapping[str, Sequence[Any]],
-    shared: Mapping[str, Any],
     own: Sequence[Mapping[str, Any]],
-    seed: int,
 ) -> Iterator[tuple[dict[str, Any], Tree]]:
-    """(choice, params); lambda varies fastest and costs one multiplication and addition."""
-    reuse = base is not None and method in SCALED_BY_LAMBDA and "lambda" in grid
-    outer = {k: v for k, v in grid.items() if not (reuse and k == "lambda")}
+    """(choice, params); lambda varies fastest."""
+    outer = {k: v for k, v in grid.items() if k != "lambda"}
     for values in itertools.product(*outer.values()):
         choice = dict(zip(outer, values, strict=True))
-        common = {
-            **shared,
-            **{k: v for k, v in choice.items() if k in METHODS[method].global_params},
-        }
-        each = [{**p, **_of_model(choice, i, common)} for i, p in enumerate(own)]
-        if not reuse:
-            yield choice, merged_tree(method, trees, base, each, common, seed)
+        shared = {k: v for k, v in choice.items() if k in METHODS[method].global_params}
+        each = [{**p, **_of_model(choice, i, shared)} for i, p in enumerate(own)]
+        if "lambda" not in grid:
+            yield choice, merge_tree(method, trees, base, each, shared)
             continue
-        wide = [_widened(t) for t in (base, *trees)]
-        whole = merged_tree(method, wide[1:], wide[0], each, {**common, "lambda": 1.0}, seed)
-        mix = map_leaves(lambda m, b: m - b, [whole, wide[0]])
-        del wide, whole
+        # Every method with a lambda starts from a base and scales what it adds by lambda.
+        shared["lambda"] = 1.0
+        whole = merge_tree(method, trees, base, each, shared, dtype=np.float32)
+        mix = map_leaves(lambda _, m, b: m - b.astype(m.dtype), [whole, base])
+        del whole
         for lambda_ in grid["lambda"]:
-            yield {**choice, "lambda": lambda_}, map_leaves(_stepped(lambda_), [base, mix])
+            point = map_leaves(functools.partial(_stepped, lambda_), [base, mix])
+            yield {**choice, "lambda": lambda_}, point
 
 
-def _stepped(lambda_: float) -> Callable[[Array, Array], Array]:
-    def leaf(b: Array, m: Array) -> Array:
-        if lambda_ == 0:
-            return b
-        return (b.astype(m.dtype) + m * m.dtype.type(lambda_)).astype(b.dtype)
-
-    return leaf
+def _stepped(lambda_: float, name: str, b: Array, mix: Array) -> Array:
+    return (b.astype(mix.dtype) + mix * mix.dtype.type(lambda_)).astype(b.dtype)
 
 
-def _widened(tree: Tree) -> Tree:
-    return map_leaves(lambda x: x.astype(np.result_type(x.dtype, np.float32)), [tree])
-
-
-def _of_model(choice: Mapping[str, Any], i: int, common: Mapping[str, Any]) -> dict[str, Any]:
-    mine = {k: v for k, v in choice.items() if "." not in k and k not in common}
+def _of_model(choice: Mapping[str, Any], i: int, shared: Mapping[str, Any]) -> dict[str, Any]:
+    """What the grid's point says of model `i`: a value for all models, or one of its own."""
+    mine = {k: v for k, v in choice.items() if "." not in k and k not in shared}
     numbered = {k.partition(".")[0]: v for k, v in choice.items() if k.endswith(f".{i}")}
     return {**mine, **numbered}
 
@@ -215,7 +177,3 @@ def _point(choice: Mapping[str, Any], params: Tree, agent: Evaluator, general: E
 
 def _result(method: str, points: Sequence[Point]) -> SearchResult:
     return SearchResult(method, tuple(points), pareto_set(points))
-
-
-def _same(a: Point, b: Point) -> bool:
-    return dataclasses.astuple(a)[1:] == dataclasses.astuple(b)[1:]

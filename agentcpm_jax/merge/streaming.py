@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -109,13 +110,11 @@ def merge_checkpoints(
         _check_space(out, opened.nbytes)
         with staging(out, key) as grown, _hashes(opened.models) as hashes:
             jobs = {j.name: j for j in with_kept_counts(recipe, opened.jobs, opened.models)}
-            written = _Written(opened.nbytes, grown.record, progress)
-            order = [name for file in files for name, _ in file.tensors]
-            written.add(sum(tensors[name].nbytes for name in order[: grown.done]))
+            sizes = [tensors[name].nbytes for file in files for name, _ in file.tensors]
+            written = _Written(list(itertools.accumulate(sizes)), grown.record, progress)
 
             def values(name: str) -> Iterator[np.ndarray]:
                 yield merged_tensor(recipe, jobs[name], opened.models, seed)
-                written.add(tensors[name].nbytes)
 
             write_files(grown.path, files, values, grown.done, written.note)
             if len(files) > 1:
@@ -234,27 +233,28 @@ def _check_space(out: Path, nbytes: int) -> None:
 
 
 class _Written:
-    """Counts bytes, for progress and for when the journal is due."""
+    """Tells the journal, when it is due, and the progress line how many bytes are written.
+
+    `sizes` are the bytes of the first tensor, of the first two, and so on.
+    """
 
     def __init__(
         self,
-        total: int,
+        sizes: Sequence[int],
         record: Callable[[int, int], None],
         progress: Callable[[int, int], None] | None,
     ):
-        self._total, self._record, self._progress = total, record, progress
-        self._done = self._recorded = 0
-
-    def add(self, nbytes: int) -> None:
-        self._done += nbytes
+        self._sizes, self._record, self._progress = sizes, record, progress
+        self._recorded = 0
 
     def note(self, fd: int, count: int) -> None:
         """After each tensor: `count` are in the files."""
-        if self._done - self._recorded >= SAVE_EVERY:
+        done = self._sizes[count - 1]
+        if done - self._recorded >= SAVE_EVERY:
             self._record(fd, count)
-            self._recorded = self._done
+            self._recorded = done
         if self._progress:
-            self._progress(self._done, self._total)
+            self._progress(done, self._sizes[-1])
 
 
 @contextlib.contextmanager

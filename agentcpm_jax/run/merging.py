@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from agentcpm_jax.config import MergeStage, Stage
@@ -18,9 +19,9 @@ from agentcpm_jax.evaluate.runner import evaluate
 from agentcpm_jax.evaluate.skills import skill_documents, skill_scores
 from agentcpm_jax.files import write_atomically
 from agentcpm_jax.log.experience import ExperienceLog
-from agentcpm_jax.merge.kernels.methods import METHODS, linear
+from agentcpm_jax.merge.kernels.methods import METHODS
+from agentcpm_jax.merge.kernels.trees import Tree, linear, merge_tree
 from agentcpm_jax.merge.search import (
-    SCALED_BY_LAMBDA,
     Evaluator,
     Point,
     SearchResult,
@@ -29,28 +30,36 @@ from agentcpm_jax.merge.search import (
     soup_search,
     sweep,
 )
-from agentcpm_jax.merge.soups import merged_tree
+from agentcpm_jax.merge.soups import ema, warp
+from agentcpm_jax.model.params import param_specs
 from agentcpm_jax.run.context import RunContext
 from agentcpm_jax.run.custom import make_reward, make_tools
 from agentcpm_jax.run.sampling import evaluation_tasks, make_run_sample
+from agentcpm_jax.sharding import param_shardings
 from agentcpm_jax.types import UserError
 
 GENERAL_MODEL = Point((("alpha", 0.0),), 0.0, 0.0)
+#: Methods whose result is the general model plus lambda times what the method makes of the rest.
+SCALED_BY_LAMBDA = [name for name, method in METHODS.items() if "lambda" in method.global_params]
 
 
 def run_merge(ctx: RunContext, stage: Stage) -> None:
     """Saves the merged model, the sweep's models and, after a search, what it measured."""
     merge = stage.merge
     assert merge is not None
-    _check_method(merge)
+    _check(merge)
     directory = ctx.directory(stage)
-    special, general = ctx.load_params(stage.init_from), ctx.load_params(merge.general)
+    special, general, *others = (
+        _load(ctx, merge, source) for source in (stage.init_from, merge.general, *merge.soup)
+    )
     choice: dict[str, float] = {"alpha": merge.alpha, "density": merge.density}
-    if merge.soup or merge.candidates:
+    greedy = bool(others) and merge.souping == "greedy"
+    if others and not greedy:
+        special = averaged(merge, special, others, general)
+    if greedy or merge.candidates:
         with ExperienceLog.open(directory / "search.db") as log:
             skills = Skills(ctx, merge, log)
-            if merge.soup:
-                others = [ctx.load_params(source) for source in merge.soup]
+            if greedy:
                 special, tried = soup_search([special, *others], skills.agent, skills.general)
                 _write(directory / "soup.json", {"chosen": None, **tried.to_dict()})
             if merge.candidates:
@@ -66,17 +75,24 @@ def run_merge(ctx: RunContext, stage: Stage) -> None:
     ctx.save_model(directory / "hf", merged(merge, special, general, choice))
 
 
-def merged(merge: MergeStage, special: Any, general: Any, choice: Mapping[str, float]) -> Any:
+def averaged(merge: MergeStage, special: Tree, others: Sequence[Tree], general: Tree) -> Tree:
+    """The stage's model and the soup's as one, by a rule that measures nothing."""
+    if merge.souping == "ema":
+        return ema([*others, special])
+    return warp(general, [special, *others])
+
+
+def merged(merge: MergeStage, special: Tree, general: Tree, choice: Mapping[str, float]) -> Tree:
     """The model of one choice of alpha and density."""
     alpha = choice["alpha"]
     if merge.method == "linear":
         return linear([special, general], [alpha, 1.0 - alpha])
     own = _own(merge, choice.get("density", merge.density))
-    return merged_tree(merge.method, [special], general, [own], {"lambda": alpha})
+    return merge_tree(merge.method, [special], general, [own], {"lambda": alpha})
 
 
 def search(
-    merge: MergeStage, special: Any, general: Any, skills: tuple[Evaluator, Evaluator]
+    merge: MergeStage, special: Tree, general: Tree, skills: tuple[Evaluator, Evaluator]
 ) -> SearchResult:
     """Both skills of the general model, which is the first point, and of every candidate."""
     reference = replace(GENERAL_MODEL, agent=skills[0](general), general=skills[1](general))
@@ -120,10 +136,12 @@ class Skills:
         documents = self._spec.skill_tasks
         self._documents = skill_documents(documents, ctx.cfg.seed, "validation")
         self._candidate = 0
-        count = len(merge.candidates) * max(1, len(merge.densities)) + len(merge.soup)
-        self._bar = ctx.progress("merge search", count + 1)
+        count = 1 + len(merge.candidates) * max(1, len(merge.densities))
+        if merge.soup and merge.souping == "greedy":
+            count += 1 + 2 * len(merge.soup)
+        self._bar = ctx.progress("merge search", count)
 
-    def agent(self, params: Any) -> float:
+    def agent(self, params: Tree) -> float:
         """Greedy accuracy on the validation tasks; 0 when there are none."""
         if not self._tasks:
             return 0.0
@@ -155,7 +173,7 @@ class Skills:
         self._candidate += 1
         return estimate(scores, 1, mean_at_k).value
 
-    def general(self, params: Any) -> float:
+    def general(self, params: Tree) -> float:
         """Mean over the general skills of the share of documents completed rightly."""
         engine = LocalEngine(params, self._ctx.cfg.model, self._spec.engine)
         try:
@@ -166,7 +184,19 @@ class Skills:
         return float(np.mean([np.mean(right) for right in scores.values()]))
 
 
-def _check_method(merge: MergeStage) -> None:
+def _load(ctx: RunContext, merge: MergeStage, source: str) -> Tree:
+    """Parameters where they are merged: spread over the run's mesh, or as numpy arrays."""
+    if merge.where == "mesh":
+        return ctx.load_params(source, param_shardings(param_specs(ctx.cfg.model), ctx.mesh))
+    return jax.tree.map(np.asarray, ctx.load_params(source))
+
+
+def _check(merge: MergeStage) -> None:
+    if merge.where == "mesh" and jax.process_count() > 1:
+        raise UserError(
+            f"merge.where is 'mesh', which spans {jax.process_count()} processes; the stage runs "
+            "in the first one alone: use 'host'"
+        )
     if merge.method != "linear" and merge.method not in SCALED_BY_LAMBDA:
         known = ", ".join(["linear", *sorted(SCALED_BY_LAMBDA)])
         raise UserError(f"merge.method is {merge.method!r}; the merge stage has {known}")

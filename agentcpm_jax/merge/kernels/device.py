@@ -1,11 +1,11 @@
 """The operations that merge methods are made of, on JAX arrays: whole, sharded or traced.
 
-Results do not depend on how an array is laid out over devices. Elementwise arithmetic does not by
-nature. Sums do not because they are made of integers: values are scaled by a power of two so that
-the largest has 34 bits, or as many as int64 admits for so many addends, rounded to int64, and added
-exactly; what the rounding left is added in the same way. Together they are as good as float64. The
-k largest are found by bisection on the bits of the magnitude, four a round, and then on the index
-among equals: counts only, no sort.
+Results do not depend on how an array is laid out over devices. Elementwise arithmetic never does.
+Sums do not because they are sums of integers: values are scaled by a power of two so that the
+largest has as many bits as int64 admits for so many addends, at most 50, rounded to int64, and
+added exactly; what the rounding left is added in the same way. The result is as good as float64.
+The k largest are found by bisection on the bits of the magnitude, four a round, and then, among
+equal magnitudes, on the index: this counts elements and sorts none.
 
 Deviations from `chunked`:
 1. NaN and infinite inputs are not reported: that would wait for the device.
@@ -14,8 +14,10 @@ Deviations from `chunked`:
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -23,9 +25,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 from agentcpm_jax.merge.kernels.ops import Array, Kernel, Ops, Scalar
 from agentcpm_jax.merge.kernels.random_bits import Key, bits_at, stream_key
+
+
+def compiled(fn: Callable[..., Array], leaves: Sequence[Array]) -> Array:
+    """`fn(*leaves)` as one program, whose result is sharded as the first leaf is."""
+    first = leaves[0]
+    sharded = isinstance(first, jax.Array) and not isinstance(first, Tracer)
+    return jax.jit(fn, out_shardings=first.sharding if sharded else None)(*leaves)
 
 
 def on_device(
@@ -37,7 +47,6 @@ def on_device(
     compute: np.dtype,
     seed: int,
     compat: bool,
-    keys: Any,
 ) -> Array:
     """`fn` on JAX arrays or tracers of one shape; see `methods.merge_tensors`."""
     tensors = [jnp.asarray(x) for x in tensors]
@@ -45,39 +54,29 @@ def on_device(
         arguments = {**arguments, "base": jnp.asarray(arguments["base"])}
     # Scalars are float64 and counts int64; the tensors stay what they are.
     with jax.enable_x64(True):
-        if keys is None:
-            keys = [stream_key(seed, name, model) for model in range(len(tensors))]
-        ops: Ops = Sharded(name, tensors[0].shape, dtype, compute, keys, compat)
+        ops: Ops = Sharded(name, tensors[0].shape, dtype, compute, seed, compat)
         return fn(ops, tensors, **arguments)
 
 
+@dataclass
 class Sharded:
-    """The operations `ops.Ops` on JAX arrays."""
+    """The operations `ops.Ops` on JAX arrays; the fields are explained there."""
 
-    xp: ModuleType = jnp
-    native = False
-    traced = True
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    compute: np.dtype
+    seed: int
+    compat: bool
 
-    def __init__(
-        self,
-        name: str,
-        shape: tuple[int, ...],
-        dtype: np.dtype,
-        compute: np.dtype,
-        keys: Any,
-        compat: bool,
-    ):
-        self.name, self.shape = name, shape
-        self.dtype, self.compute = dtype, compute
-        self.keys, self.compat = keys, compat
-        self.size = math.prod(shape)
-        self.row = shape[-1] if shape else 1
+    def __post_init__(self) -> None:
+        self.xp: ModuleType = jnp
+        self.traced, self.native = True, False
+        self.size = math.prod(self.shape)
+        self.row = self.shape[-1] if self.shape else 1
 
-    def number(self, x: Scalar) -> Scalar:
+    def number(self, x: Scalar | Array) -> Array:
         return jnp.asarray(x).astype(self.compute)
-
-    def numbers(self, x: Array) -> Array:
-        return x.astype(self.compute)
 
     def sum(self, parts: Sequence[Array]) -> Array:
         total = parts[0]
@@ -89,20 +88,17 @@ class Sharded:
         return lax.fori_loop(0, count, lambda _, s: step(*s), state)
 
     def turned(self) -> Sharded:
-        shape = (self.shape[-1], *self.shape[1:-1], self.shape[0])
-        return Sharded(self.name, shape, self.dtype, self.compute, self.keys, self.compat)
-
-    def values(self, kernel: Kernel, arrays: Sequence[Array]) -> Array:
-        return kernel(0, *(x.astype(self.compute) for x in arrays))
-
-    def pick(self, kernel: Kernel, arrays: Sequence[Array], index: Array) -> Array:
-        return self.values(kernel, arrays).reshape(-1)[index]
+        return replace(self, shape=(self.shape[-1], *self.shape[1:-1], self.shape[0]))
 
     def map(self, kernel: Kernel, arrays: Sequence[Array], propagates: bool = False) -> Array:
-        return self.values(kernel, arrays).astype(self.dtype)
+        return self._values(kernel, arrays).astype(self.dtype)
+
+    def pick(self, kernel: Kernel, arrays: Sequence[Array], index: Array | None) -> Array:
+        flat = self._values(kernel, arrays).reshape(-1)
+        return flat if index is None else flat[index]
 
     def totals(self, kernel: Kernel, arrays: Sequence[Array]) -> list[Scalar]:
-        return [exact_sum(x, None) for x in self.values(kernel, arrays)]
+        return [exact_sum(x, None) for x in self._values(kernel, arrays)]
 
     def row_total(self, x: Array) -> Array:
         return exact_sum(x, -1)
@@ -110,7 +106,7 @@ class Sharded:
     def largest(self, kernel: Kernel, arrays: Sequence[Array], k: Scalar) -> Kernel:
         if not isinstance(k, jax.Array) and k >= self.size:
             return lambda at, m: m >= 0
-        bits, index = _pattern(self.values(kernel, arrays)), _index(self.shape)
+        bits, index = _pattern(self._values(kernel, arrays)), _index(self.shape)
         value = _largest_that(lambda v: _count(bits >= v) >= k, 31, bits.dtype)
         quota = k - _count(bits > value)
         equal = bits == value
@@ -125,7 +121,7 @@ class Sharded:
         return cut
 
     def key(self, model: int) -> Key:
-        return self.keys[model][0], self.keys[model][1]
+        return stream_key(self.seed, self.name, model)
 
     def draws(self, at: int, like: Array, key: Key) -> Array:
         index = _index(like.shape)
@@ -141,37 +137,16 @@ class Sharded:
         kept = self.draws(at, magnitude, key) < jnp.asarray(limits)[rank]
         return jnp.asarray(values)[rank] * kept
 
-
-@jax.custom_jvp
-def _exact_total(x: Array) -> Array:
-    return _integer_sum(x, None)
+    def _values(self, kernel: Kernel, arrays: Sequence[Array]) -> Any:
+        return kernel(0, *(x.astype(self.compute) for x in arrays))
 
 
-@jax.custom_jvp
-def _exact_rows(x: Array) -> Array:
-    return _integer_sum(x, -1)
-
-
-@_exact_total.defjvp
-def _exact_total_jvp(primals: Any, tangents: Any) -> Array:
-    return _exact_total(*primals), jnp.sum(tangents[0].astype(np.float64))
-
-
-@_exact_rows.defjvp
-def _exact_rows_jvp(primals: Any, tangents: Any) -> Array:
-    (t,) = tangents
-    return _exact_rows(*primals), jnp.sum(t.astype(np.float64), axis=-1, keepdims=True)
-
-
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def exact_sum(x: Array, axis: int | None) -> Array:
     """float64 sum over everything (axis None) or over the last axis, which stays with size 1.
 
     The result has the same bits for every sharding of `x`. Call it under `jax.enable_x64`.
     """
-    return _exact_total(x) if axis is None else _exact_rows(x)
-
-
-def _integer_sum(x: Array, axis: int | None) -> Array:
     keep = axis is not None
     count = x.size if axis is None else x.shape[axis]
     bits = min(50, 61 - max(count - 1, 1).bit_length())
@@ -187,13 +162,20 @@ def _integer_sum(x: Array, axis: int | None) -> Array:
     return total * (power * 2.0**-bits)
 
 
+@exact_sum.defjvp
+def _exact_sum_jvp(axis: int | None, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    (t,) = tangents
+    slope = jnp.sum(t.astype(np.float64), axis=axis, keepdims=axis is not None)
+    return exact_sum(*primals, axis), slope
+
+
 def _pattern(x: Array) -> Array:
     """The bits of non-negative numbers, which order as the numbers do."""
     return lax.bitcast_convert_type(x.astype(np.float32), np.uint32)
 
 
 def _index(shape: tuple[int, ...]) -> Array:
-    """Each element's flat index, made in place on every device."""
+    """Each element's flat index; every device makes its own part."""
     word = np.uint32 if math.prod(shape) <= 2**32 else np.uint64
     index = jnp.zeros(shape, word)
     stride = 1
@@ -204,7 +186,7 @@ def _index(shape: tuple[int, ...]) -> Array:
 
 
 def _largest_that(holds: Callable[[Any], Any], bits: int, dtype: Any) -> Array:
-    """The largest number of so many bits for which `holds`; it holds for 0 and is monotone.
+    """The largest number of `bits` bits for which `holds`, as it does for 0 and all below it.
 
     Four bits a round: fewer passes over the array, and fewer times that devices wait for each
     other, than one bit a round.

@@ -13,9 +13,11 @@ zero are relative to the tensor.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from itertools import combinations, combinations_with_replacement
 
 from agentcpm_jax.merge.kernels.ops import Array, Ops, Scalar, is_zero, nonzero_sum
+from agentcpm_jax.merge.kernels.spherical import inner_products, pair_products
 
 SMALLEST = 1e-6
 
@@ -37,42 +39,31 @@ def weighted_mean(
 
 
 def model_stock(ops: Ops, tensors: Sequence[Array], *, base: Array, filter_wise: bool) -> Array:
-    """Between the base and the mean of the models, as near the latter as they agree."""
+    """From the base towards the mean of the models: the farther, the more they agree."""
     xp, n = ops.xp, len(tensors)
 
-    def ratio(products: Mapping[tuple[int, int], Array]) -> Array:
-        norms = [xp.sqrt(products[i, i]) for i in range(n)]
+    def ratio(products: Sequence[Array]) -> Array:
+        """t, from the inner products of the task vectors: of the tensor, or of each row."""
+        gram = dict(zip(combinations_with_replacement(range(n), 2), products, strict=True))
         total: Array = 0.0
-        for i in range(n):
-            for j in range(i + 1, n):
-                scale = norms[i] * norms[j]
-                guard = SMALLEST if ops.compat else 0.0
-                scale = xp.maximum(scale, guard)
-                cosine = products[i, j] / xp.where(scale > 0, scale, 1.0)
-                total = total + xp.clip(cosine, -1.0, 1.0)
+        for i, j in combinations(range(n), 2):
+            scale = xp.sqrt(gram[i, i]) * xp.sqrt(gram[j, j])
+            if ops.compat:
+                scale = xp.maximum(scale, SMALLEST)
+            cosine = gram[i, j] / xp.where(scale > 0, scale, 1.0)
+            total = total + xp.clip(cosine, -1.0, 1.0)
         c = total / (n * (n - 1) / 2)
         below = 1.0 + (n - 1) * c
         small = abs(below) < SMALLEST
         return xp.where(small, 0.0, n * c / xp.where(small, 1.0, below))
 
-    def products(b: Array, models: Sequence[Array]) -> dict[tuple[int, int], Array]:
-        d = [m - b for m in models]
-        return {(i, j): d[i] * d[j] for i in range(n) for j in range(i, n)}
+    whole = None if filter_wise else ratio(inner_products(ops, tensors, base))
 
-    if filter_wise:
-
-        def mixed(at: int, b: Array, *models: Array) -> Array:
-            t = ratio({k: ops.row_total(v) for k, v in products(b, models).items()})
-            return _mean(models, ops) * ops.numbers(t) + b * ops.numbers(1.0 - t)
-
-    else:
-        keys = [(i, j) for i in range(n) for j in range(i, n)]
-        sums = ops.totals(lambda at, b, *m: tuple(products(b, m).values()), [base, *tensors])
-        t = ratio(dict(zip(keys, sums, strict=True)))
-        ahead, back = ops.number(t), ops.number(1.0 - t)
-
-        def mixed(at: int, b: Array, *models: Array) -> Array:
-            return _mean(models, ops) * ahead + b * back
+    def mixed(at: int, b: Array, *models: Array) -> Array:
+        t = whole
+        if t is None:
+            t = ratio([ops.row_total(p) for p in pair_products([m - b for m in models])])
+        return _mean(models, ops) * ops.number(t) + b * ops.number(1.0 - t)
 
     return ops.map(mixed, [base, *tensors])
 
@@ -130,7 +121,7 @@ def ram(
     r: Scalar | None = None,
     alpha: Scalar | None = None,
 ) -> Array:
-    """Entries that one model moved as it moved them, entries of several as their mean.
+    """The base plus what one model alone moved, and the mean of what several moved.
 
     Given `r` and `alpha` (RAM+), what a model alone moved is amplified by 1 + r times the share of
     what it moved together with others, at most `alpha`.

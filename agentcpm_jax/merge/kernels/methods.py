@@ -1,7 +1,7 @@
 """The merge methods by mergekit's names, and `merge_tensors`, which runs any of them on one tensor.
 
 The formulas are in `means`, `pairs`, `spherical` and `task_vectors`, each written once over the
-operations of `ops`. `trees` has the two simplest methods as arithmetic on nested dicts.
+operations of `ops`. `trees.merge_tree` runs a method on whole models.
 
 Deviations from the common tool, mergekit 0.1.5; 1 to 3 are undone by `compat`:
 1. Arithmetic is in float32 (float64 if an input is), rounded once at the end. mergekit rounds
@@ -27,24 +27,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from agentcpm_jax.merge.kernels.chunked import Chunked
+from agentcpm_jax.merge.kernels.chunked import FLOATS, Chunked
 from agentcpm_jax.merge.kernels.means import model_stock, ram, sce, weighted_mean
 from agentcpm_jax.merge.kernels.ops import Array, Ops
 from agentcpm_jax.merge.kernels.pairs import arcee_fusion, nearswap, passthrough
 from agentcpm_jax.merge.kernels.spherical import karcher, multislerp, nuslerp, slerp
 from agentcpm_jax.merge.kernels.task_vectors import merge_task_vectors
-from agentcpm_jax.merge.kernels.trees import check_leaves, linear, task_arithmetic
 from agentcpm_jax.types import UserError
 
-__all__ = [
-    "METHODS",
-    "REQUIRED",
-    "MethodSpec",
-    "linear",
-    "merge_tensors",
-    "result_dtype",
-    "task_arithmetic",
-]
 REQUIRED = object()  # of a parameter without a default
 #: Switches of mergekit that change its use of memory, never a result.
 WITHOUT_EFFECT = ("int8_mask",)
@@ -158,7 +148,6 @@ def merge_tensors(
     compat: bool = False,
     dtype: Any = None,
     labels: Sequence[str] = (),
-    keys: Any = None,
 ) -> Array:
     """Merges one tensor of several models.
 
@@ -173,13 +162,12 @@ def merge_tensors(
       compat: reproduce mergekit 0.1.5, see the module. Of JAX arrays, the formulas alone.
       dtype: of the result; default `result_dtype(...)`.
       labels: what to call `tensors`, and then the base, in messages.
-      keys: of JAX arrays: [models, 2] uint32 that take the place of `seed` and `name`.
 
     Raises:
       UserError: unknown method, parameter or number of models; unequal shapes; NaN or infinite
         inputs (numpy only); weights that cannot be normalised; impossible parameters.
     """
-    spec = _spec(method)
+    spec = spec_of(method)
     own = [dict(p) for p in model_params] or [{} for _ in tensors]
     if len(own) != len(tensors):
         raise UserError(f"{len(own)} sets of parameters for {len(tensors)} models; give one each")
@@ -187,7 +175,7 @@ def merge_tensors(
     arguments = _arguments(spec, global_params or {}, own, name)
     arrays = list(tensors) if base is None else [*tensors, base]
     names = list(labels) or [f"model {i + 1}" for i in range(len(tensors))] + ["the base"]
-    check_leaves(arrays, name)
+    _check_arrays(arrays, name)
     stored = [np.dtype(x.dtype) for x in arrays]
     promoted = np.result_type(*stored)
     native = compat and method not in FLOAT32_IN_MERGEKIT
@@ -198,11 +186,11 @@ def merge_tensors(
         arguments["base"] = base
     if on_host:
         labelled = dict(zip(map(id, arrays), names, strict=False))
-        ops: Ops = Chunked(name, arrays[0].shape, labelled, out, compute, seed, compat)
+        ops: Ops = Chunked(name, arrays[0].shape, out, compute, seed, compat, labelled)
         return spec.fn(ops, list(tensors), **arguments)
     from agentcpm_jax.merge.kernels.device import on_device
 
-    return on_device(spec.fn, tensors, arguments, name, out, compute, seed, compat, keys)
+    return on_device(spec.fn, tensors, arguments, name, out, compute, seed, compat)
 
 
 def result_dtype(method: str, dtypes: Sequence[Any], compat: bool) -> np.dtype:
@@ -213,8 +201,9 @@ def result_dtype(method: str, dtypes: Sequence[Any], compat: bool) -> np.dtype:
     return promoted
 
 
-def _spec(method: str) -> MethodSpec:
-    if method not in METHODS:
+def spec_of(method: Any) -> MethodSpec:
+    """What `method` is called with; UserError when there is none of that name."""
+    if not isinstance(method, str) or method not in METHODS:
         raise UserError(f"unknown merge_method {method!r}; use one of {', '.join(METHODS)}")
     return METHODS[method]
 
@@ -225,13 +214,24 @@ def _check_inputs(spec: MethodSpec, count: int, has_base: bool) -> None:
     if spec.needs_base is False and has_base:
         raise UserError(f"{spec.name} has no base_model; list it under `models` instead")
     if count < spec.min_models or (spec.max_models is not None and count > spec.max_models):
-        limit = (
-            f"{spec.min_models}"
-            if spec.max_models == spec.min_models
-            else (f"{spec.min_models} or more")
-        )
+        limit = f"{spec.min_models}" if spec.max_models else f"{spec.min_models} or more"
         besides = " besides the base" if has_base else ""
         raise UserError(f"{spec.name} merges {limit} models{besides}, not {count}")
+
+
+def _check_arrays(arrays: Sequence[Array], name: str) -> None:
+    shapes = [tuple(x.shape) for x in arrays]
+    if len(set(shapes)) > 1:
+        raise UserError(
+            f"tensor {name} has different shapes {', '.join(map(str, shapes))}; "
+            "merge models of one architecture and one vocabulary"
+        )
+    for x in arrays:
+        if np.dtype(x.dtype).name not in FLOATS:
+            raise UserError(
+                f"tensor {name} has dtype {x.dtype}: only floating tensors can be "
+                "merged; convert the model first"
+            )
 
 
 def _arguments(

@@ -11,6 +11,7 @@ Coefficients are plain numbers or traced scalars; the helpers at the end tell th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Real
 from types import ModuleType
 from typing import Any, Concatenate, Protocol, TypeAlias, runtime_checkable
 
@@ -37,9 +38,10 @@ class Ops(Protocol):
       xp: numpy or jax.numpy.
       traced: whether values may be unknown while the method runs.
       native: whether arithmetic is in 16 bits, as mergekit's is.
-      name: of the tensor, for messages.
+      name: of the tensor, for messages and randomness.
       shape, size, row: of the tensor, its number of elements, the length of its last axis.
       dtype, compute: of results and of arithmetic.
+      seed: of the randomness.
       compat: reproduce mergekit where a method differs.
     """
 
@@ -52,14 +54,11 @@ class Ops(Protocol):
     row: int
     dtype: np.dtype
     compute: np.dtype
+    seed: int
     compat: bool
 
-    def number(self, x: Scalar) -> Scalar:
-        """A coefficient in the compute dtype, which does not widen what it multiplies."""
-        ...
-
-    def numbers(self, x: Array) -> Array:
-        """An array of coefficients in the compute dtype."""
+    def number(self, x: Scalar | Array) -> Array:
+        """Coefficients in the compute dtype, which do not widen what they multiply."""
         ...
 
     def sum(self, parts: Sequence[Array]) -> Array:
@@ -77,17 +76,13 @@ class Ops(Protocol):
     def map(self, kernel: Kernel, arrays: Sequence[Array], propagates: bool = False) -> Array:
         """`kernel(at, *chunks)` everywhere, rounded to the result's dtype.
 
-        `propagates`: what is not finite in an input is not so in the kernel's result either, so
-        that looking at the result is enough.
+        `propagates`: a NaN or infinity in an input makes the kernel's result NaN or infinite there,
+        so that checking the result is enough.
         """
         ...
 
-    def values(self, kernel: Kernel, arrays: Sequence[Array]) -> Array:
-        """As `map`, in the compute dtype."""
-        ...
-
-    def pick(self, kernel: Kernel, arrays: Sequence[Array], index: Array) -> Array:
-        """The elements of `kernel(at, *chunks)` at sorted flat indices."""
+    def pick(self, kernel: Kernel, arrays: Sequence[Array], index: Array | None) -> Array:
+        """The elements of `kernel(at, *chunks)` at sorted flat indices; None: all, flat."""
         ...
 
     def totals(self, kernel: Kernel, arrays: Sequence[Array]) -> Sequence[Scalar]:
@@ -99,14 +94,14 @@ class Ops(Protocol):
         ...
 
     def largest(self, kernel: Kernel, arrays: Sequence[Array], k: Scalar) -> Kernel:
-        """The mask function (at, chunk) of the `k` largest of `kernel(at, *chunks)` >= 0.
+        """A function (at, chunk) -> mask of the `k` largest of `kernel(at, *chunks)`, all >= 0.
 
-        Of equal ones, those of the lowest index.
+        Among equal ones those of the lowest index count.
         """
         ...
 
     def key(self, model: int) -> Key:
-        """Of the randomness of one input."""
+        """The key of one input's random bits."""
         ...
 
     def draws(self, at: int, like: Array, key: Key) -> Array:
@@ -126,7 +121,7 @@ class Ops(Protocol):
 def nonzero_sum(ops: Ops, weights: Sequence[Scalar]) -> Scalar:
     """The sum of the weights; UserError if it is zero (not noticed when traced)."""
     total = sum(weights[1:], start=weights[0])
-    if isinstance(total, float | int) and not abs(total) > SMALLEST_SUM:
+    if isinstance(total, Real) and not abs(total) > SMALLEST_SUM:
         raise UserError(
             f"weights {[float(w) for w in weights]} of tensor {ops.name} sum to {total:g}, which "
             "cannot be normalised; change them or set normalize to false"
@@ -136,9 +131,9 @@ def nonzero_sum(ops: Ops, weights: Sequence[Scalar]) -> Scalar:
 
 def is_zero(x: Scalar) -> bool:
     """Whether a coefficient is the plain number 0, not a traced scalar."""
-    return isinstance(x, float | int) and x == 0
+    return isinstance(x, Real) and bool(x == 0)
 
 
 def is_one(x: Scalar) -> bool:
     """Whether a coefficient is the plain number 1."""
-    return isinstance(x, float | int) and x == 1
+    return isinstance(x, Real) and bool(x == 1)

@@ -47,12 +47,11 @@ def arcee_fusion(ops: Ops, tensors: Sequence[Array], *, base: Array) -> Array:
         return abs(w - b) * divergence
 
     arrays = [base, tensors[0]]
+    index = None
     if ops.size > QUANTILE_DRAWS:
         draws = ops.draws(0, np.empty(QUANTILE_DRAWS, np.bool_), ops.key(0))
         index = xp.sort((draws.astype(np.float64) * (ops.size / 2.0**32)).astype(np.int64))
-        ordered = xp.sort(ops.pick(importance, arrays, index))
-    else:
-        ordered = xp.sort(ops.values(importance, arrays).reshape(-1))
+    ordered = xp.sort(ops.pick(importance, arrays, index))
     n = ordered.shape[0]
     low, middle, high = (ordered[math.floor(q * (n - 1))] for q in (0.25, 0.5, 0.75))
     limit = middle + ops.number(1.5) * (high - low)

@@ -47,5 +47,5 @@ def bits_at(index: Any, key: Key) -> Any:
 
 
 def probability_bits(p: float) -> int:
-    """The draws below this number have probability `p`, to 32 bits; never 0, never all."""
+    """A draw is below this number with probability `p`, to 32 bits, but never 0 or 1."""
     return min(max(round(p * 2**32), 1), 2**32 - 1)

@@ -83,7 +83,7 @@ def keep_counts(
 
 
 def _bracket(ordered: np.ndarray, share: float) -> tuple[Any, Any]:
-    """Two values that the threshold lies between in all but one of some 10^5 samples."""
+    """Two values with the threshold between them, but for one sample in some 10^5."""
     n = ordered.size
     slack = 4.5 * math.sqrt(n * share * (1 - share)) + 2
     place = n * (1 - share)
@@ -95,7 +95,7 @@ def _bracket(ordered: np.ndarray, share: float) -> tuple[Any, Any]:
 
 
 def _within(pieces: Pieces, low: Any, high: Any, size: int, k: int) -> Cut | None:
-    """The cut, or None if it is not in [low, high] or too much else is."""
+    """The cut; None if it is not in [low, high], or too many other values are."""
     above = count = 0
     values, places = [], []
     for at, magnitude in pieces():

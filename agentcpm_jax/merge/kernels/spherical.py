@@ -8,13 +8,17 @@
 All of these lie in the span of their inputs. So one pass takes the inner products, the rest is
 arithmetic on a matrix of M x M numbers in float64, and a second pass combines the inputs.
 
-Deviations from mergekit: none but accuracy; its norms are float32 (or bfloat16) sums.
+Deviations from mergekit: accuracy, its norms being float32 (or bfloat16) sums; and multislerp of
+more than two models leaves alone a tensor that none of them moved, which is an error there.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from types import ModuleType
+
+import numpy as np
 
 from agentcpm_jax.merge.kernels.ops import Array, Ops, Scalar, nonzero_sum
 from agentcpm_jax.types import UserError
@@ -28,7 +32,7 @@ SMALLEST_SUM = 1e-6
 
 def slerp(ops: Ops, tensors: Sequence[Array], *, base: Array, t: Scalar) -> Array:
     """From the base (t = 0) to the model (t = 1)."""
-    bb, bw, ww = _products(ops, [base, tensors[0]])
+    bb, bw, ww = inner_products(ops, [base, tensors[0]])
     a, b = _arc(ops.xp, bb, bw, ww, t, SMALLEST_NORM, parallel=PARALLEL)
     return _combined(ops, [a, b], [base, tensors[0]])
 
@@ -48,20 +52,19 @@ def nuslerp(
     small = abs(w1 + w2) < SMALLEST_SUM
     t = xp.where(small, 0.5, w2 / xp.where(small, 1.0, w1 + w2))
     if nuslerp_flatten:
-        xx, xy, yy = _products(ops, tensors, base)
+        xx, xy, yy = inner_products(ops, tensors, base)
         a, b = _arc(xp, xx, xy, yy, t, SMALLEST_ROW_NORM)
         return _combined(ops, [a, b], tensors, base)
-    by_column = nuslerp_row_wise and len(ops.shape) > 1
 
     def row(at: int, *chunks: Array) -> Array:
-        x, y = chunks[:2] if base is None else (chunks[1] - chunks[0], chunks[2] - chunks[0])
-        xx, xy, yy = (ops.row_total(p) for p in (x * x, x * y, y * y))
+        x, y = _vectors(chunks, base)
+        xx, xy, yy = (ops.row_total(p) for p in pair_products([x, y]))
         a, b = _arc(xp, xx, xy, yy, t, SMALLEST_ROW_NORM)
-        out = x * ops.numbers(a) + y * ops.numbers(b)
+        out = x * ops.number(a) + y * ops.number(b)
         return out if base is None else chunks[0] + out
 
-    arrays = list(tensors) if base is None else [base, *tensors]
-    if by_column:
+    arrays = _inputs(tensors, base)
+    if nuslerp_row_wise and len(ops.shape) > 1:
         turned = ops.turned()
         return xp.swapaxes(turned.map(row, [xp.swapaxes(x, 0, -1) for x in arrays]), 0, -1)
     return ops.map(row, arrays)
@@ -82,33 +85,33 @@ def multislerp(
     xp = ops.xp
     total = nonzero_sum(ops, weight) if normalize_weights else 1.0
     a = xp.stack([xp.asarray(w / total, float) for w in weight])
-    gram = _matrix(xp, _products(ops, tensors, base), len(tensors))
+    gram = _matrix(xp, inner_products(ops, tensors, base), len(tensors))
     norms = xp.sqrt(xp.diagonal(gram))
     units = gram / ((norms + eps)[:, None] * (norms + eps)[None, :])  # <u_i, u_j>
     length = _norm(xp, a, units)
-    if not ops.traced and length < eps:
-        if len(tensors) > 2:
-            raise UserError(
-                f"the weighted mean direction of tensor {ops.name} is zero: multislerp has no "
-                "starting point; change the weights or use linear"
-            )
-        return _combined(ops, list(a), tensors, base)
-    mu = a / length  # coefficients of the units
+    # Without a mean direction, where no model moved or two are opposite, take the linear mean.
+    straight = length < eps
+    if not ops.traced and straight and len(tensors) > 2 and norms.any():
+        raise UserError(
+            f"the weighted mean direction of tensor {ops.name} is zero: multislerp has no "
+            "starting point; change the weights or use linear"
+        )
+    mu = a / xp.where(straight, 1.0, length)  # coefficients of the units
     along = units @ mu
     tau = a - mu * xp.sum(a * along)
     arc = _norm(xp, tau, units) + eps
     point = mu * xp.cos(arc) + tau * xp.sin(arc) / arc
-    scale = xp.sum(a * norms)
-    return _combined(ops, list(point * scale / (norms + eps)), tensors, base)
+    curved = point * xp.sum(a * norms) / (norms + eps)
+    return _combined(ops, list(xp.where(straight, a, curved)), tensors, base)
 
 
 def karcher(ops: Ops, tensors: Sequence[Array], *, max_iter: Scalar, tol: Scalar) -> Array:
-    """The Riemannian mean of the directions, as long as the inputs are on average."""
+    """The mean of the directions on the sphere, with the mean length of the inputs."""
     xp = ops.xp
     if len(tensors) == 1:
         return ops.map(lambda at, x: x, tensors)
     count = len(tensors)
-    gram = _matrix(xp, _products(ops, tensors), count)
+    gram = _matrix(xp, inner_products(ops, tensors), count)
     norms = xp.sqrt(xp.diagonal(gram))
     used = norms > tol
     safe = xp.where(used, norms, 1.0)
@@ -146,14 +149,13 @@ def _arc(
     parallel: float | None = None,
 ) -> tuple[Array, Array]:
     """Coefficients of x and y at t, from their inner products; scalars or one per row."""
+    nx, ny = xp.sqrt(xx), xp.sqrt(yy)
     if parallel is None:
-        c = xy / (xp.maximum(xp.sqrt(xx), smallest) * xp.maximum(xp.sqrt(yy), smallest))
-        c = xp.clip(c, -1.0, 1.0)
+        c = xp.clip(xy / (xp.maximum(nx, smallest) * xp.maximum(ny, smallest)), -1.0, 1.0)
         straight = 1.0 - c * c <= SMALLEST_SINE2
     else:
-        nx, ny = (xp.sqrt(n) for n in (xx, yy))
-        c = xy / (xp.where(nx > smallest, nx, 1.0) * xp.where(ny > smallest, ny, 1.0))
-        c = xp.clip(c, -1.0, 1.0)
+        scale = xp.where(nx > smallest, nx, 1.0) * xp.where(ny > smallest, ny, 1.0)
+        c = xp.clip(xy / scale, -1.0, 1.0)
         straight = abs(c) > parallel
     theta = xp.arccos(xp.where(straight, 0.0, c))
     sine = xp.sin(theta)
@@ -162,23 +164,37 @@ def _arc(
     return a, b
 
 
-def _products(ops: Ops, tensors: Sequence[Array], base: Array = None) -> Sequence[Scalar]:
-    """The upper triangle of <x_i, x_j>, row by row; x are models or, given a base, deltas."""
+def inner_products(
+    ops: Ops, tensors: Sequence[Array], base: Array | None = None
+) -> Sequence[Scalar]:
+    """<x_i, x_j> of every `pair_products`; x are the tensors or, given a base, deltas from it."""
 
     def products(at: int, *chunks: Array) -> tuple[Array, ...]:
-        x = chunks if base is None else [c - chunks[0] for c in chunks[1:]]
-        return tuple(x[i] * x[j] for i in range(len(x)) for j in range(i, len(x)))
+        return pair_products(_vectors(chunks, base))
 
-    return ops.totals(products, list(tensors) if base is None else [base, *tensors])
+    return ops.totals(products, _inputs(tensors, base))
+
+
+def pair_products(x: Sequence[Array]) -> tuple[Array, ...]:
+    """x_i x_j of every pair i <= j, element by element: the upper triangle, row by row."""
+    return tuple(a * b for a, b in itertools.combinations_with_replacement(x, 2))
+
+
+def _inputs(tensors: Sequence[Array], base: Array | None) -> list[Array]:
+    return list(tensors) if base is None else [base, *tensors]
+
+
+def _vectors(chunks: Sequence[Array], base: Array | None) -> Sequence[Array]:
+    """Chunks of the models or, where the first one is the base's, of their deltas."""
+    return chunks if base is None else [chunk - chunks[0] for chunk in chunks[1:]]
 
 
 def _matrix(xp: ModuleType, upper: Sequence[Array], count: int) -> Array:
-    rows = [[xp.asarray(0.0)] * count for _ in range(count)]
-    values = iter(upper)
-    for i in range(count):
-        for j in range(i, count):
-            rows[i][j] = rows[j][i] = next(values)
-    return xp.stack([xp.stack([xp.asarray(v) for v in row]) for row in rows])
+    """The symmetric [M, M] whose upper triangle is given, row by row."""
+    rows, columns = np.triu_indices(count)
+    place = np.zeros((count, count), int)
+    place[rows, columns] = place[columns, rows] = np.arange(len(rows))
+    return xp.stack([xp.asarray(v) for v in upper])[place]
 
 
 def _norm(xp: ModuleType, c: Array, units: Array) -> Array:
@@ -187,16 +203,16 @@ def _norm(xp: ModuleType, c: Array, units: Array) -> Array:
 
 
 def _combined(
-    ops: Ops, coefficients: Sequence[Array], tensors: Sequence[Array], base: Array = None
+    ops: Ops, coefficients: Sequence[Array], tensors: Sequence[Array], base: Array | None = None
 ) -> Array:
     """sum_m c_m x_m; x are the tensors or, given a base, deltas added to it."""
     c = [ops.number(x) for x in coefficients]
 
     def combine(at: int, *chunks: Array) -> Array:
-        x = chunks if base is None else [m - chunks[0] for m in chunks[1:]]
+        x = _vectors(chunks, base)
         out = x[0] * c[0]
         for xm, cm in zip(x[1:], c[1:], strict=True):
             out = out + xm * cm
         return out if base is None else chunks[0] + out
 
-    return ops.map(combine, list(tensors) if base is None else [base, *tensors])
+    return ops.map(combine, _inputs(tensors, base))

@@ -69,7 +69,8 @@ def merge_task_vectors(
         raise UserError(f"elect {elect!r} is not one of {', '.join(ELECTIONS)}")
 
     plain = all(isinstance(x, float | int) and x > 0 for x in weights)
-    least = ops.number(min(weights)) if plain else None  # Z is 0 or not below it
+    # Z is the sum of some of the weights: 0 where no model agrees, else at least the smallest.
+    least = ops.number(min(weights)) if plain else None
 
     def mixed(at: int, b: Array, *models: Array) -> Array:
         s = [f(at, x - b) for f, x in zip(sparse, models, strict=True)]
@@ -88,7 +89,7 @@ def merge_task_vectors(
 
 
 def _elected(ops: Ops, votes: list[Array], x: list[Array], w: list[Array]) -> tuple[Array, Array]:
-    """(sum_m A_m x_m, sum_m A_m w_m): turned to the elected sign, what agrees is positive."""
+    """(sum_m A_m x_m, sum_m A_m w_m). What agrees is positive once turned to the elected sign."""
     sign = ops.xp.copysign(ops.number(1.0), ops.sum(votes))
     turned = [ops.xp.maximum(a * sign, ops.number(0.0)) for a in x]
     mix = ops.sum(turned) * sign

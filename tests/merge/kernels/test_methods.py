@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
@@ -392,3 +393,11 @@ def test_merging_numpy_imports_no_jax():
         "  model_params=[{'weight': 1.0, 'density': 0.5}]); sys.exit('jax' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_tensor_that_no_model_moved_stays():
+    x = normal(1)
+    same = merge_tensors("multislerp", [x] * 3, base=x, model_params=[W] * 3)
+    np.testing.assert_array_equal(same, x)
+    on_device = merge_tensors("multislerp", [jnp.asarray(x)] * 3, base=x, model_params=[W] * 3)
+    np.testing.assert_array_equal(on_device, x)

@@ -15,7 +15,7 @@ from agentcpm_jax.merge.kernels import chunked
 from agentcpm_jax.merge.kernels.chunked import Chunked
 from agentcpm_jax.merge.kernels.device import Sharded
 from agentcpm_jax.merge.kernels.ops import Ops
-from agentcpm_jax.merge.kernels.random_bits import Key, stream_key
+from agentcpm_jax.merge.kernels.random_bits import Key
 
 SHAPE = (6, 40)
 F4 = np.dtype(np.float32)
@@ -26,10 +26,9 @@ FACTORS = np.linspace(1, 2, SHAPE[1]).astype(F4)
 
 def both(dtype: str = "float32") -> tuple[Ops, Ops]:
     out = chunked.FLOATS[dtype]
-    keys = [stream_key(7, "layer", model) for model in range(2)]
     return (
-        Chunked("layer", SHAPE, {}, out, F4, seed=7, compat=False),
-        Sharded("layer", SHAPE, out, F4, keys, compat=False),
+        Chunked("layer", SHAPE, out, F4, seed=7, compat=False),
+        Sharded("layer", SHAPE, out, F4, seed=7, compat=False),
     )
 
 
@@ -49,14 +48,14 @@ def by_key(key: Key) -> list[int]:
 
 #: By name: what to do with the operations and two arrays, and how exactly results agree.
 OPERATIONS: dict[str, Callable[[Ops, list[Any]], Any]] = {
-    "number": lambda ops, x: ops.number(0.7) * x[0],
-    "numbers": lambda ops, x: ops.numbers(ops.row_total(x[0])),
+    "number": lambda ops, x: (ops.number(0.7) * x[0], ops.number(ops.row_total(x[0]))),
     "sum": lambda ops, x: ops.sum([x[0], x[1], x[0]]),
     "repeat": lambda ops, x: ops.repeat(3, lambda a, b: (b, a + b), (ops.number(1), ops.number(2))),
     "turned": lambda ops, x: ops.turned().map(distance, [ops.xp.swapaxes(a, 0, -1) for a in x]),
     "map": lambda ops, x: ops.map(lambda at, a, b: a * b, x, propagates=True),
-    "values": lambda ops, x: ops.values(distance, x),
-    "pick": lambda ops, x: ops.pick(distance, x, ops.xp.asarray([0, 39, 40, 100, 239])),
+    "pick": lambda ops, x: [
+        ops.pick(distance, x, index) for index in (None, ops.xp.asarray([0, 39, 40, 100, 239]))
+    ],
     "totals": lambda ops, x: ops.totals(lambda at, a, b: (a * b, a * a), x),
     "row_total": lambda ops, x: ops.row_total(x[0]),
     "largest": lambda ops, x: [
@@ -97,4 +96,4 @@ def test_results_have_the_dtype_that_was_asked_for(dtype: str) -> None:
     with jax.enable_x64(True):
         for ops, x in ((on_host, arrays()), (on_device, [jnp.asarray(a) for a in arrays()])):
             assert ops.map(distance, x).dtype.name == dtype
-            assert ops.values(distance, x).dtype == F4
+            assert ops.pick(distance, x, None).dtype == F4

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -8,7 +11,7 @@ import numpy.typing as npt
 import pytest
 
 from agentcpm_jax.merge.kernels.ops import Array
-from agentcpm_jax.merge.kernels.trees import linear, task_arithmetic
+from agentcpm_jax.merge.kernels.trees import Tree, linear, merge_tree
 from agentcpm_jax.types import UserError
 
 
@@ -18,6 +21,17 @@ def tree(seed: int, dtype: npt.DTypeLike = np.float32) -> dict[str, Array]:
         "embed": rng.normal(size=(7, 4)).astype(dtype),
         "layers": {"q": {"w": rng.normal(size=(2, 4, 3)).astype(dtype)}},
     }
+
+
+def task_arithmetic(
+    base: Tree,
+    trees: Sequence[Tree],
+    weights: Sequence[Any],
+    lambda_: float = 1.0,
+    normalize: bool = False,
+) -> Tree:
+    shared = {"lambda": lambda_, "normalize": normalize}
+    return merge_tree("task_arithmetic", trees, base, [{"weight": w} for w in weights], shared)
 
 
 def assert_same_bits(a: Array, b: Array) -> None:
@@ -42,7 +56,7 @@ def test_formulas():
     base, a, b = tree(0), tree(1), tree(2)
     got = linear([a, b], [3, 1])
     np.testing.assert_allclose(got["embed"], (3 * a["embed"] + b["embed"]) / 4, rtol=1e-6)
-    got = linear([a, b], [3, 1], normalize=False)
+    got = merge_tree("linear", [a, b], None, [{"weight": 3}, {"weight": 1}], {"normalize": False})
     np.testing.assert_allclose(got["embed"], 3 * a["embed"] + b["embed"], rtol=1e-6)
     mix = 0.5 * (a["embed"] - base["embed"]) - 2.0 * (b["embed"] - base["embed"])
     got = task_arithmetic(base, [a, b], [0.5, -2.0], lambda_=0.3)
@@ -62,9 +76,13 @@ def test_bfloat16_is_accumulated_in_float32_and_rounded_once():
 def test_dtype_of_the_result():
     bf16, f32 = tree(0, ml_dtypes.bfloat16), tree(1)
     assert linear([bf16, f32], [1, 1])["embed"].dtype == np.float32
-    assert (
-        linear([bf16, f32], [1, 1], dtype=ml_dtypes.bfloat16)["embed"].dtype == bf16["embed"].dtype
-    )
+    for other, least, dtype in [
+        (bf16, np.float32, np.float32),
+        (bf16, np.float64, np.float64),
+        (f32, ml_dtypes.bfloat16, np.float32),
+    ]:
+        got = merge_tree("linear", [bf16, other], own=[{"weight": 1.0}] * 2, dtype=least)
+        assert got["embed"].dtype == dtype
     weight = np.float64(0.3)
     assert linear([f32, f32], [weight, weight])["embed"].dtype == np.float32
 
@@ -77,7 +95,7 @@ def test_jax_and_numpy_agree_under_jit():
 
 
 def test_differentiable_in_the_weights():
-    base, a = tree(0), tree(1)
+    base, a = (jax.tree.map(jnp.asarray, tree(seed)) for seed in (0, 1))
 
     def loss(w):
         return jnp.sum(task_arithmetic(base, [a], [w])["embed"])
@@ -108,7 +126,7 @@ def test_weights_that_cannot_work():
         linear([a, a], [0.5, -0.5])
     with pytest.raises(UserError, match="sum to 0"):
         task_arithmetic(a, [a, a], [1, -1], normalize=True)
-    with pytest.raises(UserError, match="1 weights for 2 models"):
+    with pytest.raises(UserError, match="1 sets of parameters for 2 models"):
         linear([a, a], [1.0])
     with pytest.raises(UserError, match="0 models"):
         linear([], [])

@@ -1,4 +1,4 @@
-"""Merging on a mesh: the same bits on 1, 2, 4 and 8 devices, and what numpy computes."""
+"""Merging JAX arrays: the same bits on 1, 2, 4 and 8 devices, and what numpy computes."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ import numpy as np
 import pytest
 
 from agentcpm_jax.merge.kernels.device import exact_sum
-from agentcpm_jax.merge.kernels.mesh import merge_tree
 from agentcpm_jax.merge.kernels.methods import METHODS, merge_tensors
-from agentcpm_jax.types import UserError
 
 W, D = {"weight": 0.7}, {"weight": 0.5, "density": 0.4}
 CASES = {
@@ -47,9 +45,8 @@ PROGRAM = """
 import hashlib, json
 import jax, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from agentcpm_jax.merge.kernels.mesh import merge_tree
-from agentcpm_jax.merge.soups import merged_tree
-from tests.merge.kernels.test_mesh import CASES, inputs
+from agentcpm_jax.merge.kernels.trees import merge_tree
+from tests.merge.kernels.test_device import CASES, inputs
 
 SOME = ("ties", "della", "model_stock")
 digests = []
@@ -60,12 +57,12 @@ for shape, spec, methods in [((1, 1), P("a", "b"), CASES), ((2, 1), P("a", "b"),
     row = {}
     for method in methods:
         base, trees, shared, own = inputs(method)
-        args = {"global_params": shared, "model_params": own, "seed": 3}
+        args = {"own": own, "shared": shared, "seed": 3}
         out = merge_tree(method, [place(t) for t in trees], base and place(base), **args)["w"]
         assert out.sharding == place(trees[0])["w"].sharding, method
         row[method] = hashlib.sha256(np.asarray(out).tobytes()).hexdigest()
         if shape == (1, 1):
-            want = merged_tree(method, trees, base, own, shared, 3)["w"]
+            want = merge_tree(method, trees, base, **args)["w"]
             assert out.dtype == want.dtype
             np.testing.assert_allclose(out, want, rtol=2e-6, atol=2e-7, err_msg=method)
     digests.append(row)
@@ -105,31 +102,6 @@ def test_every_method_gives_numpys_result_and_the_same_bits_on_every_mesh():
         assert other == {method: first[method] for method in other}
 
 
-def test_stacked_layers_are_tensors_of_their_own():
-    base, trees, shared, own = inputs("dare_ties")
-    stack = lambda t: {"layers": {"w": jnp.asarray(t["w"]).reshape(2, 24, 64)}}  # noqa: E731
-    got = merge_tree(
-        "dare_ties",
-        [stack(t) for t in trees],
-        stack(base),
-        global_params=shared,
-        model_params=own,
-        seed=1,
-        stacked=("layers",),
-    )
-    for i in range(2):
-        want = merge_tensors(
-            "dare_ties",
-            [t["w"].reshape(2, 24, 64)[i] for t in trees],
-            base=base["w"].reshape(2, 24, 64)[i],
-            global_params=shared,
-            model_params=own,
-            seed=1,
-            name=f"layers/w/{i}",
-        )
-        np.testing.assert_allclose(got["layers"]["w"][i], want, rtol=2e-6, atol=2e-7)
-
-
 def test_integer_sums_are_as_exact_as_float64():
     rng = np.random.default_rng(0)
     x = (rng.normal(size=(64, 1000)) * 10.0 ** rng.integers(-9, 3, (64, 1000))).astype(np.float32)
@@ -163,11 +135,3 @@ def test_gradients_flow_through_the_merge(method):
     got = jax.jit(jax.grad(loss))(jnp.float32(x))
     assert np.isfinite(got) and got != 0
     np.testing.assert_allclose(got, (above - below) / 2e-5, rtol=1e-3)
-
-
-def test_trees_that_differ():
-    base, trees, shared, own = inputs("ties")
-    with pytest.raises(UserError, match="tensor v is missing from an input"):
-        merge_tree("ties", [{"v": trees[0]["w"]}], base, global_params=shared, model_params=own[:1])
-    with pytest.raises(UserError, match="0 models"):
-        merge_tree("ties", [], base)
