@@ -38,7 +38,7 @@ from agentcpm_jax.pool.probe import Trainer
 from agentcpm_jax.pool.servers import SGLangPool
 from agentcpm_jax.pool.worker import open_client
 from agentcpm_jax.rewards.judge import JudgeConfig, judge_prompt, parse_verdict
-from agentcpm_jax.rollout.endpoint import ChatEndpoint, EndpointConfig
+from agentcpm_jax.rollout.endpoint import ChatEndpoint
 from agentcpm_jax.rollout.policy import Finish
 from agentcpm_jax.run.commandline import Command
 from agentcpm_jax.run.custom import make_tools
@@ -112,7 +112,7 @@ def examine(cfg: ExperimentConfig, workdir: Path, *, thorough: bool = True) -> I
     for judge in {
         s.judge for stage in todo if (s := stage.rl or stage.eval) and s.grader == "judge"
     }:
-        for model in judge.models:
+        for model in dict.fromkeys(judge.models):
             yield _find(f"judge {model}", lambda judge=judge, model=model: _judge(judge, model))
     for stage in todo:
         if stage.rl is not None and (stage.rl.pool.urls or stage.rl.pool.urls_file):
@@ -220,9 +220,7 @@ def _sqlite(path: Path) -> str:
 
 def _judge(cfg: JudgeConfig, model: str) -> str:
     """A question that every judge can answer."""
-    endpoint = ChatEndpoint(
-        EndpointConfig(cfg.url, model, cfg.key_env, max_tokens=cfg.max_tokens, timeout=cfg.timeout)
-    )
+    endpoint = ChatEndpoint(cfg.url or "", model, key_env=cfg.key_env, timeout=cfg.timeout)
     prompt, code = judge_prompt(QUESTION, "8")
     started = time.monotonic()
     reply = asyncio.run(endpoint.reply([{"role": "user", "content": prompt}]))
