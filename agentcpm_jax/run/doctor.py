@@ -244,7 +244,7 @@ def _pool(
         where = weights_place(rl.pool, nearest_existing(workdir) / f".{pool.run}")
         root = f"{where}/{pool.run}"
         try:
-            _start(cfg, rl.pool, pool, root)
+            _start(cfg, pool, root)
         finally:
             remove_roots(where, pool.run)
             shutil.rmtree(nearest_existing(workdir) / f".{pool.run}", ignore_errors=True)
@@ -260,7 +260,7 @@ def _pool(
         pool.close()
 
 
-def _start(cfg: ExperimentConfig, where: PoolConfig, pool: SGLangPool, root: str) -> None:
+def _start(cfg: ExperimentConfig, pool: SGLangPool, root: str) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         if not cfg.tokenizer:
             write_tokenizer(scratch, template_text(cfg.template))
@@ -269,9 +269,8 @@ def _start(cfg: ExperimentConfig, where: PoolConfig, pool: SGLangPool, root: str
         spread = param_shardings(param_specs(cfg.model), mesh) if mesh.size > 1 else None
         init = jax.jit(model_params.init, static_argnums=1, out_shardings=spread)
         params = init(jax.random.key(cfg.seed), cfg.model)
-        publish_version(
-            root, 0, params, cfg.model, dtype=where.weights_dtype, tokenizer_from=tokenizer
-        )
+        dtype = cfg.model.dtype
+        publish_version(root, 0, params, cfg.model, dtype=dtype, tokenizer_from=tokenizer)
         trainer = Trainer(
             vocab_size=cfg.model.vocab_size,
             chat=ChatFormat.load(tokenizer),
@@ -286,7 +285,7 @@ async def _clock(cfg: PoolConfig, url: str) -> str:
     """The server's own time, from the header of any answer; it counts whole seconds."""
     key = Keys.from_environment(cfg).generate
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    async with open_client(cfg) as client:
+    async with open_client() as client:
         before = time.time()
         try:
             answer = await client.get(f"{url}/model_info", headers=headers, timeout=10.0)

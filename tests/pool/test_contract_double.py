@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from agentcpm_jax.chat.format import ChatFormat
-from agentcpm_jax.engine.server import ServerConfig
 from agentcpm_jax.files import SHIPPED
 from tests.doubles.fault_server import FaultServer, ToyEngine
 from tests.doubles.toy_pool import Servers, toy_logprobs, toy_weights
@@ -24,7 +23,7 @@ def subject(tmp_path_factory) -> Iterator[Subject]:
     root, running = tmp_path_factory.mktemp("toy"), Servers()
     chat = ChatFormat.load(SHIPPED["shipped:sft"])
     engine = ToyEngine(VOCABULARY, 1024)
-    url = running.start(FaultServer(engine, ServerConfig(port=0, chunk=4), chat=chat))
+    url = running.start(FaultServer(engine, chunk=4, chat=chat))
 
     def logprobs(weights: str):
         return lambda ids: toy_logprobs(np.asarray(ids), weights, VOCABULARY)
