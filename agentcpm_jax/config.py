@@ -1,69 +1,70 @@
-"""One experiment = one frozen dataclass, composed from those beside the code that reads them.
+"""One experiment = one frozen dataclass, composed from those in the folders that read them.
 
 At the edge it is an ml_collections `ConfigDict` (`configs/*.py`, `--config.a.b=value`); inside it
 is `ExperimentConfig`. `from_config_dict` is the only door: it rejects unknown keys and wrong types
-by their full path. What a run has stored (`config.json`) comes back through `config_from_json`,
-brought up to today's schema version by `migrate`.
+by their full path. None is the one way to say that a value was not given. What a run has stored
+(`config.json`) comes back through `config_from_json`, of any schema version (`migrations`).
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import difflib
 import json
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 from agentcpm_jax.data.sft import SFTDataConfig
 from agentcpm_jax.engine.config import EngineConfig
 from agentcpm_jax.mesh import MeshConfig
+from agentcpm_jax.migrations import SCHEMA_VERSION, migrate
 from agentcpm_jax.model.config import TINY, ModelConfig
 from agentcpm_jax.pool.config import PoolConfig
-from agentcpm_jax.rewards.advantages import AdvantageConfig
+from agentcpm_jax.ranges import check_choice
+from agentcpm_jax.rewards.advantages import AdvantageConfig, for_loss
 from agentcpm_jax.rewards.denoise import DenoiseConfig
 from agentcpm_jax.rewards.judge import JudgeConfig
 from agentcpm_jax.rollout.config import EpisodeConfig, StreamConfig, WorkerConfig
 from agentcpm_jax.tasks.world import WorldTasks
 from agentcpm_jax.train.config import OptimizerConfig
-from agentcpm_jax.train.losses.config import LossConfig
+from agentcpm_jax.train.losses.config import METHODS, LossConfig
 from agentcpm_jax.types import UserError
-from agentcpm_jax.world.skills import SkillMix
-
-#: Raised when a key is renamed or moved or a default changes, with an entry in `MIGRATIONS`. A new
-#: key whose default keeps the old behaviour needs neither.
-SCHEMA_VERSION = 1
+from agentcpm_jax.world.skills import MIXES
 
 
 @dataclass(frozen=True)
 class TrainShape:
-    """Rows of `row_length` tokens; `rows` of them make a batch, fed `micro_rows` at a time."""
+    """How a stage trains: rows of `row_length` tokens, of which `rows` make a batch."""
 
     row_length: int = 256
     rows: int = 8
-    micro_rows: int = 0  # 0: the whole batch at once
+    micro_rows: int | None = None  # rows fed at a time; None (or 0): the whole batch
     buckets: tuple[int, ...] = ()  # shorter row lengths, compiled too, for batches of short rows
     steps: int = 100
-    checkpoint_every: int = 50
-    log_every: int = 1
+    checkpoint_every: int = 50  # steps
+    log_every: int = 1  # steps
+
+    def __post_init__(self) -> None:
+        if self.micro_rows == 0:
+            object.__setattr__(self, "micro_rows", None)
 
 
 @dataclass(frozen=True)
 class PretrainPhase:
-    """One leg of next-token training: a document mix at one row length."""
+    """One leg of next-token training: a mix of documents at one shape."""
 
-    mix: SkillMix = SkillMix()
-    row_length: int = 144
-    rows: int = 14
-    steps: int = 1000
+    mix: str = "full"  # easy | full: see `world.skills.MIXES`
+    shape: TrainShape = TrainShape(row_length=144, rows=14, steps=1000)
     optimizer: OptimizerConfig = OptimizerConfig()
-    prompt_weight: float = 0.1  # loss weight of tokens that are not an answer
+
+    def __post_init__(self) -> None:
+        check_choice(self, "phases", {"mix": tuple(MIXES)})
 
 
 @dataclass(frozen=True)
@@ -75,21 +76,19 @@ class PretrainStage:
 
 @dataclass(frozen=True)
 class Demonstrations:
-    """Oracle trajectories of the offline world, with the faults a noisy teacher makes."""
+    """Episodes of the offline world that an imperfect teacher plays."""
 
     count: int = 3000
-    wrong_pick: float = 0.2  # share of visits that go to a look-alike page first
-    stop_early: float = 0.65  # share of multi-hop demonstrations that answer the inner hop
 
 
 @dataclass(frozen=True)
 class SFTStage:
-    """SFT; `data.path` names a JSONL file, empty = the offline world's demonstrations."""
+    """Supervised fine-tuning on a file of conversations, or on the offline world's."""
 
     data: SFTDataConfig = SFTDataConfig()
-    demonstrations: Demonstrations = Demonstrations()
+    demonstrations: Demonstrations = Demonstrations()  # read without data.path
     shape: TrainShape = TrainShape()
-    epochs: int = 0  # passes over the data, instead of shape.steps; 0: shape.steps
+    epochs: int | None = None  # passes over the data; None: shape.steps says how long
     optimizer: OptimizerConfig = OptimizerConfig()
 
 
@@ -98,12 +97,11 @@ class EvalStage:
     """Held-out tasks for each model named in `models` (stage names)."""
 
     models: tuple[str, ...] = ()
-    tasks_path: str = ""
+    tasks_path: str | None = None  # a JSONL of tasks; None: those of config.test_tasks
     skip_bad: bool = False  # leave out bad lines of that file
     tasks: int = 400
-    hops: tuple[int, ...] = (1, 2)
-    samples: int = 4
-    k: tuple[int, ...] = (1, 2, 4)
+    samples: int = 4  # of each task, at the episode's temperature
+    k: tuple[int, ...] = (1, 2, 4)  # of pass@k
     skill_tasks: int = 200  # documents per general skill
     grader: str = "exact"  # as in RLStage
     judge: JudgeConfig = JudgeConfig()
@@ -114,10 +112,10 @@ class EvalStage:
 class MergeStage:
     """The stage's model and the general one, merged by a method of the merge package.
 
-    With `candidates` (and `densities`) the merge is searched for: every combination is measured by
-    `validation`, general skill and agent skill, on questions and documents that neither training
-    nor test sees. Of those that keep `keep` of the general model's skill one is taken: that of the
-    largest alpha, or the best agent. When none does, the smallest alpha is taken.
+    With several values of `alpha` (or `density`) the merge is searched for: every combination is
+    measured by `validation`, general skill and agent skill, on questions and documents that neither
+    training nor test sees. Of those that keep `keep` of the general model's skill that of the
+    largest alpha is taken; when none does, the smallest alpha.
 
     With `soup` the stage's model is first averaged with further ones: their greedy soup by the same
     two skills; the moving average of a run, `soup` oldest first and the stage's model last; or
@@ -129,31 +127,32 @@ class MergeStage:
     # (what the method leaves of the difference).
     method: str = "linear"
     general: str = "stage:base"
-    alpha: float = 0.8
-    density: float = 0.5  # for the methods that have one
+    alpha: tuple[float, ...] = (0.8,)
+    density: tuple[float, ...] = (0.5,)  # for the methods that have one
     soup: tuple[str, ...] = ()  # further models
     souping: Literal["greedy", "ema", "warp"] = "greedy"
     where: Literal["host", "mesh"] = "host"  # host: as numpy arrays; mesh: sharded as in training
-    candidates: tuple[float, ...] = ()  # alphas
-    densities: tuple[float, ...] = ()
     keep: float = 0.92
-    pick: str = "largest"  # largest | agent
-    # models, samples and k are not read; agent skill is greedy
+    # Greedy: models, samples and k are not read.
     validation: EvalStage = EvalStage(tasks=64, skill_tasks=100)
-    sweep: tuple[float, ...] = ()  # alphas that the eval stages measure beside it, for the report
+    sweep: tuple[float, ...] = ()  # further alphas that the eval stages measure, for the report
 
     def __post_init__(self) -> None:
-        if self.pick not in ("largest", "agent"):
-            raise UserError(f"merge.pick is {self.pick!r}; use 'largest' or 'agent'")
-        if self.densities and not self.candidates:
-            raise UserError("merge.densities are searched with merge.candidates; list alphas too")
+        for name in ("alpha", "density"):
+            if not getattr(self, name):
+                raise UserError(f"merge.{name} is empty; give one value, or several to search")
+
+    @property
+    def searched(self) -> bool:
+        """Whether there is a choice to be made."""
+        return len(self.alpha) > 1 or len(self.density) > 1
 
 
 @dataclass(frozen=True)
 class RLStage:
     """Asynchronous RL on the world's training tasks, or on a JSONL of tasks."""
 
-    tasks_path: str = ""
+    tasks_path: str | None = None  # a JSONL of tasks; None: those of config.train_tasks
     skip_bad: bool = False  # leave out bad lines of that file
     shape: TrainShape = TrainShape()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -165,9 +164,15 @@ class RLStage:
     stream: StreamConfig = StreamConfig()
     workers: WorkerConfig = WorkerConfig()  # read when log_url is a PostgreSQL server
     engine: EngineConfig = EngineConfig()
-    pool: PoolConfig = PoolConfig()  # with urls: SGLang servers instead of the engine
+    pool: PoolConfig = PoolConfig()  # with urls: SGLang servers in place of the engine
+
+    @property
+    def credit(self) -> AdvantageConfig:
+        """`advantages`, completed by what the loss's method wants."""
+        return for_loss(self.advantages, self.loss.name, METHODS[self.loss.name].estimator)
 
 
+Section = PretrainStage | SFTStage | MergeStage | RLStage | EvalStage
 SECTIONS: dict[str, type] = {
     "pretrain": PretrainStage,
     "sft": SFTStage,
@@ -179,19 +184,39 @@ SECTIONS: dict[str, type] = {
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of the pipeline: of the five sections, the one named after `kind` is set.
+    """One step of the pipeline; what it does follows from its section.
 
     In a `ConfigDict` a stage is flat: `stage.<name>.{kind, init_from, <keys of the section>}`.
     """
 
-    kind: str = "sft"
-    name: str = ""
+    name: str
+    section: Section
     init_from: str = "random"  # 'random' | 'shipped:<name>' | <HF directory> | 'stage:<name>'
-    pretrain: PretrainStage | None = None
-    sft: SFTStage | None = None
-    merge: MergeStage | None = None
-    rl: RLStage | None = None
-    eval: EvalStage | None = None
+
+    @property
+    def kind(self) -> str:
+        """pretrain | sft | merge | rl | eval."""
+        return next(kind for kind, cls in SECTIONS.items() if isinstance(self.section, cls))
+
+    @property
+    def pretrain(self) -> PretrainStage | None:
+        return self.section if isinstance(self.section, PretrainStage) else None
+
+    @property
+    def sft(self) -> SFTStage | None:
+        return self.section if isinstance(self.section, SFTStage) else None
+
+    @property
+    def merge(self) -> MergeStage | None:
+        return self.section if isinstance(self.section, MergeStage) else None
+
+    @property
+    def rl(self) -> RLStage | None:
+        return self.section if isinstance(self.section, RLStage) else None
+
+    @property
+    def eval(self) -> EvalStage | None:
+        return self.section if isinstance(self.section, EvalStage) else None
 
 
 @dataclass(frozen=True)
@@ -202,26 +227,26 @@ class ExperimentConfig:
     workdir: str = "runs/experiment"
     seed: int = 0
     stages: tuple[Stage, ...] = ()
-    base: str = (
-        "scratch"  # 'scratch' trains the base stage; 'shipped:base' or a directory replaces it
-    )
+    base: str = "scratch"  # trained by the base stage; 'shipped:base' or a directory replaces it
     model: ModelConfig = TINY
     mesh: MeshConfig = MeshConfig()
-    tokenizer: str = ""  # directory; empty = the offline world's own tokenizer
-    template: str = "qwen3-instruct-2507"  # used with the world's tokenizer
-    train_tasks: WorldTasks = field(default_factory=WorldTasks)
-    test_tasks: WorldTasks = field(default_factory=lambda: WorldTasks(split="test"))
+    tokenizer: str | None = None  # a directory; None: the offline world's
+    template: str = "qwen3-instruct-2507"  # of the offline world's tokenizer
+    train_tasks: WorldTasks = WorldTasks()
+    test_tasks: WorldTasks = WorldTasks(split="test")
     episode: EpisodeConfig = EpisodeConfig()
-    tools: tuple[str, ...] = ()  # package.module:function of tools beside the world's
-    log_url: str = ""  # PostgreSQL URL; empty = workdir/experience.db
+    tools: tuple[str, ...] = ()  # package.module:function of tools, which the world's stay with
+    log_url: str | None = None  # of a PostgreSQL server; None: workdir/experience.db
     profile: bool = False  # trace a few steps of every training stage, see run/observe/profile.py
     hang_seconds: float = 7200.0  # of several processes: a longer step ends the job; 0: never
-    schema_version: int = SCHEMA_VERSION
 
 
 def to_config_dict(config: Any) -> ConfigDict:
-    """A mutable `ConfigDict` of a dataclass: what `configs/*.py` return."""
-    return ConfigDict(_plain(config))
+    """A mutable `ConfigDict` of a dataclass: what `configs/*.py` return.
+
+    What is None can still be given on the command line: its place knows its type.
+    """
+    return ConfigDict(_at_the_edge(config))
 
 
 def default_config() -> Any:
@@ -236,9 +261,9 @@ def default_config() -> Any:
 
 
 def stage_dict(kind: str, init_from: str = "random", **section: Any) -> ConfigDict:
-    """A stage of `kind`: its section's defaults updated with `section`, beside kind and source."""
+    """A stage of `kind`: where it starts, and its section's defaults updated with `section`."""
     chosen = dataclasses.replace(SECTIONS[kind](), **section)
-    return ConfigDict({"kind": kind, "init_from": init_from} | _plain(chosen))
+    return ConfigDict({"kind": kind, "init_from": init_from} | _at_the_edge(chosen))
 
 
 def from_config_dict(config: Mapping[str, Any]) -> ExperimentConfig:
@@ -256,18 +281,21 @@ def from_config_dict(config: Mapping[str, Any]) -> ExperimentConfig:
             raise UserError(f"stages: no section stage.{name}; defined: {known}")
         stages.append(_stage(name, dict(sections[name])))
     _check_order(stages)
-    built = _build(ExperimentConfig, raw, "config")
-    if built.schema_version > SCHEMA_VERSION:
+    version = raw.pop("schema_version", SCHEMA_VERSION)
+    if version != SCHEMA_VERSION:
         raise UserError(
-            f"config.schema_version={built.schema_version} is newer than {SCHEMA_VERSION}; "
-            "update agentcpm_jax"
+            f"config.schema_version={version}, this release has {SCHEMA_VERSION}; leave it out"
         )
-    return dataclasses.replace(built, stages=tuple(stages))
+    return dataclasses.replace(_build(ExperimentConfig, raw, "config"), stages=tuple(stages))
 
 
 def to_json(config: ExperimentConfig) -> dict[str, Any]:
     """A JSON-able dict, for config.json and checkpoints."""
-    return _plain(config)
+    stages = tuple(
+        {"kind": s.kind, "name": s.name, "init_from": s.init_from, s.kind: _plain(s.section)}
+        for s in config.stages
+    )
+    return _plain(config) | {"stages": stages, "schema_version": SCHEMA_VERSION}
 
 
 def config_from_json(raw: Mapping[str, Any], file: str | Path = "config.json") -> ExperimentConfig:
@@ -279,7 +307,8 @@ def config_from_json(raw: Mapping[str, Any], file: str | Path = "config.json") -
     raw = migrate(raw, file)
     try:
         for i, stage in enumerate(raw["stages"]):
-            _check_keys(Stage, stage, f"config.stages[{i}]")
+            names = ("kind", "name", "init_from", stage["kind"])
+            _check_keys(names, stage, f"config.stages[{i}]")
         flat: dict[str, Any] = {k: v for k, v in raw.items() if k != "stages"}
         flat["stages"] = [stage["name"] for stage in raw["stages"]]
         flat["stage"] = {
@@ -312,71 +341,6 @@ def read_config(workdir: Path) -> ExperimentConfig:
     return config_from_json(raw, file)
 
 
-class Migration(NamedTuple):
-    """From a stored configuration of one schema version to the next.
-
-    Attributes:
-        defaults: of the keys whose default the next version changes, as they were. A key is a path
-            that leads through every element of a list: `stages.rl.stream.retries`.
-        respell: renames and moves keys of the stored dict, in place.
-    """
-
-    defaults: Mapping[str, Any] = {}
-    respell: Callable[[dict[str, Any]], None] = lambda raw: None
-
-
-#: By the older of the two versions.
-MIGRATIONS: dict[int, Migration] = {}
-
-
-def migrate(raw: Mapping[str, Any], file: str | Path = "config.json") -> dict[str, Any]:
-    """A stored configuration as this release would have written it.
-
-    A key that it lacks has the default that it had in the version of the file; a key that was added
-    since has today's, when it is read.
-
-    Raises:
-        UserError: no version, a newer one, or one that is too old.
-    """
-    version = raw.get("schema_version") if isinstance(raw, Mapping) else None
-    if not isinstance(version, int) or isinstance(version, bool):
-        raise UserError(f"{file} is not a run's configuration (no schema_version); restore it")
-    steps = range(version, SCHEMA_VERSION)
-    if version > SCHEMA_VERSION or any(step not in MIGRATIONS for step in steps):
-        newer = version > SCHEMA_VERSION
-        fix = "upgrade agentcpm_jax" if newer else "use the release that wrote it"
-        raise UserError(
-            f"{file} has schema version {version}, this release reads {SCHEMA_VERSION}; {fix}"
-        )
-    new = copy.deepcopy(dict(raw))
-    for step in steps:
-        for path, default in MIGRATIONS[step].defaults.items():
-            for section, key in _places(new, path):
-                section.setdefault(key, default)
-        MIGRATIONS[step].respell(new)
-    return new | {"schema_version": SCHEMA_VERSION}
-
-
-def rename(raw: dict[str, Any], path: str, name: str) -> None:
-    """Gives a key of a stored configuration another name in the same section."""
-    for section, key in _places(raw, path):
-        if key in section:
-            section[name] = section.pop(key)
-
-
-def _places(raw: Any, path: str) -> Iterator[tuple[dict[str, Any], str]]:
-    """(section, key) of every place that a path leads to, whether the key is there or not."""
-    if isinstance(raw, list | tuple):
-        for element in raw:
-            yield from _places(element, path)
-    elif isinstance(raw, dict):
-        head, _, rest = path.partition(".")
-        if rest:
-            yield from _places(raw.get(head), rest)
-        else:
-            yield raw, head
-
-
 def _stage(name: str, raw: dict[str, Any]) -> Stage:
     path = f"config.stage.{name}"
     kind, init_from = raw.pop("kind", None), raw.pop("init_from", "random")
@@ -384,7 +348,7 @@ def _stage(name: str, raw: dict[str, Any]) -> Stage:
         raise UserError(f"{path}.kind={kind!r}; one of {', '.join(SECTIONS)}")
     section = _build(SECTIONS[kind], raw, path)
     source = _value(str, init_from, f"{path}.init_from")
-    return Stage(kind=kind, name=name, init_from=source, **{kind: section})
+    return Stage(name, section, source)
 
 
 def _check_order(stages: list[Stage]) -> None:
@@ -407,13 +371,12 @@ def _check_order(stages: list[Stage]) -> None:
 
 
 def _build(cls: type, raw: Mapping[str, Any], path: str) -> Any:
-    _check_keys(cls, raw, path)
+    _check_keys([f.name for f in dataclasses.fields(cls)], raw, path)
     hints = typing.get_type_hints(cls)
     return cls(**{k: _value(hints[k], v, f"{path}.{k}") for k, v in raw.items()})
 
 
-def _check_keys(cls: type, raw: Mapping[str, Any], path: str) -> None:
-    names = [f.name for f in dataclasses.fields(cls)]
+def _check_keys(names: Iterable[str], raw: Mapping[str, Any], path: str) -> None:
     for key in raw:
         if key not in names:
             near = difflib.get_close_matches(key, names, n=1)
@@ -424,10 +387,10 @@ def _check_keys(cls: type, raw: Mapping[str, Any], path: str) -> None:
 def _value(hint: Any, value: Any, path: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        if value is None:
+        inner = _given(hint)
+        if value is None or (value == "" and inner is str):  # `--config.tokenizer=`
             return None
-        inner = [a for a in args if a is not type(None)]
-        return _value(inner[0], value, path)
+        return _value(inner, value, path)
     if origin is typing.Literal:
         if value not in args:
             raise UserError(f"{path}={value!r}; one of {', '.join(map(repr, args))}")
@@ -451,6 +414,26 @@ def _value(hint: Any, value: Any, path: str) -> Any:
         found = type(value).__name__
         raise UserError(f"{path}={value!r} is of type {found}; expected {hint.__name__}")
     return value
+
+
+def _given(hint: Any) -> Any:
+    """What a value is when it is not None."""
+    return next(a for a in typing.get_args(hint) if a is not type(None))
+
+
+def _at_the_edge(config: Any) -> dict[str, Any]:
+    """Plain values, and placeholders of the right type for what is None."""
+    hints = typing.get_type_hints(type(config))
+    found: dict[str, Any] = {}
+    for name, value in vars(config).items():
+        if dataclasses.is_dataclass(value):
+            found[name] = _at_the_edge(value)
+        elif value is None:
+            given = _given(hints[name])
+            found[name] = config_dict.placeholder(typing.get_origin(given) or given)
+        else:
+            found[name] = _plain(value)
+    return found
 
 
 def _plain(value: Any) -> Any:

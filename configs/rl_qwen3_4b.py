@@ -21,12 +21,12 @@ as a file of your own (the original's example names a benchmark's test set).
 """
 
 from dataclasses import replace
+from typing import Any
 
 from agentcpm_jax.config import TrainShape, default_config, stage_dict, to_config_dict
 from agentcpm_jax.engine.config import EngineConfig
 from agentcpm_jax.mesh import MeshConfig
 from agentcpm_jax.model.config import QWEN3_4B
-from agentcpm_jax.pool.config import PoolConfig
 from agentcpm_jax.rewards.advantages import AdvantageConfig
 from agentcpm_jax.rewards.denoise import DenoiseConfig
 from agentcpm_jax.rollout.config import EpisodeConfig, StreamConfig
@@ -37,12 +37,19 @@ from configs.tiny import TEST_ENGINE, use_tiny_world
 
 def get_config(variant: str = ""):
     """`variant`: '' or 'runlocal'."""
-    local = variant == "runlocal"
+    c = recipe()
+    if variant == "runlocal":
+        runlocal(c)
+    return c
+
+
+def recipe() -> Any:
+    """The released one."""
     c = default_config()
     c.name = "rl_qwen3_4b"
     c.workdir = "runs/rl_qwen3_4b"
     c.model = to_config_dict(replace(QWEN3_4B, param_dtype="float32", remat="full"))
-    c.mesh = to_config_dict(MeshConfig() if local else MeshConfig(fsdp=4, context=8))
+    c.mesh = to_config_dict(MeshConfig(fsdp=4, context=8))
     c.tokenizer = "checkpoints/sft-merge"
     c.episode = to_config_dict(
         EpisodeConfig(
@@ -56,18 +63,17 @@ def get_config(variant: str = ""):
     c.stages = ("rl",)
     c.stage.rl = stage_dict(
         "rl",
-        "random" if local else "checkpoints/sft-merge",
-        tasks_path="" if local else "data/tasks.jsonl",
+        "checkpoints/sft-merge",
+        tasks_path="data/tasks.jsonl",
         shape=TrainShape(row_length=131_072, rows=4, micro_rows=4, steps=1000, checkpoint_every=3),
         optimizer=OptimizerConfig(
             name="adamw",
             lr=2e-6,
-            b1=0.9,
             b2=0.98,
             weight_decay=0.05,
             clip_norm=1.0,
             schedule="cosine",
-            warmup_steps=10,
+            warmup=10,
         ),
         loss=LossConfig(
             name="minirl",
@@ -75,17 +81,21 @@ def get_config(variant: str = ""):
             eps_high=0.3,
             aggregation="seq-mean-token-sum",
         ),
-        advantages=AdvantageConfig(
-            estimator="leave_one_out", scale=2.0, sign_clamp=True, drop_zero=not local
-        ),
-        denoise=DenoiseConfig(("environment",)) if local else DenoiseConfig(),
+        advantages=AdvantageConfig(estimator="leave_one_out", scale=2.0, sign_clamp=True),
         stream=StreamConfig(batch_groups=12, group_size=8, max_staleness=4),
         engine=EngineConfig(slots=8, capacity=131_072, tensor=4),
-        pool=PoolConfig(weights_dtype="bfloat16"),
     )
-    if local:
-        use_tiny_world(c)
-        c.stage.rl.shape = to_config_dict(TrainShape(384, rows=8, micro_rows=8, steps=3))
-        c.stage.rl.stream = to_config_dict(StreamConfig(2, 4, max_staleness=1))
-        c.stage.rl.engine = to_config_dict(TEST_ENGINE)
     return c
+
+
+def runlocal(c: Any) -> None:
+    """The tiny model and world; groups without signal are kept, for an untrained agent has few."""
+    use_tiny_world(c)
+    c.mesh = to_config_dict(MeshConfig())
+    c.stage.rl.init_from = "random"
+    c.stage.rl.tasks_path = None
+    c.stage.rl.shape = to_config_dict(TrainShape(384, rows=8, micro_rows=8, steps=3))
+    c.stage.rl.advantages.drop_zero = False
+    c.stage.rl.denoise = to_config_dict(DenoiseConfig(("environment",)))
+    c.stage.rl.stream = to_config_dict(StreamConfig(2, 4, max_staleness=1))
+    c.stage.rl.engine = to_config_dict(TEST_ENGINE)

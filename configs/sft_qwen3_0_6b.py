@@ -13,53 +13,49 @@ A T4 has no bfloat16: there the step computes in float32, with attention in bloc
 """
 
 from dataclasses import replace
+from typing import Any
 
-from agentcpm_jax.config import (
-    Demonstrations,
-    TrainShape,
-    default_config,
-    stage_dict,
-    to_config_dict,
-)
+from agentcpm_jax.config import TrainShape, default_config, stage_dict, to_config_dict
 from agentcpm_jax.data.sft import SFTDataConfig
 from agentcpm_jax.model.config import QWEN3_0_6B
 from agentcpm_jax.rollout.config import EpisodeConfig
 from agentcpm_jax.train.config import OptimizerConfig
-from configs.tiny import use_tiny_world
+from configs.tiny import train_on_the_world
 
 
 def get_config(variant: str = ""):
     """`variant`: '' (v5e-1), 't4' or 'runlocal'."""
-    t4 = variant == "t4"
-    length = 1024 if t4 else 4096
+    c = recipe()
+    if variant == "t4":
+        t4(c)
+    if variant == "runlocal":
+        train_on_the_world(c, lr=1e-3)
+    return c
+
+
+def recipe() -> Any:
+    """Rows of 4,096 tokens on a v5e chip."""
     c = default_config()
     c.name = "sft_qwen3_0_6b"
     c.workdir = "runs/sft_qwen3_0_6b"
     trained = replace(QWEN3_0_6B, param_dtype="float32", remat="full", lm_head_fp32=False)
     c.model = to_config_dict(trained)
     c.tokenizer = "checkpoints/Qwen3-0.6B"
-    c.episode = to_config_dict(EpisodeConfig(max_context=length, max_new_tokens=length // 4))
+    c.episode = to_config_dict(EpisodeConfig(max_context=4096, max_new_tokens=1024))
     c.stages = ("sft",)
     c.stage.sft = stage_dict(
         "sft",
         "checkpoints/Qwen3-0.6B",
-        data=SFTDataConfig(path="data/agent_sft.jsonl", max_length=length, mask="all"),
-        shape=TrainShape(row_length=length, rows=2),
+        data=SFTDataConfig(path="data/agent_sft.jsonl", max_length=4096, mask="all"),
+        shape=TrainShape(row_length=4096, rows=2),
         epochs=3,
-        optimizer=OptimizerConfig(
-            lr=1e-5,
-            weight_decay=0.01,
-            schedule="cosine",
-            warmup_fraction=0.03,
-            moments="bfloat16" if t4 else "float32",
-        ),
+        optimizer=OptimizerConfig(lr=1e-5, weight_decay=0.01, schedule="cosine", warmup=0.03),
     )
-    if variant == "runlocal":
-        use_tiny_world(c)
-        c.stage.sft = stage_dict(
-            "sft",
-            demonstrations=Demonstrations(count=64),
-            shape=TrainShape(row_length=256, rows=4, steps=4),
-            optimizer=OptimizerConfig(lr=1e-3, schedule="cosine", warmup_fraction=0.03),
-        )
     return c
+
+
+def t4(c: Any) -> None:
+    """A quarter of the tokens, and half of the first moment's bytes."""
+    c.episode.max_context = c.stage.sft.data.max_length = c.stage.sft.shape.row_length = 1024
+    c.episode.max_new_tokens = 256
+    c.stage.sft.optimizer.moments = "bfloat16"

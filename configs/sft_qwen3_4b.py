@@ -16,23 +16,26 @@ number of tokens, not of sequences.
 """
 
 from dataclasses import replace
+from typing import Any
 
-from agentcpm_jax.config import (
-    Demonstrations,
-    TrainShape,
-    default_config,
-    stage_dict,
-    to_config_dict,
-)
+from agentcpm_jax.config import TrainShape, default_config, stage_dict, to_config_dict
 from agentcpm_jax.data.sft import SFTDataConfig
 from agentcpm_jax.model.config import QWEN3_4B
 from agentcpm_jax.rollout.config import EpisodeConfig
 from agentcpm_jax.train.config import OptimizerConfig
-from configs.tiny import use_tiny_world
+from configs.tiny import train_on_the_world
 
 
 def get_config(variant: str = ""):
     """`variant`: '' or 'runlocal'."""
+    c = recipe()
+    if variant == "runlocal":
+        train_on_the_world(c, lr=1e-3)
+    return c
+
+
+def recipe() -> Any:
+    """The published one."""
     c = default_config()
     c.name = "sft_qwen3_4b"
     c.workdir = "runs/sft_qwen3_4b"
@@ -50,20 +53,11 @@ def get_config(variant: str = ""):
         optimizer=OptimizerConfig(
             name="adamw",
             lr=2e-5,
-            b1=0.9,
             b2=0.999,
             weight_decay=0.01,
             clip_norm=1.0,
             schedule="cosine",
-            warmup_fraction=0.03,
+            warmup=0.03,
         ),
     )
-    if variant == "runlocal":
-        use_tiny_world(c)
-        c.stage.sft = stage_dict(
-            "sft",
-            demonstrations=Demonstrations(count=64),
-            shape=TrainShape(row_length=256, rows=4, steps=4),
-            optimizer=OptimizerConfig(lr=1e-3, schedule="cosine", warmup_fraction=0.03),
-        )
     return c

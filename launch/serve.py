@@ -39,9 +39,10 @@ def main(argv: list[str] | None = None) -> int:
         from agentcpm_jax.engine.serving import serve
 
         engine = EngineConfig(slots=args.slots, capacity=args.context, tensor=args.tensor)
-        server = ServerConfig(args.host, args.port, args.weight_version, args.chunk)
+        server = ServerConfig(args.host, args.port)
+        options = {"chunk": args.chunk, "weight_version": args.weight_version}
         show = lambda url: print(f"serving {args.model} on {url}", flush=True)  # noqa: E731
-        serve(args.model, engine, server, dtype=args.dtype, announce=show)
+        serve(args.model, engine, server, dtype=args.dtype, announce=show, **options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from agentcpm_jax.data.rows import Row, demo_row
+from agentcpm_jax.ranges import check_choice
 from agentcpm_jax.types import Segment, UserError
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -21,18 +22,17 @@ ROLES = ("system", "user", "assistant", "tool")
 class SFTDataConfig:
     """Where demonstrations come from and what of them is trained.
 
-    `max_length` in tokens: longer conversations are dropped and counted, never cut (the original's
-    limit is 21,000). `mask`: every assistant turn, or the last one alone.
+    Conversations of more than `max_length` tokens are dropped and counted, never cut; the
+    original's limit is 21,000.
     """
 
-    path: str = ""
+    path: str | None = None  # a JSONL file; None: demonstrations of the offline world
     max_length: int = 21_000
-    mask: str = "all"  # all | last
-    skip_bad: bool = False
+    mask: str = "all"  # what is trained: all assistant turns | the last one
+    skip_bad: bool = False  # leave out bad lines of the file
 
     def __post_init__(self) -> None:
-        if self.mask not in ("all", "last"):
-            raise UserError(f"unknown data.mask {self.mask!r}; use 'all' or 'last'")
+        check_choice(self, "data", {"mask": ("all", "last")})
 
 
 @dataclass(frozen=True)

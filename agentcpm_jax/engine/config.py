@@ -12,23 +12,16 @@ MAX_STOP_IDS = 8  # of one request
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Shapes of the engine.
+    """Shapes of the engine. A device program is compiled for each size of a bucket that occurs:
+    more of them waste less arithmetic on padding, and take longer to compile."""
 
-    `deterministic`: one shape and no prefix reuse, which makes a row's bits independent of what
-    else runs. `tensor`: devices of this process that heads, ffw and vocabulary are split over.
-    """
-
-    slots: int = 96
-    capacity: int = 512  # tokens per slot: prompt + completion
+    slots: int = 96  # requests decoded together
+    capacity: int = 512  # tokens per slot: prompt and completion
     chunk: int = 8  # decode steps per device call
-    row_buckets: tuple[int, ...] = (16, 48)  # `slots` is always the last bucket
-    token_buckets: tuple[int, ...] = (16, 64)
+    row_buckets: tuple[int, ...] = (16, 48)  # rows of a call; `slots` is always the last bucket
+    token_buckets: tuple[int, ...] = (16, 64)  # prompt tokens that a row is fed in a call
     length_buckets: tuple[int, ...] = ()  # of the cache that is read; `capacity` is the last
-    deterministic: bool = False
-    prefill_tokens: int = 8192  # prompt tokens, with padding, between two chunks of decoding
-    reuse: bool = True  # keep and copy prefixes
-    tensor: int = 1
-    prefill_rows: tuple[int, ...] = ()  # row buckets of prefill; default `row_buckets`
+    tensor: int = 1  # devices of this process that heads, ffw and vocabulary are split over
 
 
 def check_capacity(cfg: EngineConfig, max_context: int) -> None:

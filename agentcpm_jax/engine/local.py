@@ -27,6 +27,9 @@ from agentcpm_jax.model.config import ModelConfig
 from agentcpm_jax.rollout.policy import Completion, Finish, SampleRequest
 
 LEAST_STEPS = 4  # of a chunk that ends early
+#: Prompt tokens, with padding, that are fed between two chunks of decoding: a long prompt must not
+#: make the others wait.
+PREFILL_TOKENS = 8192
 
 
 class LocalEngine:
@@ -35,6 +38,9 @@ class LocalEngine:
     Args:
       params: the tree of `params.init`; copied.
       text: ids to text, needed for stop strings alone.
+      deterministic: one shape and no prefix reuse, which makes a row's bits independent of what
+        else runs.
+      reuse: keep and copy prefixes.
 
     Raises:
       UserError: `cfg.tensor` devices are not there, or do not divide the model.
@@ -48,8 +54,11 @@ class LocalEngine:
         *,
         version: int = 0,
         text: Callable[[Sequence[int]], str] | None = None,
+        deterministic: bool = False,
+        reuse: bool = True,
     ) -> None:
         self.cfg, self.model, self._text = cfg, model, text
+        self.deterministic, self._reuse = deterministic, reuse and not deterministic
         self._mesh = make_mesh_of(cfg.tensor)
         self._params, self.version = own_copy(params, model, self._mesh), version
         self._next_params: tuple[dict, int] | None = None
@@ -157,7 +166,7 @@ class LocalEngine:
         self._params, self.version = self._next_params
         self._next_params = None
         self._slots.forget()
-        if self.cfg.reuse and not self.cfg.deterministic:  # what texts have in common is fed once
+        if self._reuse:  # what texts have in common is fed once
             for run, place in zip(
                 self._running.values(), self._slots.replace(list(self._running)), strict=True
             ):
@@ -180,8 +189,7 @@ class LocalEngine:
         """Give waiting requests a slot, first come first served."""
         while self._waiting and len(self._running) < self.cfg.slots:
             run = self._waiting.popleft()
-            reuse = self.cfg.reuse and not self.cfg.deterministic
-            place = self._slots.place(run.prompt, reuse=reuse)
+            place = self._slots.place(run.prompt, reuse=self._reuse)
             self._slots.take(place, run.prompt)
             run.cached = place.kept
             self.tokens_reused += place.kept
@@ -228,13 +236,13 @@ class LocalEngine:
 
     def _feed_prompts(self) -> None:
         """Prefill until each running row has exactly one token that is not in the cache, or, when
-        some rows are there, until `prefill_tokens` have been fed."""
+        some rows are there, until `PREFILL_TOKENS` have been fed."""
         fed = 0
         while True:
             settled = [slot for slot, run in self._running.items() if self._copy_prefix(run)]
             missing = self._slots.known - self._slots.fed
             pending = [slot for slot in settled if missing[slot] > 1]
-            if not pending or (fed >= self.cfg.prefill_tokens and len(pending) < len(settled)):
+            if not pending or (fed >= PREFILL_TOKENS and len(pending) < len(settled)):
                 return
             fed += self._feed(pending, missing)
 
@@ -242,11 +250,10 @@ class LocalEngine:
         """One device call; the tokens it took, padding included."""
         slots, buckets = self._slots, self.cfg.token_buckets
         width = buckets[-1]
-        if not self.cfg.deterministic:
-            pending = pending[: max(self.cfg.prefill_tokens // width, 1)]
+        if not self.deterministic:
+            pending = pending[: max(PREFILL_TOKENS // width, 1)]
             width = _bucket(int(missing[pending].max()) - 1, buckets)
-        rows = self.cfg.prefill_rows or self.cfg.row_buckets
-        size, placed = self._place_rows(pending, rows)
+        size, placed = self._place_rows(pending)
         tokens = np.zeros((size, width), np.int32)
         counts, lengths = np.zeros(size, np.int32), np.zeros(size, np.int32)
         index = np.full(size, self.cfg.slots, np.int32)
@@ -267,7 +274,7 @@ class LocalEngine:
     def _decode_chunk(self) -> None:
         slots = self._slots
         ready = [s for s in self._running if slots.known[s] - slots.fed[s] == 1]
-        size, placed = self._place_rows(ready, self.cfg.row_buckets)
+        size, placed = self._place_rows(ready)
         take = np.full(size, self.cfg.slots)
         for row, slot in placed:
             take[row] = slot
@@ -278,7 +285,7 @@ class LocalEngine:
         filled = self._length_bucket(int(rows.length.max()))
         self.programs.add(("decode", size, filled))
         # With requests waiting for a slot, a chunk may end with a row; never where bits matter.
-        hurry = self._waiting and not self.cfg.deterministic
+        hurry = self._waiting and not self.deterministic
         least = np.int32(min(LEAST_STEPS, self.cfg.chunk) if hurry else self.cfg.chunk)
         whole = size == self.cfg.slots
         self._cache, *out = decode(
@@ -305,18 +312,16 @@ class LocalEngine:
         del self._running[slot]
         self._slots.release(slot)
 
-    def _place_rows(
-        self, slots: Sequence[int], buckets: Sequence[int]
-    ) -> tuple[int, list[tuple[int, int]]]:
+    def _place_rows(self, slots: Sequence[int]) -> tuple[int, list[tuple[int, int]]]:
         """Number of rows and (row, slot) pairs; with a row for every slot, a slot is its own."""
         size = self.cfg.slots
-        if not self.cfg.deterministic:
-            size = _bucket(len(slots), up_to(self.cfg.slots, buckets))
+        if not self.deterministic:
+            size = _bucket(len(slots), up_to(self.cfg.slots, self.cfg.row_buckets))
         same = size == self.cfg.slots
         return size, [(s, s) if same else (i, s) for i, s in enumerate(slots)]
 
     def _length_bucket(self, length: int) -> int:
-        if self.cfg.deterministic:
+        if self.deterministic:
             return self.cfg.capacity
         return _bucket(length, up_to(self.cfg.capacity, self.cfg.length_buckets))
 

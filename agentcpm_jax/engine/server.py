@@ -40,18 +40,17 @@ CONTROL = frozenset(
 )
 OPEN = frozenset({"/health", "/health_generate", "/metrics"})
 
+MAX_BODY_BYTES = 64 << 20  # of a request: millions of token ids, and no denial of service
+
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """Where to listen and under which name; keys come from the environment."""
+    """Where to listen. Keys come from the environment."""
 
     host: str = "127.0.0.1"
-    port: int = 30000
-    weight_version: str = "default"
-    chunk: int = 32  # tokens between two moments at which a request can be held or ended
-    max_body_bytes: int = 64 << 20
+    port: int = 30000  # 0: a free one
 
 
 @dataclass(frozen=True)
@@ -63,20 +62,28 @@ class ServerKeys:
 
 
 class EngineServer:
-    """The application. `model` describes what is served: merged into `/model_info`."""
+    """The application.
+
+    Args:
+      chunk: tokens between two moments at which a request can be held or ended.
+      weight_version: what the first weights are called.
+      model: describes what is served: merged into `/model_info`.
+    """
 
     def __init__(
         self,
         engine: ServedEngine,
         cfg: ServerConfig,
         *,
+        chunk: int = 32,
+        weight_version: str = "default",
         chat: ChatFormat | None = None,
         keys: ServerKeys | None = None,
         model: dict[str, Any] | None = None,
     ) -> None:
         self.cfg, self._chat, self._keys = cfg, chat, keys or ServerKeys()
         decode = None if chat is None else chat.decode
-        self.sessions = Sessions(engine, version=cfg.weight_version, chunk=cfg.chunk, decode=decode)
+        self.sessions = Sessions(engine, version=weight_version, chunk=chunk, decode=decode)
         self._decode = decode
         self._limits = RequestLimits(
             engine.capacity, engine.vocab_size, () if chat is None else chat.stop_ids
@@ -90,7 +97,7 @@ class EngineServer:
         """The aiohttp application; run it with `handler_cancellation=True`, so that a client that
         goes away ends its request."""
         app = web.Application(
-            middlewares=[self._errors, self._authorise], client_max_size=self.cfg.max_body_bytes
+            middlewares=[self._errors, self._authorise], client_max_size=MAX_BODY_BYTES
         )
         for path in ("/health", "/ready"):
             app.router.add_get(path, self._health)

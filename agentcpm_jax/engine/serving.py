@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from agentcpm_jax.chat.format import ChatFormat
 from agentcpm_jax.engine.config import EngineConfig
 from agentcpm_jax.engine.local import LocalEngine
 from agentcpm_jax.engine.server import EngineServer, ServerConfig, ServerKeys
@@ -35,10 +34,13 @@ def serve(
     *,
     dtype: str | None = None,
     announce: Callable[[str], None] = lambda url: None,
+    **options: Any,
 ) -> None:
     """Serve the model `path`, a directory or a name, until SIGINT or SIGTERM.
 
     `announce(url)` once it listens.
+
+    `options` are those of `EngineServer`: chunk, weight_version.
 
     Raises `UserError`: no checkpoint, no tokenizer, or the port is taken.
     """
@@ -46,21 +48,15 @@ def serve(
     chat = load_chat(path)
     served = ServedLocal(path, engine, dtype)
     try:
-        asyncio.run(_serve(path, served, chat, server, announce))
+        described = served.describe(path)
+        keys = keys_from_environment()
+        front = EngineServer(served, server, chat=chat, keys=keys, model=described, **options)
+        asyncio.run(_listen(front, announce))
     finally:
         served.close()
 
 
-async def _serve(
-    path: str,
-    served: ServedLocal,
-    chat: ChatFormat,
-    cfg: ServerConfig,
-    announce: Callable[[str], None],
-) -> None:
-    front = EngineServer(
-        served, cfg, chat=chat, keys=keys_from_environment(), model=served.describe(path)
-    )
+async def _listen(front: EngineServer, announce: Callable[[str], None]) -> None:
     runner, url = await front.start()
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -84,8 +84,8 @@ class Sessions:
         self,
         engine: ServedEngine,
         *,
-        version: str = "default",
-        chunk: int = 32,
+        version: str,
+        chunk: int,
         decode: Callable[[Sequence[int]], str] | None = None,
     ) -> None:
         self.engine, self.chunk, self.decode = engine, chunk, decode

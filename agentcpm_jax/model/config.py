@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from agentcpm_jax.ranges import check_choice, check_least
 from agentcpm_jax.types import UserError
 
 DTYPES = ("float32", "bfloat16")
@@ -34,8 +35,8 @@ class ModelConfig:
       lm_head_fp32: the last product is taken in float32 from float32 operands.
       remat: which activations are kept for the backward pass, see `remat`.
       attention: the kernel, see `attention.choice`; 'auto' takes the platform's.
-      logits_chunk: tokens on a device whose logits exist at once; 0: as many as fit 16 MiB, at
-        least 512.
+      logits_chunk: tokens on a device whose logits exist at once; None: as many as fit 16 MiB,
+        at least 512.
       lora_rank: of the adapters that are trained in place of the parameters, see `lora`; 0:
         none. Their product counts `lora_alpha / lora_rank` times.
 
@@ -59,14 +60,15 @@ class ModelConfig:
     lm_head_fp32: bool = True
     remat: str = "none"
     attention: str = "auto"
-    logits_chunk: int = 0
+    logits_chunk: int | None = None
     lora_rank: int = 0
     lora_alpha: float = 32.0
 
     def __post_init__(self) -> None:
-        for name in _SIZES:
-            if getattr(self, name) < 1:
-                raise UserError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.logits_chunk == 0:  # as weights of earlier releases say it
+            object.__setattr__(self, "logits_chunk", None)
+        check_least(self, "model", dict.fromkeys(_SIZES, 1) | {"logits_chunk": 1, "lora_rank": 0})
+        check_choice(self, "model", _NAMES)
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"model.num_heads is {self.num_heads}, not a multiple of "
@@ -74,14 +76,6 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise UserError(f"model.head_dim is {self.head_dim}; rotary pairs need an even number")
-        for name in ("logits_chunk", "lora_rank"):
-            if getattr(self, name) < 0:
-                raise UserError(f"model.{name} is {getattr(self, name)}; use 0 or more")
-        for name, allowed in _NAMES.items():
-            if getattr(self, name) not in allowed:
-                raise UserError(
-                    f"model.{name} is {getattr(self, name)!r}; use one of {', '.join(allowed)}"
-                )
 
 
 _NAMES = {"dtype": DTYPES, "param_dtype": DTYPES, "attention": ATTENTIONS, "remat": REMATS}

@@ -63,7 +63,7 @@ class Step(NamedTuple):
     shape: TrainShape
     optimizer: OptimizerConfig
     loss: LossConfig | None = None
-    epochs: int = 0
+    epochs: int | None = None
 
 
 def explain(
@@ -91,8 +91,7 @@ def explain(
     model, changes = as_run_on(cfg.model, kind)
     cfg = replace(cfg, model=model)
     split = ", ".join(f"{a} {n}" for a, n in zip(AXES, shape, strict=True) if n > 1)
-    dtypes = {stage.rl.pool.weights_dtype for stage in cfg.stages if stage.rl is not None}
-    published = max(dtypes, default="") or model.param_dtype
+    published = model.dtype if any(stage.rl for stage in cfg.stages) else model.param_dtype
     published_bytes = model_params.count(model) * memory.BYTES[published]
     chips = f"{math.prod(shape)} chips of {_size(flops.CHIPS[kind].hbm_bytes)}"
     where = slice_name if cfg.mesh.slices == 1 else f"{cfg.mesh.slices} x {slice_name}"
@@ -145,8 +144,7 @@ def steps_of(stage: Stage) -> Iterator[Step]:
     """What a stage compiles and trains with."""
     if stage.pretrain is not None:
         for number, phase in enumerate(stage.pretrain.phases):
-            shape = TrainShape(phase.row_length, phase.rows, steps=phase.steps)
-            yield Step(f"{stage.name} {number + 1}", shape, phase.optimizer)
+            yield Step(f"{stage.name} {number + 1}", phase.shape, phase.optimizer)
     if stage.sft is not None:
         yield Step(stage.name, stage.sft.shape, stage.sft.optimizer, epochs=stage.sft.epochs)
     if stage.rl is not None:
@@ -174,7 +172,7 @@ def compile_for(cfg: ExperimentConfig, step: Step, slice_name: str) -> Compiled:
         mesh,
         shape.rows,
         shape.row_length,
-        micro_rows=shape.micro_rows,
+        micro_rows=shape.micro_rows or 0,
         loss=step.loss,
     )
 
@@ -239,7 +237,7 @@ def _memory(cfg: ExperimentConfig, step: Step, slice_name: str) -> memory.Memory
 
 
 def _estimate(model: ModelConfig, step: Step, mesh: Mesh | AbstractMesh) -> memory.MemoryEstimate:
-    rows = (step.shape.rows, step.shape.row_length, step.shape.micro_rows)
+    rows = (step.shape.rows, step.shape.row_length, step.shape.micro_rows or 0)
     return memory.estimate(model, _optimizer(step), mesh, *rows)
 
 
@@ -268,10 +266,7 @@ def _chip(slice_name: str) -> flops.Chip:
 
 
 def _optimizer(step: Step) -> optax.GradientTransformation:
-    optimizer = step.optimizer
-    if not optimizer.total_steps:  # of the schedule alone: nothing here depends on it
-        optimizer = replace(optimizer, total_steps=1)
-    return make_optimizer(optimizer)[0]
+    return make_optimizer(step.optimizer, 1)[0]  # of its schedule nothing here depends
 
 
 def _cost(prices: str, kind: str, hours: float) -> str:

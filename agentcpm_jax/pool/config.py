@@ -9,6 +9,9 @@ from urllib.parse import urlsplit
 
 from agentcpm_jax.types import UserError
 
+#: The environment variable that SGLang reads its admin key from.
+ADMIN_KEY_ENV = "SGLANG_ADMIN_API_KEY"
+
 
 @dataclass(frozen=True)
 class PoolConfig:
@@ -23,30 +26,20 @@ class PoolConfig:
     """
 
     urls: tuple[str, ...] = ()  # one per worker: http://host:30000
-    urls_file: str = ""  # a file of further urls, one per line, read again at every health check
-    router_url: str = ""  # the official router: /generate goes there, control to each worker
+    urls_file: str | None = None  # of further urls, one a line; read again at every health check
+    router_url: str | None = None  # the official router: requests go there, control to workers
     pause: Literal["abort", "retract", "in_place"] = "abort"
-    weights_dir: str = ""  # a directory or URL (gs://...); empty: below the stage's directory
-    weights_dtype: Literal["", "float32", "bfloat16"] = ""  # empty: as the trainer's parameters
+    weights_dir: str | None = None  # a directory or URL (gs://...); None: in the stage's directory
     keep_versions: int = 2  # published ones that stay, the newest included
-    agent_port: int = 0  # launch/pool_agent.py on every worker's host; 0: workers see weights_dir
-    api_key_env: str = "SGLANG_API_KEY"  # names of environment variables, not keys
-    admin_key_env: str = "SGLANG_ADMIN_API_KEY"
-    ca_file: str = ""  # PEM bundle of a private certificate authority
+    agent_port: int | None = None  # of launch/pool_agent.py; None: workers read weights_dir
+    api_key_env: str = "SGLANG_API_KEY"  # name of an environment variable, not a key
     max_gap: float = 0.05  # mean |log-prob of server - of trainer| (nats) that a worker may show
-    allow_unversioned: bool = False  # accept servers that name no weight version
-    affinity_slack: int = 8  # requests by which a trajectory's own worker may be the busier one
-    max_failures: int = 8  # failed attempts after which a completion is an error
-    backoff: float = 0.2  # s after the first failure; doubles up to `backoff_max`
-    backoff_max: float = 8.0
     start_timeout: float = 300.0  # s until a worker must be ready
     request_timeout: float = 1800.0  # s for a completion without a deadline, all chunks together
     attempt_timeout: float = 900.0  # s for one HTTP request: what hangs is given up
     control_timeout: float = 60.0  # s for pause, continue, information
-    prefetch_timeout: float = 900.0  # s for an agent to copy weights; workers generate meanwhile
     update_timeout: float = 300.0  # s for one worker to load weights
     health_every: float = 10.0  # s between looks at each worker
-    health_timeout: float = 25.0  # s; SGLang itself answers after at most 20
 
 
 @dataclass(frozen=True)
@@ -60,7 +53,7 @@ class Keys:
     def from_environment(cls, cfg: PoolConfig) -> Keys:
         """Read when the pool is made. SGLang takes its ordinary key where it has no admin key."""
         generate = os.environ.get(cfg.api_key_env, "")
-        return cls(generate, os.environ.get(cfg.admin_key_env, "") or generate)
+        return cls(generate, os.environ.get(ADMIN_KEY_ENV, "") or generate)
 
     def __repr__(self) -> str:
         return f"Keys(generate={bool(self.generate)}, admin={bool(self.admin)})"

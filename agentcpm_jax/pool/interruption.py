@@ -39,9 +39,9 @@ class RetryLimits:
     """When to stop trying."""
 
     timeout: float  # s for all chunks together
-    failures: int  # attempts in a row that bring nothing
-    backoff: float  # s; doubles up to `backoff_max`
-    backoff_max: float
+    failures: int = 8  # attempts in a row that bring nothing
+    backoff: float = 0.2  # s after the first failure; doubles up to `backoff_max`
+    backoff_max: float = 8.0  # s
 
 
 @dataclass

@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 
-from agentcpm_jax.pool.config import Keys, PoolConfig, agent_url, check_url
+from agentcpm_jax.pool.config import ADMIN_KEY_ENV, Keys, PoolConfig, agent_url, check_url
 from agentcpm_jax.pool.probe import (
     CONVENTION_TEMPERATURE,
     TOKENS,
@@ -43,6 +43,9 @@ from agentcpm_jax.pool.routing import State, Worker
 from agentcpm_jax.pool.worker import Server
 from agentcpm_jax.rollout.policy import SamplingParams
 from agentcpm_jax.types import UserError
+
+#: Seconds for an agent to copy weights to its host; workers generate meanwhile.
+PREFETCH_TIMEOUT = 900.0
 
 
 @dataclass(frozen=True)
@@ -230,7 +233,7 @@ class Members:
                 said += "weights; serve the run's model, and read the server's log"
                 self._set(worker, State.REFUSED, said)
             elif error.kind is PoolErrorKind.FORBIDDEN:
-                names = f"{self.cfg.api_key_env} and {self.cfg.admin_key_env}"
+                names = f"{self.cfg.api_key_env} and {ADMIN_KEY_ENV}"
                 self._set(worker, State.REFUSED, f"{error}; set {names}")
             else:
                 worker.reason = str(error)
@@ -268,14 +271,14 @@ class Members:
         agent = Server(url, self.client, self._keys, self.cfg)
         pause = 0.05
         try:
-            async with asyncio.timeout(self.cfg.prefetch_timeout):
+            async with asyncio.timeout(PREFETCH_TIMEOUT):
                 found = await agent.pull(target.run, target.version)
                 while found["state"] == "pulling":
                     await asyncio.sleep(pause)
                     pause = min(2 * pause, 1.0)
                     found = await agent.pull(target.run, target.version)
         except TimeoutError:
-            found = {"reason": f"not copied within {self.cfg.prefetch_timeout:g} s"}
+            found = {"reason": f"not copied within {PREFETCH_TIMEOUT:g} s"}
         if found.get("state") != "ready":
             raise PoolError(PoolErrorKind.NO_WEIGHTS, url, f"{target.name}: {found.get('reason')}")
         return str(found["path"])
@@ -284,7 +287,7 @@ class Members:
         """It announces the version, and its answers are those of the weights."""
         info = await worker.server.model_info()
         announced = str(info.get("weight_version"))
-        if announced != target.name and not self.cfg.allow_unversioned:
+        if announced != target.name:
             raise PoolError(
                 PoolErrorKind.WRONG_VERSION,
                 worker.url,
@@ -335,7 +338,6 @@ class Members:
             budget=TOKENS,
             versions=self.names,
             oldest=-1,
-            allow_unversioned=self.cfg.allow_unversioned,
         )
         return Answer(prompt, read_generate(status, payload, expected))
 
@@ -344,7 +346,6 @@ class Members:
         self.changed.set()
 
     def _read_urls_file(self) -> None:
-        path = Path(self.cfg.urls_file)
-        if self.cfg.urls_file and path.is_file():
-            for line in path.read_text().split():
+        if self.cfg.urls_file and Path(self.cfg.urls_file).is_file():
+            for line in Path(self.cfg.urls_file).read_text().split():
                 self.add(line)

@@ -77,7 +77,6 @@ class Expected:
     budget: int
     versions: Mapping[str, int]  # published name -> version
     oldest: int  # version of the worker when the request was sent; -1: unknown (a router chose)
-    allow_unversioned: bool = False
 
 
 def generate_body(
@@ -254,10 +253,8 @@ def _versions(meta: Mapping[str, Any], count: int, expected: Expected) -> tuple[
         version = _known(newest, expected)
         sent = version if expected.oldest < 0 else expected.oldest
         return np.full(count, sent, np.int32), version != sent
-    if not expected.allow_unversioned:
-        said = "the answer names no weight version; update SGLang or set pool.allow_unversioned"
-        raise PoolError(PoolErrorKind.WRONG_VERSION, expected.url, said)
-    return np.full(count, max(expected.oldest, 0), np.int32), True
+    said = "the answer names no weight version; update SGLang"
+    raise PoolError(PoolErrorKind.WRONG_VERSION, expected.url, said)
 
 
 def _from_spans(spans: Any, count: int, expected: Expected) -> np.ndarray:

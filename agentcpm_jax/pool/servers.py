@@ -63,10 +63,10 @@ class SGLangPool:
     def __init__(self, cfg: PoolConfig, run: str, *, keys: Keys | None = None) -> None:
         self.cfg, self.run = cfg, run
         self._keys = keys or Keys.from_environment(cfg)
-        for url in (*cfg.urls, *((cfg.router_url,) if cfg.router_url else ())):
+        for url in filter(None, (*cfg.urls, cfg.router_url)):
             check_url(url)
         self._nonce = secrets.token_hex(4)
-        self._routes = Routes(cfg.affinity_slack)
+        self._routes = Routes()
         self._strikes: dict[str, int] = {}
         self.counters = PoolCounters()
         self._closing = False
@@ -149,7 +149,7 @@ class SGLangPool:
 
     async def _start(self, trainer: Trainer, weights: Weights) -> None:
         members = Members(self.cfg, trainer, weights, self._nonce, self._keys)
-        members.client = open_client(self.cfg)
+        members.client = open_client()
         if self.cfg.router_url:
             url = check_url(self.cfg.router_url)
             self._router = Server(url, members.client, self._keys, self.cfg)
@@ -194,12 +194,7 @@ class SGLangPool:
             avoid = ""
             return found
 
-        limits = RetryLimits(
-            timeout=request.deadline or self.cfg.request_timeout,
-            failures=self.cfg.max_failures,
-            backoff=self.cfg.backoff,
-            backoff_max=self.cfg.backoff_max,
-        )
+        limits = RetryLimits(request.deadline or self.cfg.request_timeout)
         try:
             chat = self._get().trainer.chat
             decode = None if chat is None else chat.decode
@@ -245,7 +240,6 @@ class SGLangPool:
                 budget=budget,
                 versions=members.names,
                 oldest=oldest,
-                allow_unversioned=self.cfg.allow_unversioned,
             )
             answer = read_generate(status, payload, expected)
         except PoolError as error:

@@ -8,9 +8,9 @@ Estimators over the n scores s of one group:
 The batch-wide normalisation of REINFORCE++ is part of the train step (`loss.normalize`): only there
 the whole batch is seen. Its discount is 1, so every token's return is its trajectory's score.
 
-AgentCPM-Explore's rule then shapes it, per turn: A <- min(preset, A) where a turn carries a preset
-(0 for malformed and repeated turns: blame stays, credit goes), A <- min(A, 0) when s <= 0.5 and
-max(A, 0) otherwise (sign clamp), A <- scale A, and what is 0 leaves the loss.
+AgentCPM-Explore's rule then shapes it: A <- min(A, 0) for malformed calls and repeated turns (blame
+stays, credit goes), A <- min(A, 0) when s <= 0.5 and max(A, 0) otherwise (sign clamp), then
+A <- scale A, and what is 0 leaves the loss.
 
 Soft overlong punishment (DAPO, arXiv 2503.14476), with len = the sampled tokens of a trajectory:
     s <- s + factor min((L_max - L_buffer - len) / L_buffer, 0)
@@ -21,7 +21,7 @@ Deviations from the original:
    failures, as 0 (`denoise` removes them first).
 2. A malformed call loses the credit of its own tokens; the original mutes the whole turn, well
    formed calls included. Only when the call cannot be located is it the whole turn.
-3. The preset of a repeated turn and that of a malformed call do not overwrite each other.
+3. The bound of a repeated turn and that of a malformed call do not overwrite each other.
 4. A group of equal scores has advantages of exactly 0, whatever the rounding.
 5. A group of one has advantage 0 with every estimator but `raw`.
 6. The overlong punishment counts what the policy wrote, not what its tools returned.
@@ -29,38 +29,39 @@ Deviations from the original:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from agentcpm_jax.ranges import check_choice
 from agentcpm_jax.types import Credit, Trajectory, TrajectoryGroup, Turn, TurnFlag, UserError
+
+ESTIMATORS = ("leave_one_out", "grpo", "grpo_no_std", "raw")
+_EPS = 1e-6  # of the division by the standard deviation
 
 
 @dataclass(frozen=True)
 class AdvantageConfig:
     """Which estimator, and how its result is shaped (defaults: the original's released recipe).
 
-    With the estimator left open, `for_loss` chooses it and the shaping that the loss's paper has.
+    Without an estimator the loss chooses it, and the shaping that its paper has: `for_loss`.
     """
 
-    estimator: str = ""  # leave_one_out | grpo | grpo_no_std | raw; "": that of the loss
-    scale: float = 2.0
-    sign_clamp: bool = True
+    estimator: str | None = None  # leave_one_out | grpo | grpo_no_std | raw; None: the loss's
+    scale: float = 2.0  # factor on every advantage
+    sign_clamp: bool = True  # no blame for right answers, no credit for wrong ones
     right_above: float = 0.5  # the sign clamp's threshold: a score above it is right
-    drop_zero: bool = True
-    minimal: float | None = None  # tokens whose advantage is below leave the loss
-    singleton: str = "zero"  # "raw": a group of one has its score as advantage
+    drop_zero: bool = True  # tokens of advantage 0 leave the loss
+    minimal: float | None = None  # tokens of a lower advantage leave the loss; None: none do
+    singleton: str = "zero"  # advantage of a group of one: zero | raw (its score)
     overlong_max: int = 0  # L_max in sampled tokens; 0: no soft overlong punishment
-    overlong_buffer: int = 4096
+    overlong_buffer: int = 4096  # L_buffer, in tokens
     overlong_factor: float = 1.0
 
     def __post_init__(self) -> None:
-        for key, allowed in (("estimator", ("", *ESTIMATORS)), ("singleton", ("zero", "raw"))):
-            value = getattr(self, key)
-            if value not in allowed:
-                known = " or ".join(a for a in allowed if a)
-                raise UserError(f"unknown advantage {key} {value!r}; use {known}")
+        choices = {"estimator": ESTIMATORS, "singleton": ("zero", "raw")}
+        check_choice(self, "advantages", choices)
         if self.overlong_max and not 0 < self.overlong_buffer <= self.overlong_max:
             raise UserError(
                 f"overlong_buffer={self.overlong_buffer} must lie between 1 and "
@@ -68,32 +69,11 @@ class AdvantageConfig:
             )
 
 
-#: The estimator of each method of `train.losses.config`.
-ESTIMATOR_OF = {
-    "minirl": "leave_one_out",
-    "minirl_paper": "grpo_no_std",
-    "reinforce": "grpo_no_std",
-    "rloo": "leave_one_out",
-    "reinforce_pp": "raw",
-    "reinforce_pp_baseline": "grpo_no_std",
-    "ppo": "grpo",
-    "decoupled_ppo": "grpo",
-    "grpo": "grpo",
-    "dr_grpo": "grpo_no_std",
-    "dapo": "grpo",
-    "gspo": "grpo",
-    "cispo": "grpo",
-    "dppo_tv": "grpo",
-    "dppo_kl": "grpo",
-}
-ESTIMATORS = ("leave_one_out", "grpo", "grpo_no_std", "raw")
+def for_loss(cfg: AdvantageConfig, loss: str, estimator: str) -> AdvantageConfig:
+    """`cfg` with the `estimator` of the loss named `loss`, unless it names one itself.
 
-
-def for_loss(cfg: AdvantageConfig, loss: str) -> AdvantageConfig:
-    """`cfg` with the estimator of the loss named `loss`, unless it names one itself.
-
-    Scale, sign clamp and the removal of zeros are the original recipe's: other losses' own
-    estimators come without them.
+    Scale, sign clamp and the removal of zeros are the original recipe's: the estimators of other
+    losses come without them.
 
     Raises:
       UserError: the estimator is left open, and a shaping option that the loss's recipe does not
@@ -101,7 +81,7 @@ def for_loss(cfg: AdvantageConfig, loss: str) -> AdvantageConfig:
     """
     if cfg.estimator:
         return cfg
-    chosen = replace(cfg, estimator=ESTIMATOR_OF[loss])
+    chosen = replace(cfg, estimator=estimator)
     if loss == "minirl":
         return chosen
     plain = {"scale": 1.0, "sign_clamp": False, "drop_zero": False}
@@ -111,7 +91,7 @@ def for_loss(cfg: AdvantageConfig, loss: str) -> AdvantageConfig:
         if given not in (value, getattr(default, key)):
             raise UserError(
                 f"advantages.{key}={given} would be ignored: {loss!r} has {value}; name "
-                f"advantages.estimator ({chosen.estimator!r}) to shape it yourself"
+                f"advantages.estimator ({estimator!r}) to shape it yourself"
             )
     return replace(chosen, **plain)
 
@@ -121,20 +101,18 @@ def credit_group(
     cfg: AdvantageConfig,
     scores: Sequence[float] | None = None,
     muted_turns: Set[tuple[int, int]] = frozenset(),
-    presets: Mapping[tuple[int, int], float] | None = None,
 ) -> list[list[Credit]]:
     """The credit of every token of a group.
 
     Every sampled token carries its trajectory's advantage, except: a malformed call's tokens and
-    a repeated turn's get min(0, A); a turn's with a preset a, min(a, A). Truncated and muted turns
-    are not trained, nor is what a fork shares with its parent.
+    a repeated turn's get min(0, A). Truncated and muted turns are not trained, nor is what a fork
+    shares with its parent.
 
     Args:
       group: its trajectories are the ones to train; each has a reward.
       scores: the baseline's scores, those of the trajectories among them (samples that are valid
         but not trained count too); None: the rewards of the trajectories.
       muted_turns: (sample, turn index) of turns that are not trained.
-      presets: (sample, turn index) -> upper bound of the turn's advantage before scaling.
     Returns:
       One list per trajectory, with one `Credit` per segment.
     Raises:
@@ -147,11 +125,7 @@ def credit_group(
     for trajectory, reward in zip(group.trajectories, rewards, strict=True):
         if reward not in by_score:
             raise ValueError(f"reward {reward} of sample {trajectory.sample} is not in {scores}")
-        credits.append(
-            _credit_trajectory(
-                trajectory, by_score[reward], reward, cfg, muted_turns, presets or {}
-            )
-        )
+        credits.append(_credit_trajectory(trajectory, by_score[reward], reward, cfg, muted_turns))
     return credits
 
 
@@ -159,7 +133,7 @@ def estimate(scores: Sequence[float] | np.ndarray, cfg: AdvantageConfig) -> np.n
     """f64[n] of the configured estimator, before shaping."""
     if cfg.estimator == "raw":
         return np.asarray(scores, np.float64).copy()
-    if cfg.estimator in ("", "leave_one_out"):
+    if cfg.estimator in (None, "leave_one_out"):
         lone = np.asarray(scores, np.float64).copy()
         return lone if len(lone) == 1 and cfg.singleton == "raw" else leave_one_out(scores)
     return grpo(scores, std=cfg.estimator == "grpo", singleton=cfg.singleton)
@@ -174,22 +148,19 @@ def leave_one_out(scores: Sequence[float] | np.ndarray) -> np.ndarray:
 
 
 def grpo(
-    scores: Sequence[float] | np.ndarray,
-    std: bool = True,
-    eps: float = 1e-6,
-    singleton: str = "zero",
+    scores: Sequence[float] | np.ndarray, std: bool = True, singleton: str = "zero"
 ) -> np.ndarray:
-    """Scores centred on the group's mean, over (std + eps) unless `std` is off: f64[n].
+    """Scores centred on the group's mean, over (std + 1e-6) unless `std` is off: f64[n].
 
     A group of one has advantage 0, or its score with `singleton="raw"`.
     """
     s = np.asarray(scores, np.float64)
     if len(s) == 1 and singleton == "raw":
-        return s / (1.0 + eps) if std else s.copy()
+        return s / (1.0 + _EPS) if std else s.copy()
     if len(s) < 2 or np.ptp(s) == 0:
         return np.zeros(len(s))
     centred = s - s.mean()
-    return centred / (s.std(ddof=1) + eps) if std else centred
+    return centred / (s.std(ddof=1) + _EPS) if std else centred
 
 
 def punish_overlong(
@@ -219,12 +190,8 @@ def soft_overlong(
     return factor * np.minimum(left / buffer, 0.0)
 
 
-def shape(
-    advantage: float, score: float, cfg: AdvantageConfig, preset: float | None = None
-) -> float:
-    """An estimator's advantage -> that of a span: preset bound, sign clamp, scale."""
-    if preset is not None:
-        advantage = min(preset, advantage)
+def shape(advantage: float, score: float, cfg: AdvantageConfig) -> float:
+    """An estimator's advantage, or its bound -> that of tokens: sign clamp, then scale."""
     if cfg.sign_clamp:
         right = score > cfg.right_above
         advantage = max(advantage, 0.0) if right else min(advantage, 0.0)
@@ -236,18 +203,6 @@ def is_trained(advantage: float, cfg: AdvantageConfig) -> bool:
     if cfg.minimal is not None and advantage < cfg.minimal:
         return False
     return not (cfg.drop_zero and advantage == 0.0)
-
-
-def turn_advantage(
-    scores: Sequence[float],
-    own_score: float,
-    cfg: AdvantageConfig,
-    preset: float | None = None,
-) -> float | None:
-    """The advantage of one turn of the sample that scored `own_score`; None: it leaves the loss."""
-    own = list(scores).index(own_score)
-    advantage = shape(float(estimate(scores, cfg)[own]), own_score, cfg, preset)
-    return advantage if is_trained(advantage, cfg) else None
 
 
 def _reward(trajectory: Trajectory) -> float:
@@ -265,29 +220,21 @@ def _credit_trajectory(
     score: float,
     cfg: AdvantageConfig,
     muted_turns: Set[tuple[int, int]],
-    presets: Mapping[tuple[int, int], float],
 ) -> list[Credit]:
-    bounds = [np.full(len(s), np.inf) for s in trajectory.segments]  # upper bound of A, per token
+    blamed = [np.zeros(len(s), bool) for s in trajectory.segments]  # where A is at most 0
     kept = [s.sampled & trajectory.trainable for s in trajectory.segments]
     for segment, keep in zip(trajectory.segments, kept, strict=True):
         keep[: segment.shared_prefix_len] = False
     for index, turn in enumerate(trajectory.turns):
         span = slice(turn.sample_start, turn.end)
-        key = (trajectory.sample, index)
-        if key in muted_turns or TurnFlag.TRUNCATED in turn.flags:
+        if (trajectory.sample, index) in muted_turns or TurnFlag.TRUNCATED in turn.flags:
             kept[turn.segment][span] = False
-        if key in presets:
-            _lower(bounds[turn.segment], span, presets[key])
         for without_credit in _spans_without_credit(turn):
-            _lower(bounds[turn.segment], without_credit, 0.0)
+            blamed[turn.segment][without_credit] = True
     return [
-        _credit_segment(keep, bound, raw, score, cfg)
-        for keep, bound in zip(kept, bounds, strict=True)
+        _credit_segment(keep, blame, raw, score, cfg)
+        for keep, blame in zip(kept, blamed, strict=True)
     ]
-
-
-def _lower(bounds: np.ndarray, span: slice, value: float) -> None:
-    bounds[span] = np.minimum(bounds[span], value)
 
 
 def _spans_without_credit(turn: Turn) -> list[slice]:
@@ -302,13 +249,12 @@ def _spans_without_credit(turn: Turn) -> list[slice]:
 
 
 def _credit_segment(
-    keep: np.ndarray, bounds: np.ndarray, raw: float, score: float, cfg: AdvantageConfig
+    keep: np.ndarray, blamed: np.ndarray, raw: float, score: float, cfg: AdvantageConfig
 ) -> Credit:
     advantage = np.zeros(len(keep), np.float32)
     keep = keep.copy()
-    for bound in np.unique(bounds):
-        here = keep & (bounds == bound)
-        value = shape(raw, score, cfg, float(bound))
+    for here, estimated in ((keep & ~blamed, raw), (keep & blamed, min(raw, 0.0))):
+        value = shape(estimated, score, cfg)
         if is_trained(value, cfg):
             advantage[here] = value
         else:

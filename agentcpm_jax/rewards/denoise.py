@@ -13,8 +13,8 @@ environment    drop a sample whose stop is engine_error, infra_error, judge_erro
                missing or not finite. `rollout.groups` has tried it again before. Original: final
                state "failed_error" is abandoned, after its 0 entered the baseline. [1,2]
 disagreement   of samples of one group with the same answer (normalised) but different verdicts,
-               drop those of the rarer verdict; all of them, unless more than `agreement` of them
-               have the other one. Original: none. [10]
+               drop those of the rarer verdict; all of them, unless more than half of them have
+               the other one. Original: none. [10]
 contamination  drop a sample when a tool result or call argument of it holds one of the texts in
                `contaminated` (case ignored); drop the group when its task's uid is one of them.
                Original: URLs with "huggingface" are cut from the results, tasks are not
@@ -24,14 +24,14 @@ format         note each malformed call by its parse error, and each call that i
                loses its credit when a call is malformed or lacks an argument (but not code). [3]
 repeated       note each turn whose text stood earlier; `advantages` takes its credit. Original: the
                same, but the label replaces that of a malformed call. [4]
-extreme        mute samples whose stop is in `extreme_stops`, except the first `reserve` of them by
-               sample index. Original: context and turn limits, a random reserve. [5,6]
-no_search      mute right samples with at most `min_calls` well-formed calls. Original: right within
-               `min_turns` = 1 turns. [7]
+extreme        mute samples whose stop is in `extreme_stops`. Original: context and turn limits,
+               but for a random reserve, of which its recipe has none. [5]
+no_search      mute right samples without a well-formed call. Original: right within `min_turns` = 1
+               turns. [7]
 long_turn      mute turns that end beyond `max_turn_tokens` tokens of their segment (prompt
                included; None: off). Original: the same, where records are converted.
-too_few        drop the group when its baseline has fewer than `min_samples` scores, or nothing is
-               left to train. Original: none, a lone sample gets advantage 0. [8]
+too_few        drop the group when its baseline has fewer than 2 scores, or nothing is left to
+               train. Original: none, a lone sample gets advantage 0. [8]
 zero_variance  drop the group when max - min of its baseline's scores is below `min_spread`.
                Original: the same at 0.1, but over scores that hold environment failures as 0. [1]
 balance        (not in the default list) with m = min(right, wrong), mute all but the first m + 2
@@ -74,6 +74,11 @@ from agentcpm_jax.types import (
     Verdict,
 )
 
+#: The share of equal answers that a verdict must have more of to be believed: a majority.
+AGREEMENT = 0.5
+#: Scores that a baseline needs.
+MIN_SAMPLES = 2
+
 
 @dataclass(frozen=True)
 class DenoiseConfig:
@@ -91,15 +96,11 @@ class DenoiseConfig:
         "too_few",
         "zero_variance",
     )
-    agreement: float = 0.5
     # Hosts, canary strings, uids of held-out tasks. Benchmarks are published with their answers.
     contaminated: tuple[str, ...] = ("huggingface.co/datasets", "hf.co/datasets")
     extreme_stops: tuple[str, ...] = ("max_turns", "max_context", "repetition", "truncated")
-    reserve: int = 0
-    min_calls: int = 0
-    max_turn_tokens: int | None = None
-    min_samples: int = 2
-    min_spread: float = 0.1
+    max_turn_tokens: int | None = None  # of prompt and turn together; None: any length
+    min_spread: float = 0.1  # between the best and the worst score of a group
 
     def __post_init__(self) -> None:
         unknown = [f for f in self.filters if f not in FILTERS]
@@ -110,8 +111,6 @@ class DenoiseConfig:
                 f"denoise.filters {self.filters!r} must begin with 'environment': the filters "
                 "after it read scores, which samples of unknown verdict do not have"
             )
-        if not 0.5 <= self.agreement <= 1.0:
-            raise UserError(f"denoise.agreement is {self.agreement}; use a share from 0.5 to 1")
         if not all(text.strip() for text in self.contaminated):
             raise UserError("denoise.contaminated holds an empty text, which is in every page")
         stops = [s for s in self.extreme_stops if s not in set(StopReason)]
@@ -196,7 +195,7 @@ def disagreement(state: DenoisedGroup, cfg: DenoiseConfig) -> list[Decision]:
         if len(counts) < 2:
             continue
         (common, count), *_ = counts.most_common()
-        settled = count > cfg.agreement * len(same)
+        settled = count > AGREEMENT * len(same)
         doubted = [t for t in same if not (settled and t.verdict == common)]
         found += [_drop("disagreement", "same_answer_other_verdict", t) for t in doubted]
     return found
@@ -237,18 +236,18 @@ def repeated(state: DenoisedGroup, cfg: DenoiseConfig) -> list[Decision]:
 
 
 def extreme(state: DenoisedGroup, cfg: DenoiseConfig) -> list[Decision]:
-    """Episodes that ran into a limit, but for a reserve."""
+    """Episodes that ran into a limit."""
     hit = _by_sample(t for t in state.group.trajectories if t.stop in cfg.extreme_stops)
-    return [_mute("extreme", str(t.stop), t) for t in hit[cfg.reserve :]]
+    return [_mute("extreme", str(t.stop), t) for t in hit]
 
 
 def no_search(state: DenoisedGroup, cfg: DenoiseConfig) -> list[Decision]:
-    """Right answers that needed no (or hardly any) tool."""
+    """Right answers that needed no tool."""
     return [
         _mute("no_search", "answered_without_searching", t)
         for t in state.group.trajectories
         if t.verdict == Verdict.RIGHT
-        and sum(c.error is None for turn in t.turns for c in turn.calls) <= cfg.min_calls
+        and not any(c.error is None for turn in t.turns for c in turn.calls)
     ]
 
 
@@ -266,7 +265,7 @@ def long_turn(state: DenoisedGroup, cfg: DenoiseConfig) -> list[Decision]:
 
 def too_few(state: DenoisedGroup, cfg: DenoiseConfig) -> list[Decision]:
     """Groups without a baseline, or without anything to train."""
-    if len(state.baseline) < cfg.min_samples:
+    if len(state.baseline) < MIN_SAMPLES:
         return [_drop_group("too_few", "too_few_valid")]
     if not state.group.trajectories:
         return [_drop_group("too_few", "nothing_to_train")]

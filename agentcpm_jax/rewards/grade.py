@@ -98,12 +98,12 @@ def grade_exact(answer: str, answers: Sequence[str]) -> Verdict:
     return _any_of(answers, lambda accepted: normalize(answer) == normalize(accepted))
 
 
-def grade_numeric(answer: str, answers: Sequence[str], rel_tol: float = 0.0) -> Verdict:
+def grade_numeric(answer: str, answers: Sequence[str]) -> Verdict:
     """Right when the answer is the same number as an accepted one, digit for digit.
 
     `$1,234.50` = `1234.5`, `-5` = `\N{MINUS SIGN}5`, `1.5e3` = `1500`; a unit or percent sign of
-    the answer must be that of the accepted answer, if it has one. `rel_tol` allows for a share of
-    the accepted value. Where either is not a number as a whole, `grade_exact` decides.
+    the answer must be that of the accepted answer, if it has one. Where either is not a number as
+    a whole, `grade_exact` decides.
     """
 
     def same(accepted: str) -> bool:
@@ -112,7 +112,7 @@ def grade_numeric(answer: str, answers: Sequence[str], rel_tol: float = 0.0) -> 
             return normalize(answer) == normalize(accepted)
         if theirs[1] and ours[1] != theirs[1]:
             return False
-        return ours[0] == theirs[0] or _close(ours[0], theirs[0], rel_tol)
+        return ours[0] == theirs[0]
 
     return _any_of(answers, same)
 
@@ -228,10 +228,6 @@ def _any_of(answers: Sequence[str], same: Callable[[str], bool]) -> Verdict:
     if not answers:
         return Verdict.UNKNOWN
     return Verdict.RIGHT if any(map(same, answers)) else Verdict.WRONG
-
-
-def _close(ours: Decimal, theirs: Decimal, rel_tol: float) -> bool:
-    return rel_tol > 0 and math.isclose(float(ours), float(theirs), rel_tol=rel_tol)
 
 
 def _separator(accepted: str) -> str:

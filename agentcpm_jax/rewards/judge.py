@@ -8,7 +8,8 @@ What makes it robust, each against a way in which judges fail (AgentCPM-Explore'
    another field [pasted as they are]; the code is a hash of that very content, so that no content
    can contain it;
 3. a judge that fails is an error and one that abstains is unknown [both are wrong answers];
-4. several votes, of several models or of one with the fields in another order [one];
+4. several votes, of several models or of one that is named several times and sees the fields in
+   another order [one];
 5. verdicts are cached under a hash of model, prompt version, vote and content [not at all];
    failures never are;
 6. temperature 0 is the endpoint's part (`rollout.endpoint`).
@@ -27,10 +28,15 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from agentcpm_jax.ranges import check_choice, check_seconds
 from agentcpm_jax.rewards.grade import ABSTENTION, DISAGREEMENT, Judgement
 from agentcpm_jax.types import Task, Trajectory, UserError, Verdict
 
 PROMPT_VERSION = 1
+RETRIES = 2  # of one vote; what three tries do not get is lost, and the sample is tried again
+RETRY_DELAY = 1.0  # seconds before the first retry, twice that before the second
+CONCURRENCY = 16  # requests of one judge at a time: a batch of answers, and no server's limit
+MAX_CHARS = 4000  # of an answer that are shown: longer ones are no short answers
 _TABLE = (
     "CREATE TABLE IF NOT EXISTS verdict "
     "(key TEXT PRIMARY KEY, model TEXT NOT NULL, verdict TEXT NOT NULL, reply TEXT NOT NULL)"
@@ -50,56 +56,39 @@ class AskError(Exception):
 
 @dataclass(frozen=True)
 class JudgeConfig:
-    """Whom to ask, how often, and how long to wait (seconds).
+    """Whom to ask, and how long to wait (seconds).
 
-    The key is read from the environment variable `key_env` (empty: the endpoint needs none).
     `disagreement` 'majority': more than half of the votes decide; 'unknown': all must agree.
     """
 
-    url: str = ""  # of an OpenAI-compatible server, e.g. http://localhost:30000/v1
-    models: tuple[str, ...] = ()  # vote k asks models[k % len(models)]
-    key_env: str = "JUDGE_API_KEY"
-    votes: int = 1
+    url: str | None = None  # of an OpenAI-compatible server, e.g. http://localhost:30000/v1
+    models: tuple[str, ...] = ()  # one vote each; name a model several times to ask it again
+    key_env: str | None = "JUDGE_API_KEY"  # environment variable with the key; None: needs none
     disagreement: str = "majority"  # majority | unknown
-    retries: int = 2  # of one vote
-    retry_delay: float = 1.0  # doubles with every retry
     timeout: float = 60.0  # of one request
     deadline: float = 300.0  # of one verdict, retries and waiting included; also of a user's reward
-    concurrency: int = 16  # requests at a time
-    max_tokens: int = 1024  # of a reply
-    max_chars: int = 4000  # of the answer; the rest is not shown
-    cache: str = ""  # SQLite file; empty: judge_cache.db in the workdir
 
     def __post_init__(self) -> None:
-        if self.disagreement not in ("majority", "unknown"):
-            raise UserError(
-                f"judge.disagreement is {self.disagreement!r}; use 'majority' or 'unknown'"
-            )
-        least = {"votes": 1, "retries": 0, "concurrency": 1, "max_tokens": 1, "max_chars": 1}
-        for name, low in least.items():
-            if getattr(self, name) < low:
-                raise UserError(f"judge.{name} is {getattr(self, name)}; it is at least {low}")
-        for name in ("retry_delay", "timeout", "deadline"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise UserError(f"judge.{name} is {getattr(self, name)}; use seconds >= 0")
+        check_choice(self, "judge", {"disagreement": ("majority", "unknown")})
+        check_seconds(self, "judge", "timeout", "deadline")
 
 
 class Judge:
     """A `Reward` that asks. One instance belongs to one event loop.
 
     Args:
-      asks: model name -> how to ask it; vote k goes to the (k mod n)-th.
+      asks: how to ask each model of `cfg.models`.
       cache: of verdicts; None: kept in memory.
     """
 
     def __init__(
         self, asks: Mapping[str, Ask], cfg: JudgeConfig, cache: JudgeCache | None = None
     ) -> None:
-        if not asks:
+        if not cfg.models:
             raise ValueError("a judge needs at least one model to ask")
-        self._models, self._asks, self._cfg = list(asks), dict(asks), cfg
+        self._asks, self._cfg = dict(asks), cfg
         self._cache = cache or JudgeCache()
-        self._slots = asyncio.Semaphore(cfg.concurrency)
+        self._slots = asyncio.Semaphore(CONCURRENCY)
         self._asking: dict[str, asyncio.Lock] = {}
 
     async def __call__(self, task: Task, trajectory: Trajectory) -> Judgement:
@@ -112,7 +101,7 @@ class Judge:
         if not task.answers:
             return Judgement(Verdict.UNKNOWN, f"{ABSTENTION}: the task has no accepted answer")
         votes = await asyncio.gather(
-            *(self._vote(k, task, trajectory.answer) for k in range(self._cfg.votes)),
+            *(self._vote(k, task, trajectory.answer) for k in range(len(self._cfg.models))),
             return_exceptions=True,
         )
         for vote in votes:
@@ -122,8 +111,8 @@ class Judge:
 
     async def _vote(self, vote: int, task: Task, answer: str) -> Verdict:
         """From the cache, or asked; of equal questions at a time only one is asked."""
-        model = self._models[vote % len(self._models)]
-        prompt, code = judge_prompt(task, answer, vote=vote, max_chars=self._cfg.max_chars)
+        model = self._cfg.models[vote]
+        prompt, code = judge_prompt(task, answer, vote=vote)
         key = content_key(model, task, answer, vote)
         async with self._asking.setdefault(key, asyncio.Lock()):
             try:
@@ -137,9 +126,9 @@ class Judge:
 
     async def _patiently(self, model: str, prompt: str, code: str) -> tuple[Verdict, str]:
         failure = AskError("not asked")
-        for attempt in range(self._cfg.retries + 1):
+        for attempt in range(RETRIES + 1):
             if attempt:
-                await asyncio.sleep(self._cfg.retry_delay * 2 ** (attempt - 1))
+                await asyncio.sleep(RETRY_DELAY * 2 ** (attempt - 1))
             try:
                 async with self._slots:
                     reply = await self._asks[model](prompt)
@@ -179,9 +168,7 @@ class JudgeCache:
                 db.execute("PRAGMA journal_mode=WAL")
                 db.execute(_TABLE)
         except (OSError, sqlite3.Error) as error:
-            raise UserError(
-                f"judge cache {path}: {error}; remove the file or name another in judge.cache"
-            ) from None
+            raise UserError(f"judge cache {path}: {error}; remove the file") from None
 
     def get(self, key: str) -> Verdict | None:
         """The verdict stored under `key`."""
@@ -234,11 +221,9 @@ def decide(votes: Sequence[Verdict | AskError], cfg: JudgeConfig) -> Judgement:
     return Judgement(Verdict.UNKNOWN, f"{why}: {said}")
 
 
-def judge_prompt(
-    task: Task, answer: str, *, vote: int = 0, max_chars: int = 4000
-) -> tuple[str, str]:
+def judge_prompt(task: Task, answer: str, *, vote: int = 0) -> tuple[str, str]:
     """(prompt, code). Odd votes show the fields in the other order, which shifts position bias."""
-    shown = answer if len(answer) <= max_chars else answer[:max_chars] + " ... (cut off)"
+    shown = answer if len(answer) <= MAX_CHARS else answer[:MAX_CHARS] + " ... (cut off)"
     fields = [
         f"QUESTION {fenced(task.question)}",
         f"ACCEPTED ANSWERS {' or '.join(map(fenced, task.answers))}",

@@ -10,7 +10,6 @@ import json
 import os
 import ssl
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,45 +19,39 @@ import httpx
 from agentcpm_jax.rollout.policy import AssistantMessage, Finish
 from agentcpm_jax.types import UserError
 
+MAX_TOKENS = 1024  # of a reply: a verdict, and a little thought before it
+
 _FINISH = {"length": Finish.LENGTH}
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
-@dataclass(frozen=True)
-class EndpointConfig:
-    """`url` up to and with the version, e.g. http://localhost:30000/v1; `timeout` in seconds.
-
-    `key_env` names the environment variable that holds the key; empty: no key is sent.
-    """
-
-    url: str
-    model: str
-    key_env: str = ""
-    temperature: float = 0.0
-    max_tokens: int = 1024
-    timeout: float = 60.0
-
-
 class ChatEndpoint:
-    """Replies of one model. Each call has a connection of its own, so any event loop may call.
+    """Replies of one model at temperature 0. Each call has a connection of its own, so any event
+    loop may call.
 
+    Args:
+      url: up to and with the version, e.g. http://localhost:30000/v1.
+      key_env: the environment variable that holds the key; None: no key is sent.
+      timeout: seconds for one reply; 0: no limit.
     Raises:
       UserError: no usable URL or model, or the key's variable is not set.
     """
 
-    def __init__(self, cfg: EndpointConfig) -> None:
-        parts = urlsplit(cfg.url)
+    def __init__(
+        self, url: str, model: str, *, key_env: str | None = None, timeout: float = 60.0
+    ) -> None:
+        parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UserError(f"endpoint url is {cfg.url!r}; give one like http://localhost:30000/v1")
-        if not cfg.model:
-            raise UserError(f"no model is named for the endpoint {cfg.url}; name one it serves")
-        if cfg.key_env and not os.environ.get(cfg.key_env):
+            raise UserError(f"endpoint url is {url!r}; give one like http://localhost:30000/v1")
+        if not model:
+            raise UserError(f"no model is named for the endpoint {url}; name one it serves")
+        if key_env and not os.environ.get(key_env):
             raise UserError(
-                f"environment variable {cfg.key_env} is not set; export the endpoint's key in it, "
+                f"environment variable {key_env} is not set; export the endpoint's key in it, "
                 "or set key_env='' if none is needed"
             )
-        self._cfg = cfg
-        self._key = os.environ[cfg.key_env].strip() if cfg.key_env else ""
+        self._url, self._model, self._timeout = url, model, timeout
+        self._key = os.environ[key_env].strip() if key_env else ""
         # A proxy of the environment must not see loopback traffic.
         self._trust_env = parts.hostname not in _LOOPBACK
         self._verify = _certificates() if parts.scheme == "https" else False
@@ -69,18 +62,18 @@ class ChatEndpoint:
         """The first choice. A failure is a message with `finish=error` and an `error` that begins
         with timeout, transport, busy, refused or malformed; keys are in no message."""
         body: dict[str, Any] = {
-            "model": self._cfg.model,
+            "model": self._model,
             "messages": [dict(m) for m in messages],
-            "temperature": self._cfg.temperature,
-            "max_tokens": self._cfg.max_tokens,
+            "temperature": 0.0,
+            "max_tokens": MAX_TOKENS,
         }
         if tools:
             body["tools"] = [dict(t) for t in tools]
         try:
-            async with asyncio.timeout(self._cfg.timeout or None):
+            async with asyncio.timeout(self._timeout or None):
                 response = await self._post(body)
         except (TimeoutError, httpx.TimeoutException):
-            return self._failed("timeout", f"no reply within {self._cfg.timeout:g} s")
+            return self._failed("timeout", f"no reply within {self._timeout:g} s")
         except (httpx.HTTPError, OSError) as error:
             return self._failed("transport", f"{type(error).__name__}: {error}")
         if response.status_code != httpx.codes.OK:
@@ -95,9 +88,9 @@ class ChatEndpoint:
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         headers["Content-Type"] = "application/json"
         async with httpx.AsyncClient(
-            timeout=self._cfg.timeout or None, trust_env=self._trust_env, verify=self._verify
+            timeout=self._timeout or None, trust_env=self._trust_env, verify=self._verify
         ) as client:
-            url = f"{self._cfg.url.rstrip('/')}/chat/completions"
+            url = f"{self._url.rstrip('/')}/chat/completions"
             # ASCII: text of a policy may hold lone surrogates, which UTF-8 does not carry.
             return await client.post(url, content=json.dumps(body).encode(), headers=headers)
 

@@ -13,7 +13,6 @@ The loop of AgentCPM-Explore's sampler with the following deviations:
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import json
 import time
@@ -48,6 +47,15 @@ from agentcpm_jax.types import (
     UserError,
 )
 
+#: Turns in a row with neither call nor answer that end an episode: it has lost its task.
+NO_PROGRESS_STOP = 20
+#: Characters of one observation that are shown: a page of a few thousand tokens.
+MAX_TOOL_CHARS = 20_000
+#: What a turn with neither call nor answer is told.
+NUDGE = (
+    "Your message held neither a tool call nor an answer. "
+    "Call a tool, or give the final answer between <answer> and </answer>."
+)
 #: ids i32[N] and provenance u8[N]
 _Tokens: TypeAlias = tuple[np.ndarray, np.ndarray]
 #: why to stop, or the messages that answer the turn
@@ -116,7 +124,7 @@ class _Episode:
         self._schemas = toolbox.schemas()
         self._names = frozenset(_name_of(schema) for schema in self._schemas)
         self._texts: Counter[str] = Counter()
-        self._idle = self._truncated = 0
+        self._idle = 0
         self._pending: _Tokens = (np.zeros(0, np.int32), np.zeros(0, np.uint8))
         self.tokens = TokenBuffer()
         self.turns: list[Turn] = []
@@ -140,7 +148,7 @@ class _Episode:
         self.tokens.append(*self._pending)
         shown = len(self.tokens)
         request = self._request(shown)
-        completion = await _sample(self._policy, request)
+        completion = await self._policy.sample(request)
         self.tokens.append_sampled(completion)
         self.turns.append(Turn(segment=0, start=start, sample_start=shown, end=len(self.tokens)))
         if completion.finish in (Finish.ERROR, Finish.ABORT):
@@ -150,7 +158,7 @@ class _Episode:
             stop, appended = self._cut(by_context=request.max_new_tokens < cfg.max_new_tokens)
         else:
             stop, appended = await self._act(completion)
-        if stop is None and self._idle >= cfg.no_progress_stop:
+        if stop is None and self._idle >= NO_PROGRESS_STOP:
             stop = StopReason.NO_PROGRESS
         if stop is None and len(self.turns) >= cfg.max_turns:
             stop = StopReason.MAX_TURNS
@@ -173,19 +181,12 @@ class _Episode:
                 stop_ids=self._chat.stop_ids,
                 seed=(self._seed, *self._key, turn),
             ),
-            deadline=cfg.turn_deadline,
         )
 
     def _cut(self, *, by_context: bool) -> _Next:
-        """A turn that hit its token budget: kept, flagged, never acted on."""
+        """A turn that hit its token budget: kept, flagged, never acted on; it ends the episode."""
         self._update(flags=(TurnFlag.TRUNCATED,))
-        self._truncated += 1
-        self._idle += 1
-        if by_context:
-            return StopReason.MAX_CONTEXT, []
-        if self._truncated >= self._cfg.truncated_stop:
-            return StopReason.TRUNCATED, []
-        return None, [{"role": "user", "content": self._cfg.nudge_truncated}]
+        return StopReason.MAX_CONTEXT if by_context else StopReason.TRUNCATED, []
 
     async def _act(self, completion: Completion) -> _Next:
         """Read a whole turn: the answer wins, then the repetition stop, then the calls run."""
@@ -209,10 +210,10 @@ class _Episode:
         if self._texts[text] >= cfg.repetition_stop:
             return StopReason.REPETITION, []
         if not called:
-            return None, [{"role": "user", "content": cfg.nudge}]
+            return None, [{"role": "user", "content": NUDGE}]
         if len(self.turns) >= cfg.max_turns:  # nobody would read the results
             return StopReason.MAX_TURNS, []
-        results = await _run_calls(self._toolbox, calls, cfg.max_tool_chars)
+        results = await _run_calls(self._toolbox, calls, MAX_TOOL_CHARS)
         self._update(results=results)
         if results[-1].status is ToolStatus.INFRA_ERROR:
             self.error = results[-1].content[:500]
@@ -282,19 +283,6 @@ def _messages(cfg: EpisodeConfig, question: str) -> list[Message]:
     if not cfg.system_prompt:
         return [user]
     return [{"role": "system", "content": cfg.system_prompt}, user]
-
-
-async def _sample(policy: TokenPolicy, request: SampleRequest) -> Completion:
-    """The policy's completion; running into the deadline is an engine error."""
-    if request.deadline is None:
-        return await policy.sample(request)
-    try:
-        async with asyncio.timeout(request.deadline):
-            return await policy.sample(request)
-    except TimeoutError:
-        none = np.zeros(0, np.int32)
-        error = f"no completion within {request.deadline} s"
-        return Completion(none, none.astype(np.float32), none, Finish.ERROR, error)
 
 
 def _ended(completion: Completion, chat: ChatFormat) -> bool:

@@ -23,6 +23,9 @@ from agentcpm_jax.types import (
 
 #: (task, issue_id, sample, attempt) -> graded trajectory
 RunSample = Callable[[Task, int, int, int], Awaitable[Trajectory]]
+#: Seconds before the first retry of a sample, twice that before the second, and so on; asynchronous
+#: mode only. What fails at once (a server that restarts) would use up its retries at once.
+RETRY_DELAY = 0.5
 
 
 class Groups(Protocol):
@@ -119,10 +122,10 @@ class OwnGroups:
             if attempt > self._cfg.retries:
                 return traj
             if not self._cfg.deterministic:
-                await asyncio.sleep(self._cfg.retry_delay * attempt)
+                await asyncio.sleep(RETRY_DELAY * attempt)
 
     async def _attempt(self, issue: Issue, sample: int, attempt: int) -> Trajectory:
-        limit = None if self._cfg.deterministic else self._cfg.sample_deadline or None
+        limit = self._cfg.sample_deadline
         deadline = asyncio.timeout(limit)
         try:
             async with deadline:
@@ -135,7 +138,7 @@ class OwnGroups:
         except Exception as err:
             error = f"{type(err).__name__}: {err}"
             if deadline.expired():  # a tool that hangs must not keep its group's slot for ever
-                error = f"no result within {limit:g} s (stream.sample_deadline)"
+                error = f"no result within {limit:g} s (stream.stall_timeout)"
             traj = Trajectory((), (), StopReason.INFRA_ERROR, error=error)
         if self.stopping:
             raise asyncio.CancelledError

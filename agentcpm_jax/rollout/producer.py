@@ -24,6 +24,12 @@ from agentcpm_jax.rollout.groups import Groups, StreamError, is_known
 from agentcpm_jax.rollout.staleness import Admission, choose, oldest_trained
 from agentcpm_jax.types import Credit, Decision, Task, Trajectory, TrajectoryGroup
 
+#: Samples with a verdict that a group needs: the baseline of a lone one says nothing.
+MIN_VALID = 2
+#: How often a task whose group had too few is issued again: a second failure is the task's own.
+REISSUES = 1
+#: Batches' worth of groups dropped in a row that stop the run: it would never train.
+BARREN_BATCHES = 50
 TOO_FEW = "too_few_valid"
 OVER_AGE = "over_age"
 
@@ -130,7 +136,7 @@ class Producer:
         self._next_ordinal = log.next_ordinal(stage)
         for ordinal, (dropped, issued) in log.drop_counts(stage, "train", TOO_FEW).items():
             self._failures[ordinal] = dropped
-            if dropped == issued and dropped <= cfg.reissues:
+            if dropped == issued and dropped <= REISSUES:
                 self._again.add(ordinal)
         for issue in log.issues(stage, states=["issued", "ready"]):
             if cfg.deterministic and issue.batch is None:
@@ -205,9 +211,8 @@ class Producer:
         return {i: r for i, r in self.ready.items() if r.issue.batch == batch}
 
     def _issue(self, count: int, batch: int | None = None) -> list[Issue]:
-        size = self._cfg.epoch_size
         ordinals = [self._pick_ordinal() for _ in range(count)]
-        rows = [(self._tasks(n), n // size if size else 0, n) for n in ordinals]
+        rows = [(self._tasks(n), 0, n) for n in ordinals]
         ids = self._log.issue_round(self._stage, "train", rows, batch) if rows else []
         return [
             Issue(i, self._stage, "train", task, epoch, n, batch, "issued")
@@ -215,11 +220,10 @@ class Producer:
         ]
 
     def _pick_ordinal(self) -> int:
-        """The next fresh task, or a failed one when its epoch (else a batch's worth) is over."""
+        """The next fresh task, or a failed one when a batch's worth has been issued since."""
         if self._again:
-            n, size = min(self._again), self._cfg.epoch_size
-            due = (n // size + 1) * size if size else n + self._cfg.batch_groups
-            if self._next_ordinal >= due:
+            n = min(self._again)
+            if self._next_ordinal >= n + self._cfg.batch_groups:
                 self._again.discard(n)
                 return n
         self._next_ordinal += 1
@@ -268,7 +272,7 @@ class Producer:
     async def _group(self, issue: Issue, finished: dict[int, Trajectory]) -> ReadyGroup | None:
         """Runs and settles one group; None when it is dropped."""
         group = await self.groups.group(issue, finished)
-        if sum(map(is_known, group.trajectories)) < self._cfg.min_valid:
+        if sum(map(is_known, group.trajectories)) < min(MIN_VALID, self._cfg.group_size):
             outcome = GroupOutcome(False, TOO_FEW)
         else:
             outcome = self._finish(group)
@@ -282,7 +286,7 @@ class Producer:
             return ready
         if reason == TOO_FEW:
             self._failures[issue.ordinal] += 1
-            if self._failures[issue.ordinal] <= self._cfg.reissues:
+            if self._failures[issue.ordinal] <= REISSUES:
                 self._again.add(issue.ordinal)
         self._count_drop(reason)
         return None
@@ -290,11 +294,11 @@ class Producer:
     def _count_drop(self, reason: str) -> None:
         self.stats.dropped[reason] += 1
         self._drops_row += 1
-        if self._drops_row >= self._cfg.barren_batches * self._cfg.batch_groups:
+        if self._drops_row >= BARREN_BATCHES * self._cfg.batch_groups:
             raise NoSignal(
                 f"{self._drops_row} groups were dropped since the last batch; all drops: "
                 f"{dict(self.stats.dropped)}; are the tasks too easy or too hard, or eta too "
-                "small? (stream.barren_batches)"
+                "small? (stream.max_staleness)"
             )
 
     # ---- shipping

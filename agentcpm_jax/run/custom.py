@@ -16,7 +16,7 @@ from agentcpm_jax.dock.functions import NoTools, run_function, schema_of, with_f
 from agentcpm_jax.dock.protocol import OpenToolbox, Toolbox
 from agentcpm_jax.rewards.grade import GRADERS, Reward, answer_reward
 from agentcpm_jax.rewards.judge import Ask, AskError, Judge, JudgeCache, JudgeConfig
-from agentcpm_jax.rollout.endpoint import ChatEndpoint, EndpointConfig, may_retry
+from agentcpm_jax.rollout.endpoint import ChatEndpoint, may_retry
 from agentcpm_jax.rollout.policy import ChatPolicy, Finish
 from agentcpm_jax.types import Task, Trajectory, UserError
 from agentcpm_jax.world.tools import SCHEMAS, open_toolbox
@@ -26,8 +26,7 @@ def make_reward(grader: str, judge: JudgeConfig, workdir: Path | None) -> Reward
     """The reward that a config's `grader` names: exact | numeric | list | set | judge, or a
     user's function `(task, trajectory) -> Verdict | bool | float | None`, plain or async.
 
-    Make one per event loop. The judge's cache lies in `workdir` unless the config names a file;
-    without a workdir in memory.
+    Make one per event loop. The judge's cache lies in `workdir`; without one it is in memory.
 
     Raises:
       UserError: unknown name, no such function, or a judge without URL, model or key.
@@ -142,14 +141,13 @@ def _judge(cfg: JudgeConfig, workdir: Path | None) -> Judge:
             f"grader='judge' with judge.url={cfg.url!r} and judge.models={cfg.models!r}; name an "
             "OpenAI-compatible server and a model it serves"
         )
-    path = Path(cfg.cache) if cfg.cache else workdir / "judge_cache.db" if workdir else None
-    return Judge({model: _ask(cfg, model) for model in cfg.models}, cfg, JudgeCache(path))
+    path = workdir / "judge_cache.db" if workdir else None
+    asks = {model: _ask(cfg, cfg.url, model) for model in cfg.models}
+    return Judge(asks, cfg, JudgeCache(path))
 
 
-def _ask(cfg: JudgeConfig, model: str) -> Ask:
-    endpoint: ChatPolicy = ChatEndpoint(
-        EndpointConfig(cfg.url, model, cfg.key_env, max_tokens=cfg.max_tokens, timeout=cfg.timeout)
-    )
+def _ask(cfg: JudgeConfig, url: str, model: str) -> Ask:
+    endpoint: ChatPolicy = ChatEndpoint(url, model, key_env=cfg.key_env, timeout=cfg.timeout)
 
     async def ask(prompt: str) -> str:
         reply = await endpoint.reply([{"role": "user", "content": prompt}])

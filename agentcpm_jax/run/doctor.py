@@ -42,7 +42,7 @@ from agentcpm_jax.pool.probe import Trainer
 from agentcpm_jax.pool.servers import SGLangPool
 from agentcpm_jax.pool.worker import open_client
 from agentcpm_jax.rewards.judge import JudgeConfig, judge_prompt, parse_verdict
-from agentcpm_jax.rollout.endpoint import ChatEndpoint, EndpointConfig
+from agentcpm_jax.rollout.endpoint import ChatEndpoint
 from agentcpm_jax.rollout.policy import ChatPolicy, Finish
 from agentcpm_jax.run.commandline import Command
 from agentcpm_jax.run.custom import make_tools
@@ -116,7 +116,7 @@ def examine(cfg: ExperimentConfig, workdir: Path, *, thorough: bool = True) -> I
     for judge in {
         s.judge for stage in todo if (s := stage.rl or stage.eval) and s.grader == "judge"
     }:
-        for model in judge.models:
+        for model in dict.fromkeys(judge.models):
             yield _find(f"judge {model}", lambda judge=judge, model=model: _judge(judge, model))
     for stage in todo:
         if stage.rl is not None and (stage.rl.pool.urls or stage.rl.pool.urls_file):
@@ -226,7 +226,7 @@ def _sqlite(path: Path) -> str:
 def _judge(cfg: JudgeConfig, model: str) -> str:
     """A question that every judge can answer."""
     endpoint: ChatPolicy = ChatEndpoint(
-        EndpointConfig(cfg.url, model, cfg.key_env, max_tokens=cfg.max_tokens, timeout=cfg.timeout)
+        cfg.url or "", model, key_env=cfg.key_env, timeout=cfg.timeout
     )
     prompt, code = judge_prompt(QUESTION, "8")
     started = time.monotonic()
@@ -251,7 +251,7 @@ def _pool(
         where = weights_place(rl.pool, nearest_existing(workdir) / f".{pool.run}")
         root = f"{where}/{pool.run}"
         try:
-            _start(cfg, rl.pool, pool, root)
+            _start(cfg, pool, root)
         finally:
             remove_roots(where, pool.run)
             shutil.rmtree(nearest_existing(workdir) / f".{pool.run}", ignore_errors=True)
@@ -267,7 +267,7 @@ def _pool(
         pool.close()
 
 
-def _start(cfg: ExperimentConfig, where: PoolConfig, pool: SGLangPool, root: str) -> None:
+def _start(cfg: ExperimentConfig, pool: SGLangPool, root: str) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         if not cfg.tokenizer:
             write_tokenizer(scratch, template_text(cfg.template))
@@ -276,9 +276,8 @@ def _start(cfg: ExperimentConfig, where: PoolConfig, pool: SGLangPool, root: str
         spread = param_shardings(param_specs(cfg.model), mesh) if mesh.size > 1 else None
         init = jax.jit(model_params.init, static_argnums=1, out_shardings=spread)
         params = init(jax.random.key(cfg.seed), cfg.model)
-        publish_version(
-            root, 0, params, cfg.model, dtype=where.weights_dtype, tokenizer_from=tokenizer
-        )
+        dtype = cfg.model.dtype
+        publish_version(root, 0, params, cfg.model, dtype=dtype, tokenizer_from=tokenizer)
         trainer = Trainer(
             vocab_size=cfg.model.vocab_size,
             chat=load_chat(tokenizer),
@@ -293,7 +292,7 @@ async def _clock(cfg: PoolConfig, url: str) -> str:
     """The server's own time, from the header of any answer; it counts whole seconds."""
     key = Keys.from_environment(cfg).generate
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    async with open_client(cfg) as client:
+    async with open_client() as client:
         before = time.time()
         try:
             answer = await client.get(f"{url}/model_info", headers=headers, timeout=10.0)

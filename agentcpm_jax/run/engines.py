@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import secrets
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,8 +35,13 @@ def open_engine(ctx: RunContext, stage: Stage, rl: RLStage, params: Any, version
     """
     if not (rl.pool.urls or rl.pool.urls_file):
         check_capacity(rl.engine, ctx.cfg.episode.max_context)
-        cfg = replace(rl.engine, deterministic=rl.stream.deterministic)
-        return LocalEngine(params, ctx.cfg.model, cfg, version=version)
+        return LocalEngine(
+            params,
+            ctx.cfg.model,
+            rl.engine,
+            version=version,
+            deterministic=rl.stream.deterministic,
+        )
     if rl.stream.deterministic:
         raise UserError(
             f"config.stage.{stage.name}: stream.deterministic needs the engine in the process; "
@@ -113,7 +117,7 @@ class PoolEngine:
             version,
             params,
             self._model,
-            dtype=self._cfg.weights_dtype,
+            dtype=self._model.dtype,
             tokenizer_from=self._tokenizer,
             describe=self._card,
         )
@@ -125,7 +129,7 @@ def weights_place(pool: PoolConfig, default: Path) -> str:
 
     Raises `UserError`: workers could not read from there.
     """
-    where = pool.weights_dir.rstrip("/") or str(default)
+    where = (pool.weights_dir or "").rstrip("/") or str(default)
     place = open_root(where)
     if place.local:
         return place.path  # absolute

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -57,15 +56,12 @@ def make_learner(ctx: RunContext, stage: Stage, rl: RLStage) -> Learner:
     rows cannot be shared out.
     """
     rows, updates = rl.shape.rows, rl.loss.updates
-    if rows % (updates * max(rl.shape.micro_rows, 1)):
+    if rows % (updates * (rl.shape.micro_rows or 1)):
         raise UserError(
             f"shape.rows={rows} is not a multiple of loss.updates={updates} x "
             f"shape.micro_rows={rl.shape.micro_rows}; change one of them"
         )
-    optimizer = rl.optimizer
-    if not optimizer.total_steps:
-        optimizer = replace(optimizer, total_steps=rl.shape.steps * updates)
-    tx, schedule = make_optimizer(optimizer)
+    tx, schedule = make_optimizer(rl.optimizer, rl.shape.steps * updates)
     shardings = step_shardings(ctx.mesh, ctx.cfg.model, tx, rl.shape.micro_rows or rows // updates)
     load = partial(ctx.load_params, stage.init_from)
     state, base = first_state(load, tx, shardings, ctx.cfg)
@@ -74,7 +70,7 @@ def make_learner(ctx: RunContext, stage: Stage, rl: RLStage) -> Learner:
         rl.loss,
         tx,
         schedule,
-        micro_rows=rl.shape.micro_rows,
+        micro_rows=rl.shape.micro_rows or 0,
         shardings=shardings,
     )
     frozen = Frozen(base)
@@ -140,4 +136,5 @@ def _out(shardings: StepShardings | None, part: str) -> dict[str, Any]:
 def make_batches(rl: RLStage, rows: Callable[[int], Sequence[Row]]) -> StepBatches:
     """The stage's packing of `rows(n)`: those that the log recorded for batch n."""
     shape = rl.shape
-    return StepBatches(rows, shape.row_length, row_multiple=shape.rows, micro_rows=shape.micro_rows)
+    micro_rows = shape.micro_rows or 0
+    return StepBatches(rows, shape.row_length, row_multiple=shape.rows, micro_rows=micro_rows)

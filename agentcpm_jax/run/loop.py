@@ -13,7 +13,6 @@ from agentcpm_jax.checkpoint import Checkpointer
 from agentcpm_jax.config import RLStage, Stage, to_json
 from agentcpm_jax.data.loader import StepIterator
 from agentcpm_jax.data.rows import shipped_rows
-from agentcpm_jax.rewards.advantages import for_loss
 from agentcpm_jax.run.context import RunContext
 from agentcpm_jax.run.custom import make_reward
 from agentcpm_jax.run.learner import make_batches, make_learner
@@ -89,7 +88,7 @@ def _sampling(
         version,
         tasks=task_sequence(rl, ctx.cfg.train_tasks, ctx.cfg.seed),
         reward=make_reward(rl.grader, rl.judge, ctx.workdir),
-        advantage=make_finish(rl.denoise, for_loss(rl.advantages, rl.loss.name)),
+        advantage=make_finish(rl.denoise, rl.credit),
     )
 
 

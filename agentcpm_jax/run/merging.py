@@ -52,17 +52,17 @@ def run_merge(ctx: RunContext, stage: Stage) -> None:
     special, general, *others = (
         _load(ctx, merge, source) for source in (stage.init_from, merge.general, *merge.soup)
     )
-    choice: dict[str, float] = {"alpha": merge.alpha, "density": merge.density}
+    choice: dict[str, float] = {"alpha": merge.alpha[0], "density": merge.density[0]}
     greedy = bool(others) and merge.souping == "greedy"
     if others and not greedy:
         special = averaged(merge, special, others, general)
-    if greedy or merge.candidates:
+    if greedy or merge.searched:
         with ExperienceLog.open(directory / "search.db") as log:
             skills = Skills(ctx, merge, log)
             if greedy:
                 special, tried = soup_search([special, *others], skills.agent, skills.general)
                 _write(directory / "soup.json", {"chosen": None, **tried.to_dict()})
-            if merge.candidates:
+            if merge.searched:
                 result = search(merge, special, general, (skills.agent, skills.general))
                 point = choose(merge, result)
                 choice |= dict(point.choice)
@@ -87,7 +87,7 @@ def merged(merge: MergeStage, special: Tree, general: Tree, choice: Mapping[str,
     alpha = choice["alpha"]
     if merge.method == "linear":
         return linear([special, general], [alpha, 1.0 - alpha])
-    own = _own(merge, choice.get("density", merge.density))
+    own = _own(merge, choice.get("density", merge.density[0]))
     return merge_tree(merge.method, [special], general, [own], {"lambda": alpha})
 
 
@@ -96,14 +96,14 @@ def search(
 ) -> SearchResult:
     """Both skills of the general model, which is the first point, and of every candidate."""
     reference = replace(GENERAL_MODEL, agent=skills[0](general), general=skills[1](general))
-    alphas = sorted(merge.candidates)
+    alphas = sorted(merge.alpha)
     if merge.method == "linear":
         found = alpha_sweep(general, special, alphas, *skills).points
     else:
         grid: dict[str, tuple[float, ...]] = {"lambda": tuple(alphas)}
-        if merge.densities and "density" in METHODS[merge.method].model_params:
-            grid["density"] = merge.densities
-        own = [_own(merge, merge.density)]
+        if len(merge.density) > 1 and "density" in METHODS[merge.method].model_params:
+            grid["density"] = merge.density
+        own = [_own(merge, merge.density[0])]
         found = sweep(merge.method, [special], general, grid, *skills, own=own).points
         found = tuple(replace(p, choice=_named_alpha(p)) for p in found)
     points = (reference, *found)
@@ -117,8 +117,6 @@ def choose(merge: MergeStage, result: SearchResult) -> Point:
     alpha = dict.fromkeys(found)  # keeps the order of trying among equals
     if not able:
         return min(alpha, key=lambda p: (dict(p.choice)["alpha"], -p.agent))
-    if merge.pick == "agent":
-        return max(able, key=lambda p: (p.agent, p.general))
     return max(able, key=lambda p: (dict(p.choice)["alpha"], p.agent))
 
 
@@ -136,7 +134,7 @@ class Skills:
         documents = self._spec.skill_tasks
         self._documents = skill_documents(documents, ctx.cfg.seed, "validation")
         self._candidate = 0
-        count = 1 + len(merge.candidates) * max(1, len(merge.densities))
+        count = 1 + len(merge.alpha) * len(merge.density)
         if merge.soup and merge.souping == "greedy":
             count += 1 + 2 * len(merge.soup)
         self._bar = ctx.progress("merge search", count)

@@ -158,6 +158,6 @@ def _worker(
     sample: RunSample,
     groups: ClaimedGroups,
 ) -> WorkerThread:
-    own = rl.workers.trainer_groups
-    own = rl.stream.max_concurrent_groups if own < 0 else own
-    return WorkerThread(make_worker(ctx, stage, rl, engine, own, sample), groups.fail)
+    here = rl.workers.trainer_groups
+    here = rl.stream.max_concurrent_groups if here is None else here
+    return WorkerThread(make_worker(ctx, stage, rl, engine, here, sample), groups.fail)

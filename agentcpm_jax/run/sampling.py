@@ -95,19 +95,23 @@ def check_held_out(cfg: ExperimentConfig) -> None:
       UserError: some do (case, white space and surrounding punctuation ignored).
     """
     # A file that is missing is the business of the stage that reads it: it may be done by now.
-    trained = [s.rl for s in cfg.stages if s.rl is not None and Path(s.rl.tasks_path).is_file()]
-    held_out = [s.eval for s in cfg.stages if s.eval and Path(s.eval.tasks_path).is_file()]
+    trained = [s.rl for s in cfg.stages if s.rl and _is_file(s.rl.tasks_path)]
+    held_out = [s.eval for s in cfg.stages if s.eval and _is_file(s.eval.tasks_path)]
     for spec in held_out:
-        theirs, _ = load_tasks(spec.tasks_path, skip_bad=spec.skip_bad)
+        theirs, _ = load_tasks(spec.tasks_path or "", skip_bad=spec.skip_bad)
         asked = {normalize(task.question) for task in theirs}
         for rl in trained:
-            ours, _ = load_tasks(rl.tasks_path, skip_bad=rl.skip_bad)
+            ours, _ = load_tasks(rl.tasks_path or "", skip_bad=rl.skip_bad)
             both = [task for task in ours if normalize(task.question) in asked]
             if both:
                 raise UserError(
                     f"{len(both)} questions of {rl.tasks_path} are evaluated in {spec.tasks_path} "
                     f"too, the first is {both[0].question!r:.80}; take them out of one of the files"
                 )
+
+
+def _is_file(path: str | None) -> bool:
+    return path is not None and Path(path).is_file()
 
 
 def task_sequence(rl: RLStage, world: WorldTasks, seed: int) -> Callable[[int], Task]:
@@ -123,12 +127,11 @@ def evaluation_tasks(spec: EvalStage, world: WorldTasks) -> list[Task]:
     if spec.tasks_path:
         return load_tasks(spec.tasks_path, skip_bad=spec.skip_bad)[0][: spec.tasks]
     count = spec.tasks
-    chosen = replace(world, hops=spec.hops)
     tasks: dict[str, Task] = {}  # two worlds may ask the same question
-    for index in range(len(chosen)):
+    for index in range(len(world)):
         if len(tasks) == count:
             return list(tasks.values())
-        task = chosen.task_at(index)
+        task = world.task_at(index)
         tasks.setdefault(task.uid, task)
     raise UserError(
         f"{count} evaluation tasks wanted, the held-out worlds have {len(tasks)}; "

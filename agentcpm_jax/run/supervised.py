@@ -36,8 +36,14 @@ from agentcpm_jax.train.step import Frozen, make_sft_step
 from agentcpm_jax.types import UserError
 from agentcpm_jax.world.questions import demonstration
 from agentcpm_jax.world.search import search_index
-from agentcpm_jax.world.skills import document
+from agentcpm_jax.world.skills import MIXES, document
 from agentcpm_jax.world.tools import SCHEMAS, config_of
+
+#: Loss weight of pretraining tokens that are not an answer: enough to learn what pages look like.
+PROMPT_WEIGHT = 0.1
+#: Shares of the demonstrations in which the teacher errs as a noisy one does: of the visits, those
+#: that go to a look-alike page first; of the multi-hop answers, those that give the inner hop.
+WRONG_PICK, STOP_EARLY = 0.1, 0.6
 
 
 class Trained(NamedTuple):
@@ -57,15 +63,14 @@ def run_pretrain(ctx: RunContext, stage: Stage) -> None:
     load: Callable[[Any], Any] = partial(ctx.load_params, stage.init_from)
     for number, phase in enumerate(stage.pretrain.phases):
         name = f"{stage.name} {number + 1}/{len(stage.pretrain.phases)}"
-        shape = TrainShape(phase.row_length, phase.rows, steps=phase.steps, checkpoint_every=200)
         dataset = StepBatches(
             pretrain_source(ctx.chat, phase, f"{ctx.cfg.seed}/{number}"),
-            phase.row_length,
-            phase.rows,
+            phase.shape.row_length,
+            phase.shape.rows,
             on_rejected=lambda step, rejected: None,  # the next document of a full batch
         )
         place = directory / f"phase{number}"
-        trained = _train(ctx, place, name, load, dataset, shape, phase.optimizer)
+        trained = _train(ctx, place, name, load, dataset, phase.shape, phase.optimizer)
         load = partial(_again, trained.params)
     ctx.save_model(directory / "hf", load(None))
 
@@ -108,14 +113,14 @@ def pretrain_source(
 
     def rows(step: int) -> list[Row]:
         rng = random.Random(f"pretrain/{seed}/{step}")
-        wanted, out = phase.rows * phase.row_length, []
+        wanted, out = phase.shape.rows * phase.shape.row_length, []
         while wanted > 0:
-            parts = [(chat.encode_text(t), a) for t, a in document(rng, phase.mix).parts]
+            parts = [(chat.encode_text(t), a) for t, a in document(rng, MIXES[phase.mix]).parts]
             ids = np.concatenate([ids for ids, _ in parts])
             weights = np.concatenate(
-                [np.full(len(i), 1.0 if a else phase.prompt_weight, np.float32) for i, a in parts]
+                [np.full(len(i), 1.0 if a else PROMPT_WEIGHT, np.float32) for i, a in parts]
             )
-            if len(ids) <= phase.row_length:
+            if len(ids) <= phase.shape.row_length:
                 out.append(text_row(ids, weights))
                 wanted -= len(ids)
         return out
@@ -138,16 +143,15 @@ def sft_rows(ctx: RunContext, sft: SFTStage) -> tuple[list[Row], Counter[str]]:
 
 def world_demonstrations(ctx: RunContext, sft: SFTStage) -> tuple[list[Conversation], int]:
     """(conversations by an imperfect teacher on the training worlds, how many end right)."""
-    demos, right = sft.demonstrations, 0
-    conversations = []
+    conversations, right = [], 0
     system = [{"role": "system", "content": ctx.cfg.episode.system_prompt}]
-    for task in ctx.cfg.train_tasks.take(demos.count):
+    for task in ctx.cfg.train_tasks.take(sft.demonstrations.count):
         made = demonstration(
             task,
             search_index(config_of(task.meta)).world,
             rng=random.Random(f"demo/{ctx.cfg.seed}/{task.uid}"),
-            wrong_pick=demos.wrong_pick,
-            stop_early=demos.stop_early,
+            wrong_pick=WRONG_PICK,
+            stop_early=STOP_EARLY,
         )
         right += made.right
         messages = (system if ctx.cfg.episode.system_prompt else []) + made.messages
@@ -166,9 +170,7 @@ def _train(
     constants: dict[str, float] | None = None,
 ) -> Trained:
     """The supervised loop: resume, step, log, checkpoint."""
-    if not optimizer.total_steps:
-        optimizer = replace(optimizer, total_steps=shape.steps)
-    tx, schedule = make_optimizer(optimizer)
+    tx, schedule = make_optimizer(optimizer, shape.steps)
     model = ctx.cfg.model
     shardings = step_shardings(ctx.mesh, model, tx, shape.micro_rows or shape.rows)
     state, base = first_state(load, tx, shardings, ctx.cfg)
@@ -180,7 +182,8 @@ def _train(
         state, start = restored.state, restored.step
     writer = MetricsWriter if is_main() else NoMetrics
     metrics = writer(directory / "metrics.jsonl", start)
-    step_fn = make_sft_step(model, tx, schedule, micro_rows=shape.micro_rows, shardings=shardings)
+    micro_rows = shape.micro_rows or 0
+    step_fn = make_sft_step(model, tx, schedule, micro_rows=micro_rows, shardings=shardings)
     cut = make_cut(shape, ctx.mesh)
     bar = ctx.progress(name, shape.steps, start)
     unread: list[tuple[int, Batch, Any]] = []  # steps whose loss nobody has looked at

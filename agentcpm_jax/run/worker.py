@@ -6,7 +6,6 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +63,7 @@ def run_worker(
 
 
 def _check(cfg: ExperimentConfig, workdir: Path) -> None:
-    if not cfg.log_url.startswith("postgresql"):
+    if not (cfg.log_url or "").startswith("postgresql"):
         raise UserError(
             f"config.log_url={cfg.log_url!r}: an SQLite log is for one process; "
             "use PostgreSQL (--config.log_url=postgresql+psycopg://...) for trainer and workers"
@@ -96,8 +95,7 @@ def _work(ctx: RunContext, stage: Stage, rl: RLStage, groups: int) -> int:
     check_capacity(rl.engine, ctx.cfg.episode.max_context)
     weights = PublishedWeights(ctx.log, ctx.directory(stage))
     version, params = weights.newest()
-    engine_cfg = replace(rl.engine, deterministic=False)
-    engine = LocalEngine(params, ctx.cfg.model, engine_cfg, version=version)
+    engine = LocalEngine(params, ctx.cfg.model, rl.engine, version=version)
     delivered, patience = 0, PATIENCE
     groups = groups or max(1, rl.engine.slots // rl.stream.group_size)
     try:

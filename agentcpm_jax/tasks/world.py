@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 from agentcpm_jax.types import Task, UserError
-from agentcpm_jax.world.graph import WorldConfig
+from agentcpm_jax.world.graph import TOOL_FAULTS, WorldConfig
 from agentcpm_jax.world.names import SPLITS
 from agentcpm_jax.world.questions import MAX_HOPS, questions
 from agentcpm_jax.world.search import search_index
 
-_SEEDS = 1_000_000  # seeds of worlds per seed of tasks
+#: The first seed of a split's worlds, and how many there are. They are the same in every run:
+#: results of different runs are about the same questions.
+FIRST_SEED = {"train": 0, "validation": 1_000_000, "test": 1_000_000}
+_SEEDS = 1_000_000
 
 
 @dataclass(frozen=True)
 class WorldTasks:
     """`worlds` worlds of one split, `per_world` questions of every hop count in each.
 
-    Splits are disjoint by entity name, whatever the seeds. `world` gives the shape of every world;
-    its own seed and split are replaced. Neighbouring indices cycle through the hop counts, then
+    Splits are disjoint by entity name. Neighbouring indices cycle through the hop counts, then
     through the worlds, so any prefix is balanced over hops and uses as many worlds as it can.
     """
 
     split: str = "train"
     worlds: int = 300
-    seed: int = 0
-    hops: tuple[int, ...] = (1, 2)
+    hops: tuple[int, ...] = (1, 2)  # relations that a question follows
     per_world: int = 8
-    world: WorldConfig = field(default_factory=WorldConfig)
+    tool_fault_rate: float = 0.0  # share of the tool calls that fail
+    tool_faults: tuple[str, ...] = TOOL_FAULTS  # how: see `WorldConfig`
 
     def __post_init__(self) -> None:
         if self.split not in SPLITS:
@@ -46,6 +48,7 @@ class WorldTasks:
             raise UserError(
                 f"tasks.hops is {self.hops}; use different hop counts from 1 to {MAX_HOPS}"
             )
+        self.world_at(0)  # which checks the faults
 
     def __len__(self) -> int:
         return self.worlds * self.per_world * len(self.hops)
@@ -69,7 +72,12 @@ class WorldTasks:
 
     def world_at(self, number: int) -> WorldConfig:
         """The config of the world with that number."""
-        return replace(self.world, split=self.split, seed=self.seed * _SEEDS + number)
+        return WorldConfig(
+            seed=FIRST_SEED[self.split] + number,
+            split=self.split,
+            tool_fault_rate=self.tool_fault_rate,
+            tool_faults=self.tool_faults,
+        )
 
 
 @lru_cache(maxsize=4096)

@@ -16,7 +16,6 @@ batch axis here.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -29,14 +28,22 @@ from agentcpm_jax.types import UserError
 
 Schedule = Callable[[Any], jax.Array]
 
+B1 = 0.9  # decay of the first moment: that of every published recipe
+MUON_MOMENTUM = 0.95  # its author's
+FLAT = 0.5  # share of the steps at the full rate with `flat_linear`
 
-def make_optimizer(cfg: OptimizerConfig) -> tuple[optax.GradientTransformation, Schedule]:
+
+def make_optimizer(
+    cfg: OptimizerConfig, total_steps: int | None = None
+) -> tuple[optax.GradientTransformation, Schedule]:
     """(the optimiser, its schedule: number of updates made -> learning rate f32[]).
 
+    Args:
+      total_steps: updates of the stage, which the schedule is stretched over; None: not known.
     Raises:
       UserError: a schedule that needs `total_steps` and has none.
     """
-    factor = make_schedule_factor(cfg)
+    factor = make_schedule_factor(cfg, total_steps)
 
     def schedule(count: Any) -> jax.Array:
         return cfg.lr * factor(count)
@@ -44,7 +51,7 @@ def make_optimizer(cfg: OptimizerConfig) -> tuple[optax.GradientTransformation, 
     if cfg.name == "adamw":
         inner = optax.adamw(
             schedule,
-            cfg.b1,
+            B1,
             cfg.b2,
             cfg.eps,
             mu_dtype=cfg.moments,
@@ -61,10 +68,10 @@ def make_optimizer(cfg: OptimizerConfig) -> tuple[optax.GradientTransformation, 
     else:
         inner = optax.contrib.muon(
             schedule,
-            beta=cfg.muon_momentum,
+            beta=MUON_MOMENTUM,
             eps=cfg.eps,
             weight_decay=cfg.weight_decay,
-            adam_b1=cfg.b1,
+            adam_b1=B1,
             adam_b2=cfg.b2,
             adam_learning_rate=lambda count: cfg.adam_lr * factor(count),
             muon_weight_dimension_numbers=muon_dimensions,
@@ -73,24 +80,23 @@ def make_optimizer(cfg: OptimizerConfig) -> tuple[optax.GradientTransformation, 
     return optax.chain(clip, inner), schedule
 
 
-def make_schedule_factor(cfg: OptimizerConfig) -> Schedule:
+def make_schedule_factor(cfg: OptimizerConfig, total_steps: int | None) -> Schedule:
     """Number of updates made -> factor f32[] on the peak rate: linear warm-up, then `schedule`.
 
     As in Hugging Face's schedulers the first update of a warm-up has rate 0, and cosine is
     (1 + cos(pi p)) / 2 with p the share of the steps after the warm-up, here scaled to end at
     `final_fraction`.
     """
-    needs_total = cfg.schedule != "constant" or (cfg.warmup_fraction > 0 and not cfg.warmup_steps)
-    if needs_total and cfg.total_steps <= 0:
+    if not total_steps and (cfg.schedule != "constant" or 0 < cfg.warmup < 1):
         raise UserError(
-            f"schedule {cfg.schedule!r} with total_steps={cfg.total_steps}; set total_steps > 0"
+            f"schedule {cfg.schedule!r} with total_steps={total_steps}; set total_steps > 0"
         )
-    total = cfg.total_steps
-    warmup = cfg.warmup_steps or math.ceil(cfg.warmup_fraction * total)
+    total = total_steps or 0
+    warmup = cfg.warmup_steps(total)
     final = cfg.final_fraction
     if final is None:
         final = 0.05 if cfg.schedule == "flat_linear" else 0.0
-    decay_from = max(warmup, int(cfg.flat_fraction * total) if cfg.schedule == "flat_linear" else 0)
+    decay_from = max(warmup, int(FLAT * total) if cfg.schedule == "flat_linear" else 0)
 
     def factor(count: Any) -> jax.Array:
         step = jnp.asarray(count, jnp.float32)

@@ -22,7 +22,7 @@ from agentcpm_jax.model.attention.reference import Attention
 from agentcpm_jax.model.config import ModelConfig
 from agentcpm_jax.model.logprobs import token_logprobs, token_logprobs_and_entropy
 from agentcpm_jax.train.losses.aggregate import count_sequences, trained_mask
-from agentcpm_jax.train.losses.config import LossConfig, resolve
+from agentcpm_jax.train.losses.config import LossConfig, Method, resolve
 from agentcpm_jax.train.losses.objectives import Tokens
 from agentcpm_jax.train.losses.policy import (
     Counts,
@@ -185,12 +185,12 @@ def rl_step(
     version: jax.Array,
     frozen: Frozen,
     *,
-    cfg: LossConfig,
+    cfg: Method,
     backbone: Backbone,
     descent: Descent,
 ) -> tuple[TrainState, Metrics]:
     """The `cfg.updates` updates on one batch, not jitted: see `make_rl_step`."""
-    if cfg.normalize == "batch":
+    if cfg.normalize:
         normalized = normalize_advantages(batch.advantages, batch.loss_mask, batch.segment_ids)
         batch = replace(batch, advantages=normalized)
     loss_fn = partial(rl_loss, version=version, frozen=frozen, cfg=cfg, backbone=backbone)
@@ -223,7 +223,7 @@ def rl_loss(
     *,
     version: jax.Array,
     frozen: Frozen,
-    cfg: LossConfig,
+    cfg: Method,
     backbone: Backbone,
 ) -> tuple[jax.Array, Metrics]:
     """`policy_loss` of a (micro-)batch under `params`, with its metrics and `train/entropy`."""
@@ -259,7 +259,7 @@ def rl_loss(
     return loss, metrics
 
 
-def needs_reference(loss_cfg: LossConfig) -> bool:
+def needs_reference(loss_cfg: LossConfig | Method) -> bool:
     """Whether the step takes the parameters of a reference policy."""
     return resolve(loss_cfg).kl_coef > 0
 

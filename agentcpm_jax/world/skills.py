@@ -54,6 +54,13 @@ class SkillMix:
     recall_drills: int = 3  # further questions about the same page
 
 
+#: What the base is trained on, by name: short pages first, since copying appears sooner that way.
+MIXES = {
+    "easy": SkillMix(recall=5.0, add=2.0, recall_facts=(2, 4), recall_pages=(1, 1)),
+    "full": SkillMix(add=1.5),
+}
+
+
 def document(rng: random.Random, mix: SkillMix) -> Document:
     """One document drawn from `mix`; names come from the pairs of the training split alone."""
     kinds = ("recall", "sort", "add", "repeat")

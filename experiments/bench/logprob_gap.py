@@ -48,7 +48,7 @@ def main() -> None:
         cfg = EngineConfig(slots=8, capacity=CONTEXT, row_buckets=(), token_buckets=(32,))
         served = ServedLocal(sent[0], cfg, "float32")
         chat = load_chat(FIRST)
-        url = running.start(EngineServer(served, ServerConfig(port=0, chunk=16), chat=chat))
+        url = running.start(EngineServer(served, ServerConfig(port=0), chunk=16, chat=chat))
         rows += measure(replace(subject(url, weights), weights=sent), f"JAX engine, {name}")
         served.close()
     running.close()

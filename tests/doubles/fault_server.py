@@ -128,12 +128,13 @@ class FaultServer(EngineServer):
         engine: ToyEngine | None = None,
         cfg: ServerConfig | None = None,
         *,
+        chunk: int = 8,
         chat: ChatFormat | None = None,
         keys: ServerKeys | None = None,
         model: dict[str, Any] | None = None,
     ) -> None:
-        self.toy, cfg = engine or ToyEngine(), cfg or ServerConfig(port=0, chunk=8)
-        super().__init__(self.toy, cfg, chat=chat, keys=keys, model=model)
+        self.toy, cfg = engine or ToyEngine(), cfg or ServerConfig(port=0)
+        super().__init__(self.toy, cfg, chunk=chunk, chat=chat, keys=keys, model=model)
         self._armed: deque[Fault] = deque()
         self._last = b"{}"
         self.hits: list[str] = []

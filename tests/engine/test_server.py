@@ -96,7 +96,7 @@ def test_a_batch_has_one_answer_per_prompt(servers):
 
 
 def test_a_running_rid_is_not_given_twice_and_a_prefix_aborts_all_its_requests(servers):
-    server = FaultServer(cfg=ServerConfig(port=0, chunk=1))
+    server = FaultServer(chunk=1)
     url = servers.start(server)
     with in_flight(Url(url), 2000, rid="same/1/") as answers:
         refused = post(url, "/generate", body(2, rid="same/1/"))
@@ -106,7 +106,7 @@ def test_a_running_rid_is_not_given_twice_and_a_prefix_aborts_all_its_requests(s
 
 
 def test_a_client_that_goes_away_ends_its_request(servers):
-    server = FaultServer(ToyEngine(capacity=1 << 20), ServerConfig(port=0, chunk=1))
+    server = FaultServer(ToyEngine(capacity=1 << 20), chunk=1)
     url = servers.start(server)
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(url + "/generate", json=body(10**6), timeout=0.3, trust_env=False)
@@ -136,7 +136,7 @@ def test_what_stopped_it_leaves_the_text_unless_it_is_to_stay(servers):
 
 
 def test_the_cache_is_not_flushed_under_a_request(servers):
-    url = servers.start(FaultServer(cfg=ServerConfig(port=0, chunk=1)))
+    url = servers.start(FaultServer(chunk=1))
     with in_flight(Url(url), 2000, rid="runs/1/"):
         refused = post(url, "/flush_cache")
         post(url, "/abort_request", {"rid": "runs/1/"})

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from agentcpm_jax.engine.server import ServerConfig
 from agentcpm_jax.files import SHIPPED
 from agentcpm_jax.hf.tokenizer import load_chat
 from tests.doubles.fault_server import FaultServer, ToyEngine
@@ -24,7 +23,7 @@ def subject(tmp_path_factory) -> Iterator[Subject]:
     root, running = tmp_path_factory.mktemp("toy"), Servers()
     chat = load_chat(SHIPPED["shipped:sft"])
     engine = ToyEngine(VOCABULARY, 1024)
-    url = running.start(FaultServer(engine, ServerConfig(port=0, chunk=4), chat=chat))
+    url = running.start(FaultServer(engine, chunk=4, chat=chat))
 
     def logprobs(weights: str):
         return lambda ids: toy_logprobs(np.asarray(ids), weights, VOCABULARY)

@@ -29,7 +29,7 @@ def subject(tmp_path_factory) -> Iterator[Subject]:
     cfg = EngineConfig(slots=8, capacity=CONTEXT, row_buckets=(), token_buckets=(32,))
     served, chat, running = ServedLocal(str(FIRST), cfg), load_chat(FIRST), Servers()
     front = EngineServer(
-        served, ServerConfig(port=0, chunk=16), chat=chat, model=served.describe(str(FIRST))
+        served, ServerConfig(port=0), chunk=16, chat=chat, model=served.describe(str(FIRST))
     )
     yield Subject(
         url=running.start(front),

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from agentcpm_jax.engine.server import ServerConfig
 from agentcpm_jax.hf.tokenizer import load_chat
 from agentcpm_jax.pool.probe import Trainer
 from agentcpm_jax.pool.servers import PoolConfig, SGLangPool
@@ -69,7 +68,7 @@ def test_the_official_router_in_front_of_two_servers(subject, urls, tmp_path) ->
 
 def test_the_official_router_in_front_of_our_servers(servers, tmp_path) -> None:
     """Weights change between two rounds; every token of both is recomputed."""
-    toys = [FaultServer(cfg=ServerConfig(port=0, chunk=8)) for _ in range(2)]
+    toys = [FaultServer(chunk=8) for _ in range(2)]
     workers = [servers.start(toy) for toy in toys]
     (tmp_path / "logs").mkdir()
     with official_router(workers, tmp_path / "logs") as router:

@@ -8,7 +8,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from agentcpm_jax.engine.server import ServerConfig
 from agentcpm_jax.pool.config import Keys, PoolConfig
 from agentcpm_jax.pool.protocol import Expected, PoolError, PoolErrorKind, read_generate
 from agentcpm_jax.pool.routing import Routes, State, Worker
@@ -44,7 +43,7 @@ def test_a_trajectory_stays_with_its_worker_until_that_is_much_busier():
 
 
 def test_new_trajectories_spread_evenly(servers, tmp_path):
-    toys = [FaultServer(cfg=ServerConfig(port=0, chunk=2)) for _ in range(2)]
+    toys = [FaultServer(chunk=2) for _ in range(2)]
     pool = open_pool([servers.start(t) for t in toys], tmp_path)
     before = [t.sessions.total["requests"] for t in toys]
     sample_all(pool, [request(i, new=16) for i in range(32)])

@@ -11,7 +11,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from agentcpm_jax.engine.server import ServerConfig
 from agentcpm_jax.rollout.policy import Completion, Finish, SampleRequest
 from tests.doubles.fault_server import Fault, FaultServer
 from tests.doubles.toy_pool import (
@@ -34,7 +33,7 @@ def test_tokens_survive_random_interruptions(servers, tmp_path, mode, trials):
 
     Interruptions come after random tokens, not at random times: every one finds requests running.
     """
-    toys = [FaultServer(cfg=ServerConfig(port=0, chunk=3)) for _ in range(2)]
+    toys = [FaultServer(chunk=3) for _ in range(2)]
     pool = open_pool([servers.start(toy) for toy in toys], tmp_path, pause=mode)
     rng = random.Random(trials)
     asked = [request(i, new=rng.randint(1, 40)) for i in range(trials)]
@@ -187,7 +186,7 @@ def test_a_fault_that_stays_is_a_named_error_within_the_deadline(servers, tmp_pa
 
 def test_a_server_that_falls_silent_is_noticed_by_its_health(servers, tmp_path):
     """It holds its connections and answers nothing; only the health checks end the wait."""
-    toys = [FaultServer(cfg=ServerConfig(port=0, chunk=2)) for _ in range(2)]
+    toys = [FaultServer(chunk=2) for _ in range(2)]
     urls = [servers.start(toy) for toy in toys]
     cfg = replace(QUICK, attempt_timeout=600.0, health_timeout=0.5)
     pool = open_pool(urls, tmp_path, cfg)
@@ -203,7 +202,7 @@ def test_a_server_that_falls_silent_is_noticed_by_its_health(servers, tmp_path):
 
 def test_killing_one_of_two_workers_loses_no_trajectory(servers, tmp_path):
     """64 trajectories of three turns; one server dies while all of them run."""
-    toys = [FaultServer(cfg=ServerConfig(port=0, chunk=2)) for _ in range(2)]
+    toys = [FaultServer(chunk=2) for _ in range(2)]
     urls = [servers.start(toy) for toy in toys]
     pool = open_pool(urls, tmp_path)
 

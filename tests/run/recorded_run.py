@@ -22,7 +22,7 @@ from agentcpm_jax.engine.config import EngineConfig
 from agentcpm_jax.log.experience import ExperienceLog
 from agentcpm_jax.log.schema import ShipEntry
 from agentcpm_jax.model.config import TINY
-from agentcpm_jax.rewards.advantages import AdvantageConfig, for_loss
+from agentcpm_jax.rewards.advantages import AdvantageConfig
 from agentcpm_jax.rewards.denoise import DenoiseConfig
 from agentcpm_jax.rewards.grade import settle
 from agentcpm_jax.rollout.config import EpisodeConfig, StreamConfig
@@ -141,7 +141,7 @@ def _ready(
     samples = [_trajectory(chat, rng, issue_id, s, version) for s in range(4)]
     for trajectory in samples:
         log.record_trajectory(trajectory)
-    finish = make_finish(rl.denoise, for_loss(rl.advantages, rl.loss.name))
+    finish = make_finish(rl.denoise, rl.credit)
     outcome = finish(TrajectoryGroup(issue_id, task(number), tuple(samples)))
     assert outcome.keep
     log.finish_group(issue_id, "ready", decisions=outcome.decisions)

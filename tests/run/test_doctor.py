@@ -237,7 +237,8 @@ def test_a_pool_takes_weights_and_answers_as_the_trainer(servers, tmp_path: Path
     served = ServedLocal(path, cfg)
     front = EngineServer(
         served,
-        ServerConfig(port=0, chunk=8),
+        ServerConfig(port=0),
+        chunk=8,
         chat=load_chat(path),
         model=served.describe(path),
     )

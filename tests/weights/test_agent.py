@@ -82,10 +82,10 @@ def test_each_host_copies_once_for_all_of_its_workers(
     port = agents("127.0.0.2", store.url)
     for host in ("127.0.0.3", "127.0.0.4"):
         agents(host, store.url, port)
-    toys = [FaultServer(cfg=ServerConfig(host=host, port=0, chunk=8)) for host in hosts]
+    toys = [FaultServer(cfg=ServerConfig(host, 0), chunk=8) for host in hosts]
     urls = tuple(servers.start(toy) for toy in toys)
     loaded: list[tuple[str, str]] = []
-    late = FaultServer(cfg=ServerConfig(host="127.0.0.4", port=0, chunk=8))
+    late = FaultServer(cfg=ServerConfig("127.0.0.4", 0), chunk=8)
     for toy in (*toys, late):
         load = toy.toy.load
 

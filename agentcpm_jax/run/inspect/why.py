@@ -14,7 +14,7 @@ from agentcpm_jax.evaluate.report.page import Cell, Table
 from agentcpm_jax.evaluate.report.why import SampleView, SegmentView, WhyPage, render_why
 from agentcpm_jax.files import write_atomically
 from agentcpm_jax.log.schema import Issue
-from agentcpm_jax.rewards.advantages import estimate, for_loss
+from agentcpm_jax.rewards.advantages import estimate
 from agentcpm_jax.rewards.denoise import DenoisedGroup, denoise
 from agentcpm_jax.run.inspect.current import current_logprobs
 from agentcpm_jax.run.inspect.opened import Run, open_run
@@ -137,7 +137,7 @@ def _credits(run: Run, issue: Issue, group: TrajectoryGroup, rl: RLStage | None)
         return _Credits(of, {key: found.step for key, found in shipped.items()}, "")
     if rl is None:
         return _Credits({}, {}, "An evaluation issue: nothing of it is trained.")
-    outcome = make_finish(rl.denoise, for_loss(rl.advantages, rl.loss.name))(group)
+    outcome = make_finish(rl.denoise, rl.credit)(group)
     if not outcome.keep:
         why = f"The group was not shipped: {outcome.reason or issue.state}. No token has credit."
         return _Credits({}, {}, why)
@@ -192,7 +192,7 @@ def _group_tables(
         raw = dict(
             zip(
                 scores,
-                estimate(list(scores.values()), for_loss(rl.advantages, rl.loss.name)).tolist(),
+                estimate(list(scores.values()), rl.credit).tolist(),
                 strict=True,
             )
         )
@@ -217,7 +217,7 @@ def _group_tables(
                 t.attempt + 1,
             )
         )
-    how = "" if rl is None else f"Estimator: {for_loss(rl.advantages, rl.loss.name).estimator}. "
+    how = "" if rl is None else f"Estimator: {rl.credit.estimator}. "
     columns = ("sample", "stop", "verdict", "reward", "mean of the others", "raw advantage",
                "token advantage", "tokens trained", "versions", "attempts")  # fmt: skip
     note = how + "Raw: before presets, sign clamp and scale."

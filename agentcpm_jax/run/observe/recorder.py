@@ -61,8 +61,9 @@ class Recorder:
         values |= rollouts
         values |= age_metrics(shipped, step - 1) | shipped_stats(shipped).metrics()
         values |= drop_metrics(stale_drops(self._ctx.log, self._stage.name))
+        micro_rows = self._rl.shape.micro_rows or 0
         values |= {
-            "data/fill": forward_fill(np.asarray(batch.segment_ids), self._rl.shape.micro_rows),
+            "data/fill": forward_fill(np.asarray(batch.segment_ids), micro_rows),
             "time/step_seconds": seconds,
             "time/waited_seconds": waited,
             "time/trainer_idle": waited / seconds,

@@ -1,9 +1,9 @@
-"""The published methods by name: objective, constants, what they are aggregated with.
+"""The published methods by name: objective, constants, aggregation, and which advantages they take.
 
-`LossConfig(name="dapo")` has DAPO's constants; each can be overridden. What a method wants besides
-its loss: the advantages follow the loss's name too (`rewards.advantages.for_loss`); DAPO's dynamic
-sampling and overlong filter are the denoising filters `zero_variance` and `extreme`, its soft
-overlong punishment is `advantages.overlong_*`.
+`LossConfig(name="dapo")` has DAPO's constants; each can be overridden. Its estimator of advantages
+is that of the table too, unless `advantages.estimator` names one (`rewards.advantages.for_loss`).
+DAPO's dynamic sampling and overlong filter are the denoising filters `zero_variance` and `extreme`,
+its soft overlong punishment is `advantages.overlong_*`.
 
 name                   source
 minirl                 AgentCPM-Explore's form of MiniRL (one ratio, to the engine; strict bounds)
@@ -32,8 +32,9 @@ dppo_tv, dppo_kl       arXiv 2602.04879, thresholds as in prime-rl and verl
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from agentcpm_jax.ranges import check_choice, check_least
 from agentcpm_jax.types import UserError
 
 MODES = (  # of aggregation
@@ -44,7 +45,6 @@ MODES = (  # of aggregation
     "seq-mean-token-sum-norm",
 )
 KINDS = ("k1", "k2", "k3", "k1+", "k3+")  # of KL estimates
-OWN = -1.0  # of a constant: the method's own
 
 
 class Rule(NamedTuple):
@@ -77,95 +77,97 @@ RULES: dict[str, Rule] = {
 
 @dataclass(frozen=True)
 class Correction:
-    """One rule of the table in `correction`, by name; "none" stands for no correction at all."""
+    """One rule of the table in `correction`, by name, and its bounds (None: those of the table)."""
 
     name: str
-    low: float = -1.0  # -1: the rule's own
-    high: float = -1.0  # -1: the rule's own; 0: unbounded
+    low: float | None = None
+    high: float | None = None  # 0: unbounded
 
     def __post_init__(self) -> None:
-        if self.name != "none" and self.name not in RULES:
-            raise UserError(
-                f"unknown correction {self.name!r}; use one of none, {', '.join(RULES)}"
-            )
+        if self.name not in RULES:
+            raise UserError(f"unknown correction {self.name!r}; use one of {', '.join(RULES)}")
 
     @property
     def rule(self) -> Rule:
         """The rule with this correction's bounds."""
         rule = RULES[self.name]
-        low = rule.low if self.low == -1.0 else self.low
-        high = rule.high if self.high == -1.0 else self.high or float("inf")
+        low = rule.low if self.low is None else self.low
+        high = rule.high if self.high is None else self.high or float("inf")
         return rule._replace(low=low, high=high)
 
     @property
     def weights(self) -> bool:
         """Whether it weights tokens (the others keep or drop them)."""
-        return self.name != "none" and self.rule.action != "mask"
+        return self.rule.action != "mask"
 
 
-#: What a method has unless it says otherwise.
-_SHARED: dict[str, Any] = {
-    "objective": "clip",
-    "eps_low": 0.2,
-    "eps_high": 0.2,
-    "region": "none",
-    "dual_clip": 0.0,
-    "ratio_cap": 0.0,
-    "proximal": "bypass",
-    "corrections": (),
-    "normalize": "none",
-    "kl_coef": 0.0,
-    "kl": "k3",
-    "aggregation": "token-mean",
-    "norm": 0.0,
-}
-_MINIRL = {
-    "objective": "minirl",
-    "region": "ratio",
-    "eps_high": 0.3,
-    "aggregation": "seq-mean-token-sum",
-}
-_REINFORCE = {
-    "objective": "reinforce",
-    "corrections": (Correction("token_tis"),),
-    "aggregation": "seq-mean-token-sum",
-}
-_DPPO = {"objective": "dppo", "ratio_cap": 20.0}
+@dataclass(frozen=True)
+class Method:
+    """A method with every constant written out; each field but the first two as in `LossConfig`."""
 
-METHODS: dict[str, dict[str, Any]] = {
-    name: _SHARED | own
-    for name, own in {
-        "minirl": _MINIRL,
-        "minirl_paper": _MINIRL | {"proximal": "recompute", "ratio_cap": 5.0},
-        "reinforce": _REINFORCE,
-        "rloo": _REINFORCE,
-        "reinforce_pp": {"normalize": "batch"},
-        "reinforce_pp_baseline": {"normalize": "batch"},
-        "ppo": {"dual_clip": 3.0},
-        "decoupled_ppo": {
-            "proximal": "recompute",
-            "corrections": (Correction("token_tis", high=5.0),),
-        },
-        "grpo": {"kl_coef": 0.04, "aggregation": "seq-mean-token-mean"},
-        "dr_grpo": {"aggregation": "seq-mean-token-sum-norm", "norm": 3000.0},
-        "dapo": {"eps_high": 0.28},
-        "gspo": {
-            "objective": "gspo",
-            "eps_low": 3e-4,
-            "eps_high": 4e-4,
-            "aggregation": "seq-mean-token-mean",
-        },
-        "cispo": {"objective": "cispo", "eps_low": 1.0, "eps_high": 0.28},
-        "dppo_tv": _DPPO | {"region": "tv"},
-        "dppo_kl": _DPPO | {"region": "kl", "eps_low": 0.05, "eps_high": 0.05},
-    }.items()
+    estimator: str = "grpo"  # of the advantages: see `rewards.advantages`
+    normalize: bool = False  # advantages have mean 0 and variance 1 over the tokens of a batch
+    objective: str = "clip"
+    eps_low: float = 0.2
+    eps_high: float = 0.2
+    region: str = "none"
+    widen: float = 1.0
+    decay: float = 0.0
+    dual_clip: float = 0.0
+    ratio_cap: float = 0.0
+    proximal: str = "bypass"
+    corrections: tuple[Correction, ...] = ()
+    kl_coef: float = 0.0
+    kl: str = "k3"
+    kl_ratio: bool = False
+    kl_clamp: float = 10.0
+    aggregation: str = "token-mean"
+    norm: float = 0.0
+    denominator: str = "all"
+    log_ratio_clamp: float = 20.0
+    updates: int = 1
+
+
+_MINIRL = Method(
+    estimator="leave_one_out",
+    objective="minirl",
+    region="ratio",
+    eps_high=0.3,
+    aggregation="seq-mean-token-sum",
+)
+_REINFORCE = Method(
+    estimator="grpo_no_std",
+    objective="reinforce",
+    corrections=(Correction("token_tis"),),
+    aggregation="seq-mean-token-sum",
+)
+
+METHODS: dict[str, Method] = {
+    "minirl": _MINIRL,
+    "minirl_paper": replace(_MINIRL, estimator="grpo_no_std", proximal="recompute", ratio_cap=5.0),
+    "reinforce": _REINFORCE,
+    "rloo": replace(_REINFORCE, estimator="leave_one_out"),
+    "reinforce_pp": Method(estimator="raw", normalize=True),
+    "reinforce_pp_baseline": Method(estimator="grpo_no_std", normalize=True),
+    "ppo": Method(dual_clip=3.0),
+    "decoupled_ppo": Method(proximal="recompute", corrections=(Correction("token_tis", high=5.0),)),
+    "grpo": Method(kl_coef=0.04, aggregation="seq-mean-token-mean"),
+    "dr_grpo": Method(estimator="grpo_no_std", aggregation="seq-mean-token-sum-norm", norm=3000.0),
+    "dapo": Method(eps_high=0.28),
+    "gspo": Method(
+        objective="gspo", eps_low=3e-4, eps_high=4e-4, aggregation="seq-mean-token-mean"
+    ),
+    "cispo": Method(objective="cispo", eps_low=1.0, eps_high=0.28),
+    "dppo_tv": Method(objective="dppo", ratio_cap=20.0, region="tv"),
+    "dppo_kl": Method(objective="dppo", ratio_cap=20.0, region="kl", eps_low=0.05, eps_high=0.05),
 }
 
 _CHOICES: dict[str, tuple[str, ...]] = {
+    "name": tuple(METHODS),
+    "denominator": ("all", "kept"),
     "objective": ("minirl", "reinforce", "importance", "clip", "gspo", "cispo", "dppo"),
     "region": ("none", "ratio", "tv", "kl"),
     "proximal": ("bypass", "recompute", "loglinear"),
-    "normalize": ("none", "batch"),
     "kl": KINDS,
     "aggregation": MODES,
 }
@@ -173,70 +175,54 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Which method; -1, "" and () stand for the method's own value, 0 switches a constant off."""
+    """Which method. None: the value that the method has; a constant of 0 is switched off."""
 
     name: str = "minirl"
-    objective: str = ""  # minirl | reinforce | importance | clip | gspo | cispo | dppo
-    eps_low: float = OWN  # the band of the ratio is [1 - eps_low, 1 + eps_high]
-    eps_high: float = OWN
-    region: str = ""  # what leaves the loss: none | ratio | tv | kl (see `objectives`)
+    objective: str | None = None  # minirl | reinforce | importance | clip | gspo | cispo | dppo
+    eps_low: float | None = None  # the band of the ratio is [1 - eps_low, 1 + eps_high]
+    eps_high: float | None = None
+    region: str | None = None  # what leaves the loss: none | ratio | tv | kl (see `objectives`)
     widen: float = 1.0  # the region's band is this much wider than the clip's
     decay: float = 0.0  # per version of age: the region shrinks by exp(-decay age)
-    dual_clip: float = OWN  # ceiling of the ratio where A < 0, e.g. 3
-    ratio_cap: float = OWN  # of the importance weight of minirl and dppo
-    proximal: str = ""  # pi_old: bypass (the sampler) | recompute | loglinear
-    corrections: tuple[Correction, ...] = ()  # (Correction("none"),) switches the method's own off
-    normalize: str = ""  # of the advantages: none | batch (mean 0, variance 1 over its tokens)
-    kl_coef: float = OWN  # of the KL to the stage's first parameters
-    kl: str = ""  # k1 | k2 | k3 | k1+ | k3+
+    dual_clip: float | None = None  # ceiling of the ratio where A < 0, e.g. 3
+    ratio_cap: float | None = None  # of the importance weight of minirl and dppo
+    proximal: str | None = None  # pi_old: bypass (the sampler) | recompute | loglinear
+    corrections: tuple[Correction, ...] | None = None  # (): none at all
+    kl_coef: float | None = None  # of the KL to the stage's first parameters
+    kl: str | None = None  # k1 | k2 | k3 | k1+ | k3+
     kl_ratio: bool = False  # weight each token's KL by sg(pi/pi_old)
     kl_clamp: float = 10.0  # largest value of k3
-    aggregation: str = ""
-    norm: float = OWN  # C of "seq-mean-token-sum-norm"
+    aggregation: str | None = None  # how tokens add up to a loss: see `aggregate`
+    norm: float | None = None  # C of "seq-mean-token-sum-norm"
     denominator: str = "all"  # "kept": only what regions and masks leave, of each micro-batch
     log_ratio_clamp: float = 20.0
     updates: int = 1  # optimizer updates per batch, each on its share of the rows
 
     def __post_init__(self) -> None:
-        _one_of("name", self.name, tuple(METHODS))
-        _one_of("denominator", self.denominator, ("all", "kept"))
-        for key, allowed in _CHOICES.items():
-            if getattr(self, key):
-                _one_of(key, getattr(self, key), allowed)
-        if self.updates < 1:
-            raise UserError(f"loss.updates={self.updates}; use 1 or more")
-        for key in ("eps_low", "eps_high", "dual_clip", "ratio_cap", "kl_coef", "norm"):
-            value = getattr(self, key)
-            if not (value >= 0.0 or value == OWN):
-                raise UserError(f"loss.{key}={value}; use 0 (off), a positive number, or -1 (own)")
-        _check_together({key: _value(self, key) for key in _SHARED})
+        check_choice(self, "loss", _CHOICES)
+        constants = ("eps_low", "eps_high", "dual_clip", "ratio_cap", "kl_coef", "norm")
+        check_least(self, "loss", {"updates": 1} | dict.fromkeys(constants, 0))
+        _check_together(resolve(self))
 
 
-def resolve(cfg: LossConfig) -> LossConfig:
-    """The same method with every constant written out."""
-    return replace(cfg, **{key: _value(cfg, key) for key in _SHARED})
+def resolve(cfg: LossConfig | Method) -> Method:
+    """The method that a configuration names, with what the configuration gives in its place."""
+    if isinstance(cfg, Method):
+        return cfg
+    given = {key: value for key, value in vars(cfg).items() if value is not None and key != "name"}
+    return replace(METHODS[cfg.name], **given)
 
 
-def _value(cfg: LossConfig, key: str) -> Any:
-    given = getattr(cfg, key)
-    return METHODS[cfg.name][key] if given in (OWN, "", ()) else given
-
-
-def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise UserError(f"unknown loss.{key} {value!r}; use one of {', '.join(allowed)}")
-
-
-def _check_together(own: dict[str, Any]) -> None:
-    if own["aggregation"] == "seq-mean-token-sum-norm" and not own["norm"]:
-        raise UserError(f"aggregation {own['aggregation']!r} needs a length; set norm, e.g. 1024")
-    weights = [c.name for c in own["corrections"] if c.weights]
-    twice = own["objective"] == "minirl" or (
-        own["proximal"] == "bypass" and own["objective"] != "reinforce"
+def _check_together(method: Method) -> None:
+    if method.aggregation == "seq-mean-token-sum-norm" and not method.norm:
+        raise UserError(f"aggregation {method.aggregation!r} needs a length; set norm, e.g. 1024")
+    weights = [c.name for c in method.corrections if c.weights]
+    twice = method.objective == "minirl" or (
+        method.proximal == "bypass" and method.objective != "reinforce"
     )
     if weights and twice:
         raise UserError(
-            f"correction {weights[0]!r} weights by pi_old/mu, but {own['objective']!r} with "
-            f"proximal={own['proximal']!r} has mu in its ratio already: it would count twice; "
+            f"correction {weights[0]!r} weights by pi_old/mu, but {method.objective!r} with "
+            f"proximal={method.proximal!r} has mu in its ratio already: it would count twice; "
             "use a mask (geometric, mis, token_mask), or 'clip' with proximal='recompute'"
         )

@@ -33,7 +33,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from agentcpm_jax.train.losses.aggregate import sequence_mean
-from agentcpm_jax.train.losses.config import LossConfig
+from agentcpm_jax.train.losses.config import Method
 
 GSPO_CLAMP = 10.0
 
@@ -62,43 +62,43 @@ class Scored(NamedTuple):
     clipped: Bool[Array, "B T"]
 
 
-def reinforce(x: Tokens, cfg: LossConfig) -> Scored:
+def reinforce(x: Tokens, cfg: Method) -> Scored:
     """L = -A l."""
     return Scored(-x.advantages * x.logprobs, _ratio(x, cfg), jnp.zeros(x.mask.shape, bool))
 
 
-def importance(x: Tokens, cfg: LossConfig) -> Scored:
+def importance(x: Tokens, cfg: Method) -> Scored:
     """L = -A r."""
     ratio = _ratio(x, cfg)
     return Scored(-x.advantages * ratio, ratio, jnp.zeros(x.mask.shape, bool))
 
 
-def minirl(x: Tokens, cfg: LossConfig) -> Scored:
+def minirl(x: Tokens, cfg: Method) -> Scored:
     """L = -sg(min(exp(l - b), cap)) A l: REINFORCE weighted by the whole ratio pi/mu."""
     whole = jnp.exp(log_ratio(x.logprobs, x.behavior, cfg))
     ratio = _ratio(x, cfg)
     return Scored(_weighted(x, _capped(whole, cfg)), ratio, _beyond(ratio, x.advantages, cfg))
 
 
-def dppo(x: Tokens, cfg: LossConfig) -> Scored:
+def dppo(x: Tokens, cfg: Method) -> Scored:
     """L = -sg(min(r, cap)) A l."""
     ratio = _ratio(x, cfg)
     return Scored(_weighted(x, _capped(ratio, cfg)), ratio, ~in_trust_region(x, ratio, cfg))
 
 
-def cispo(x: Tokens, cfg: LossConfig) -> Scored:
+def cispo(x: Tokens, cfg: Method) -> Scored:
     """L = -sg(clip(r, D, U)) A l: clipped, yet every token keeps a gradient."""
     ratio = _ratio(x, cfg)
     bounded = jnp.clip(ratio, 1.0 - cfg.eps_low, 1.0 + cfg.eps_high)
     return Scored(_weighted(x, bounded), ratio, bounded != ratio)
 
 
-def clip(x: Tokens, cfg: LossConfig) -> Scored:
+def clip(x: Tokens, cfg: Method) -> Scored:
     """L = max(-A r, -A clip(r, D, U)), with the dual clip: PPO, GRPO, DAPO."""
     return _surrogate(x, _ratio(x, cfg), cfg)
 
 
-def gspo(x: Tokens, cfg: LossConfig) -> Scored:
+def gspo(x: Tokens, cfg: Method) -> Scored:
     """The clipped surrogate of the length-normalised ratio of whole sequences.
 
     Its token form: the value is the sequence's, the gradient reaches each token by its own log pi.
@@ -108,7 +108,7 @@ def gspo(x: Tokens, cfg: LossConfig) -> Scored:
     return _surrogate(x, jnp.exp(jnp.minimum(log_s, GSPO_CLAMP)), cfg)
 
 
-OBJECTIVES: dict[str, Callable[[Tokens, LossConfig], Scored]] = {
+OBJECTIVES: dict[str, Callable[[Tokens, Method], Scored]] = {
     "reinforce": reinforce,
     "importance": importance,
     "minirl": minirl,
@@ -119,7 +119,7 @@ OBJECTIVES: dict[str, Callable[[Tokens, LossConfig], Scored]] = {
 }
 
 
-def in_trust_region(x: Tokens, ratio: Float[Array, "B T"], cfg: LossConfig) -> Bool[Array, "B T"]:
+def in_trust_region(x: Tokens, ratio: Float[Array, "B T"], cfg: Method) -> Bool[Array, "B T"]:
     """False where the configured region takes a token out of the loss."""
     if cfg.region == "none":
         return jnp.ones(ratio.shape, bool)
@@ -137,7 +137,7 @@ def in_trust_region(x: Tokens, ratio: Float[Array, "B T"], cfg: LossConfig) -> B
 
 
 def log_ratio(
-    top: Float[Array, "B T"], bottom: Float[Array, "B T"], cfg: LossConfig
+    top: Float[Array, "B T"], bottom: Float[Array, "B T"], cfg: Method
 ) -> Float[Array, "B T"]:
     """top - bottom, within the clamp."""
     if not cfg.log_ratio_clamp:
@@ -145,11 +145,11 @@ def log_ratio(
     return jnp.clip(top - bottom, -cfg.log_ratio_clamp, cfg.log_ratio_clamp)
 
 
-def _ratio(x: Tokens, cfg: LossConfig) -> Float[Array, "B T"]:
+def _ratio(x: Tokens, cfg: Method) -> Float[Array, "B T"]:
     return jnp.exp(log_ratio(x.logprobs, x.proximal, cfg))
 
 
-def _capped(ratio: Float[Array, "B T"], cfg: LossConfig) -> Float[Array, "B T"]:
+def _capped(ratio: Float[Array, "B T"], cfg: Method) -> Float[Array, "B T"]:
     return jnp.minimum(ratio, cfg.ratio_cap) if cfg.ratio_cap else ratio
 
 
@@ -157,7 +157,7 @@ def _weighted(x: Tokens, weight: Float[Array, "B T"]) -> Float[Array, "B T"]:
     return -jax.lax.stop_gradient(weight) * x.advantages * x.logprobs
 
 
-def _surrogate(x: Tokens, ratio: Float[Array, "B T"], cfg: LossConfig) -> Scored:
+def _surrogate(x: Tokens, ratio: Float[Array, "B T"], cfg: Method) -> Scored:
     bounded = jnp.clip(ratio, 1.0 - cfg.eps_low, 1.0 + cfg.eps_high)
     per_token = jnp.maximum(-x.advantages * ratio, -x.advantages * bounded)
     if cfg.dual_clip:
@@ -167,7 +167,7 @@ def _surrogate(x: Tokens, ratio: Float[Array, "B T"], cfg: LossConfig) -> Scored
 
 
 def _beyond(
-    ratio: Float[Array, "B T"], advantages: Float[Array, "B T"], cfg: LossConfig
+    ratio: Float[Array, "B T"], advantages: Float[Array, "B T"], cfg: Method
 ) -> Bool[Array, "B T"]:
     """Out of the clip's band on the side that the gradient pushes to."""
     too_high, too_low = ratio > 1.0 + cfg.eps_high, ratio < 1.0 - cfg.eps_low

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from agentcpm_jax.train.losses.aggregate import aggregate, count_sequences, trained_mask
-from agentcpm_jax.train.losses.config import LossConfig, resolve
+from agentcpm_jax.train.losses.config import LossConfig, Method, resolve
 from agentcpm_jax.train.losses.correction import correct, log_linear
 from agentcpm_jax.train.losses.kl import kl_per_token
 from agentcpm_jax.train.losses.objectives import (
@@ -46,7 +46,7 @@ class Counts(NamedTuple):
 
 
 def policy_loss(
-    x: Tokens, cfg: LossConfig, counts: Counts | None = None
+    x: Tokens, cfg: LossConfig | Method, counts: Counts | None = None
 ) -> tuple[Float[Array, ""], Metrics]:
     """The loss to minimise, and what to watch.
 
@@ -92,7 +92,7 @@ def policy_loss(
     return loss, jax.lax.stop_gradient(metrics)
 
 
-def filled_in(x: Tokens, cfg: LossConfig) -> Tokens:
+def filled_in(x: Tokens, cfg: Method) -> Tokens:
     """`x` as the objectives read it: masked floats are 0, and pi_old is that of `cfg.proximal`.
 
     Raises `UserError` as `policy_loss` does.
@@ -171,7 +171,7 @@ def _clean(mask: Float[Array, "B T"], *arrays: Float[Array, "B T"]) -> tuple[Arr
 
 
 def _corrections(
-    x: Tokens, cfg: LossConfig
+    x: Tokens, cfg: Method
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"], dict[str, Array]]:
     """(factor of each token, False where a mask drops it, what each rule found out of bounds)."""
     # With two policies the mismatch and the staleness lie in one ratio.
@@ -179,8 +179,6 @@ def _corrections(
     weight, kept = jnp.ones_like(x.mask), jnp.ones(x.mask.shape, bool)
     seen: dict[str, Array] = {}
     for correction in cfg.corrections:
-        if correction.name == "none":
-            continue
         done = correct(top - x.behavior, x.mask, x.segment_ids, correction.rule)
         weight = weight * done.weight
         seen[f"loss/{correction.name}_fraction"] = ~done.inside
@@ -191,7 +189,7 @@ def _corrections(
     return weight, kept, seen
 
 
-def _kl_to_reference(x: Tokens, cfg: LossConfig) -> Float[Array, "B T"]:
+def _kl_to_reference(x: Tokens, cfg: Method) -> Float[Array, "B T"]:
     kl = kl_per_token(
         x.logprobs,
         x.reference,
@@ -204,7 +202,7 @@ def _kl_to_reference(x: Tokens, cfg: LossConfig) -> Float[Array, "B T"]:
     return kl
 
 
-def _watch(x: Tokens, scored: Scored, cfg: LossConfig) -> dict[str, Array]:
+def _watch(x: Tokens, scored: Scored, cfg: Method) -> dict[str, Array]:
     """Per-token diagnostics, finite everywhere, meaningful where trained."""
     drift = log_ratio(x.logprobs, x.behavior, cfg)
     importance = jnp.exp(drift)
