@@ -326,8 +326,8 @@ def sample_groups(count: int, size: int, seed: int, truncated: float) -> list[Tr
     """Groups of the shipped agent on training questions, truly graded."""
     c = default_config()
     use_tiny_world(c)
-    c.train_tasks.world.tool_fault_rate = truncated
-    c.train_tasks.world.tool_faults = ("truncated",)
+    c.train_tasks.tool_fault_rate = truncated
+    c.train_tasks.tool_faults = ("truncated",)
     cfg = from_config_dict(c)
     params, model = load_hf(SHIPPED["shipped:sft"])
     chat = load_chat(SHIPPED["shipped:sft"])

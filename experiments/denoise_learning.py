@@ -77,8 +77,8 @@ def learn(name: str, steps: int, seed: int) -> dict:
     steps = 0 if name == "untrained" else steps
     c = default_config()
     use_tiny_world(c)
-    c.train_tasks.world.tool_fault_rate = setting.fault_rate
-    c.train_tasks.world.tool_faults = setting.faults
+    c.train_tasks.tool_fault_rate = setting.fault_rate
+    c.train_tasks.tool_faults = setting.faults
     cfg = from_config_dict(c)
     params, model = load_hf(SHIPPED["shipped:sft"])
     chat = load_chat(SHIPPED["shipped:sft"])
@@ -96,7 +96,7 @@ def learn(name: str, steps: int, seed: int) -> dict:
 
     order = np.random.default_rng(seed).permutation(len(cfg.train_tasks))
     optimizer = OptimizerConfig(
-        lr=6e-4, b2=0.95, eps=1e-5, weight_decay=0.0, schedule="constant", warmup_steps=3
+        lr=6e-4, b2=0.95, eps=1e-5, weight_decay=0.0, schedule="constant", warmup=3
     )
     tx, _ = make_optimizer(optimizer)
     state = TrainState.create(params, tx)
@@ -113,7 +113,7 @@ def learn(name: str, steps: int, seed: int) -> dict:
             make_finish(
                 DenoiseConfig(setting.pipeline), AdvantageConfig(estimator="leave_one_out")
             ),
-            StreamConfig(batch_groups=8, max_staleness=1, max_concurrent_groups=10, retry_delay=0),
+            StreamConfig(batch_groups=8, max_staleness=1, max_concurrent_groups=10),
         )
         batches = iter(
             StepBatches(

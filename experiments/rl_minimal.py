@@ -18,7 +18,6 @@ import asyncio
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -32,7 +31,7 @@ from agentcpm_jax.data.rows import shipped_rows
 from agentcpm_jax.engine.local import LocalEngine
 from agentcpm_jax.files import SHIPPED
 from agentcpm_jax.hf.load import load_hf
-from agentcpm_jax.rewards.advantages import credit_group, for_loss
+from agentcpm_jax.rewards.advantages import credit_group
 from agentcpm_jax.rewards.grade import answer_reward, grade_exact, score
 from agentcpm_jax.rollout.episode import run_episode
 from agentcpm_jax.run.sampling import task_sequence
@@ -50,11 +49,11 @@ def train(cfg: ExperimentConfig, rl: RLStage, init_from: str) -> Iterator[float]
         write_tokenizer(directory, template_text(cfg.template))
         chat = ChatFormat.load(directory)
     params, _ = load_hf(SHIPPED[init_from], param_dtype=cfg.model.param_dtype)
-    tx, schedule = make_optimizer(rl.optimizer)
-    step = make_rl_step(cfg.model, rl.loss, tx, schedule, micro_rows=rl.shape.micro_rows)
+    tx, schedule = make_optimizer(rl.optimizer, rl.shape.steps)
+    step = make_rl_step(cfg.model, rl.loss, tx, schedule, micro_rows=rl.shape.micro_rows or 0)
     state = TrainState.create(params, tx)
     # It samples with a copy of the parameters; `deterministic`: the same bits in any company.
-    engine = LocalEngine(params, cfg.model, replace(rl.engine, deterministic=True))
+    engine = LocalEngine(params, cfg.model, rl.engine, deterministic=True)
     task_at = task_sequence(rl, cfg.train_tasks, cfg.seed)
     count = rl.stream.batch_groups
 
@@ -111,9 +110,8 @@ def credited(group: TrajectoryGroup, rl: RLStage) -> list[ShippedSegment]:
 
     `rl.advantages` says which others, and how it is scaled.
     """
-    cfg = for_loss(rl.advantages, rl.loss.name)
     scores_G = [t.reward for t in group.trajectories]
-    credits_G = credit_group(group, cfg, scores_G)
+    credits_G = credit_group(group, rl.credit, scores_G)
     return [
         ShippedSegment(group.issue_id, t.sample, i, segment, credit)
         for t, credits_S in zip(group.trajectories, credits_G, strict=True)

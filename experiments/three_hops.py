@@ -40,12 +40,12 @@ def main() -> None:
     flags = ["--config=configs/quickstart.py", f"--config.seed={args.seed}"]
     config = parse(flags).config
     engine = next(s.eval.engine for s in config.stages if s.eval is not None)
-    spec = EvalStage(models=MODELS, tasks=100, hops=(3,), samples=4, skill_tasks=1, engine=engine)
-    stage = Stage(kind="eval", name="three_hops", eval=spec)
+    spec = EvalStage(models=MODELS, tasks=100, samples=4, skill_tasks=1, engine=engine)
+    stage = Stage("three_hops", spec)
     table = {}
     ctx = open_context(config, args.workdir, progress, StopSignal())
     with ctx.log:
-        tasks = evaluation_tasks(spec, replace(config.test_tasks, per_world=4))
+        tasks = evaluation_tasks(spec, replace(config.test_tasks, hops=(3,), per_world=4))
         for name in MODELS:
             result = evaluate_model(ctx, stage, name, ctx.load_params(f"stage:{name}"), tasks)
             table[name] = {

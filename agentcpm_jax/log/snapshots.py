@@ -32,7 +32,7 @@ class LogLocation:
     note: str = ""
 
 
-def locate_log(workdir: Path, log_url: str = "", mounts: Path = MOUNTS) -> LogLocation:
+def locate_log(workdir: Path, log_url: str | None = None, mounts: Path = MOUNTS) -> LogLocation:
     """The live log of a workdir: `log_url` if there is one, else a file on a local disk."""
     if log_url:
         return LogLocation(log_url)

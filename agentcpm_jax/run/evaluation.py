@@ -149,7 +149,7 @@ def decision_accuracy(
     model: ModelConfig,
     chat: ChatFormat,
     tasks: Sequence[Task],
-    system_prompt: str,
+    system_prompt: str | None,
     length: int = 512,
     rows: int = 16,
 ) -> dict[str, tuple[int, int]]:
@@ -212,7 +212,7 @@ def _word_kinds(chat: ChatFormat) -> dict[int, str]:
 
 
 def _labelled(
-    chat: ChatFormat, task: Task, system_prompt: str, kinds: dict[int, str]
+    chat: ChatFormat, task: Task, system_prompt: str | None, kinds: dict[int, str]
 ) -> tuple[np.ndarray, np.ndarray]:
     """ids i32[T] of the flawless episode and, for what the agent writes, the decision's index.
 

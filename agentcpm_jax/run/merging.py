@@ -96,14 +96,14 @@ def search(
 ) -> SearchResult:
     """Both skills of the general model, which is the first point, and of every candidate."""
     reference = replace(GENERAL_MODEL, agent=skills[0](general), general=skills[1](general))
-    alphas = sorted(merge.alpha)
+    alphas, density = sorted(merge.alpha), merge.density[0]
     if merge.method == "linear":
         found = alpha_sweep(general, special, alphas, *skills).points
     else:
         grid: dict[str, tuple[float, ...]] = {"lambda": tuple(alphas)}
         if len(merge.density) > 1 and "density" in METHODS[merge.method].model_params:
             grid["density"] = merge.density
-        own = [_own(merge, merge.density[0])]
+        own = [_own(merge, density)]
         found = sweep(merge.method, [special], general, grid, *skills, own=own).points
         found = tuple(replace(p, choice=_named_alpha(p)) for p in found)
     points = (reference, *found)

@@ -62,7 +62,6 @@ from agentcpm_jax.train.config import OptimizerConfig
 from agentcpm_jax.train.losses.config import LossConfig
 from agentcpm_jax.train.optimizer import make_optimizer
 from agentcpm_jax.train.step import Frozen, TrainState, make_rl_step
-from agentcpm_jax.world.graph import WorldConfig
 from agentcpm_jax.world.search import search_index
 from agentcpm_jax.world.tools import LocalPages, WorldToolbox, config_of
 from agentcpm_jax.world.vocabulary import SYSTEM_PROMPT
@@ -77,7 +76,7 @@ ENGINE = EngineConfig(slots=80, capacity=CONTEXT, row_buckets=(8, 24), token_buc
 EPISODE = EpisodeConfig(
     system_prompt=SYSTEM_PROMPT, max_turns=12, max_context=CONTEXT, max_new_tokens=32, reserve=8
 )
-TASKS = WorldTasks("train", worlds=40, per_world=16, world=WorldConfig())
+TASKS = WorldTasks("train", worlds=40, per_world=16)
 
 
 def main() -> int:
@@ -207,7 +206,7 @@ class Bench:
         self.params, _ = load_hf(where, param_dtype=self.model.param_dtype)
         self.chat = load_chat(where)
         self.busy, self.compilations = Busy(), 0
-        optimizer = OptimizerConfig(lr=1e-5, schedule="constant", total_steps=1)
+        optimizer = OptimizerConfig(lr=1e-5, schedule="constant")
         self.tx, schedule = make_optimizer(optimizer)
         step = make_rl_step(
             self.model, LossConfig(name="minirl"), self.tx, schedule, micro_rows=MICRO_ROWS

@@ -104,8 +104,8 @@ def greedy(params: dict, cfg: ModelConfig, batch: int, args: argparse.Namespace)
             row_buckets=(),
             token_buckets=(PROMPT,),
             length_buckets=(PROMPT,),
-            reuse=False,  # a step may not profit from the one before
         ),
+        reuse=False,  # a step may not profit from the one before
     )
     requests = [request(i, prompt, NEW) for i, prompt in enumerate(prompts)]
 
@@ -191,13 +191,11 @@ def ragged(params: dict, cfg: ModelConfig) -> dict[str, Any]:
         capacity=1024,
         chunk=16,
         row_buckets=(1, 2, 4),
-        prefill_rows=(1, 2),
         token_buckets=(PROMPT,),
         length_buckets=(128, 256, 512),
-        reuse=False,
     )
-    engine = LocalEngine(params, cfg, shape)
-    static = LocalEngine(params, cfg, replace(shape, row_buckets=()))
+    engine = LocalEngine(params, cfg, shape, reuse=False)
+    static = LocalEngine(params, cfg, replace(shape, row_buckets=()), reuse=False)
 
     def in_batches(requests: list[SampleRequest]) -> list[Completion]:
         return [c for i in range(0, 64, 8) for c in run(static, requests[i : i + 8])]
@@ -236,7 +234,7 @@ def episodes(params: dict, cfg: ModelConfig) -> dict[str, Any]:
         token_buckets=(64, 256),
         length_buckets=(256, 768, 1536),
     )
-    engines = [LocalEngine(params, cfg, replace(shape, reuse=keep)) for keep in (True, False)]
+    engines = [LocalEngine(params, cfg, shape, reuse=keep) for keep in (True, False)]
 
     def play(engine: LocalEngine) -> list[Completion]:
         text, done = np.zeros(0, np.int32), []

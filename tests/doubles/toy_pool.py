@@ -7,6 +7,7 @@ import threading
 import zlib
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ import pytest
 from aiohttp import web
 
 from agentcpm_jax.engine.server import EngineServer
+from agentcpm_jax.pool.interruption import RetryLimits
 from agentcpm_jax.pool.probe import Trainer
 from agentcpm_jax.pool.servers import PoolConfig, SGLangPool
 from agentcpm_jax.rollout.policy import Completion, SampleRequest, SamplingParams
@@ -30,9 +32,6 @@ QUICK = PoolConfig(
     control_timeout=20.0,
     update_timeout=20.0,
     health_every=0.05,
-    health_timeout=10.0,
-    backoff=0.01,
-    backoff_max=0.05,
     max_gap=1e-5,
 )
 
@@ -151,8 +150,10 @@ def wait_for(condition: Callable[[], object]) -> None:
 
 
 @pytest.fixture
-def servers() -> Iterator[Servers]:
-    """Servers of one test, closed after it."""
+def servers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Servers]:
+    """Servers of one test, closed after it; a pool tries again soon."""
+    limits = partial(RetryLimits, backoff=0.01, backoff_max=0.05)
+    monkeypatch.setattr("agentcpm_jax.pool.servers.RetryLimits", limits)
     running = Servers()
     yield running
     running.close()

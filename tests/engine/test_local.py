@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from agentcpm_jax.engine import device, weights
+from agentcpm_jax.engine import device, local, weights
 from agentcpm_jax.engine.config import EngineConfig
 from agentcpm_jax.engine.local import LocalEngine
 from agentcpm_jax.model import params as model_params
@@ -26,10 +26,13 @@ from agentcpm_jax.rollout.policy import Completion, Finish, SampleRequest, Sampl
 from agentcpm_jax.types import UserError
 
 CFG = replace(TINY, width=32, num_layers=2, ffw=64, head_dim=16, vocab_size=64)
-ENGINE = EngineConfig(
-    slots=4, capacity=64, chunk=4, row_buckets=(), token_buckets=(8,), prefill_tokens=32
-)
+ENGINE = EngineConfig(slots=4, capacity=64, chunk=4, row_buckets=(), token_buckets=(8,))
 STOP = 7
+
+
+@pytest.fixture(autouse=True)
+def prompts_are_fed_in_parts(monkeypatch):
+    monkeypatch.setattr(local, "PREFILL_TOKENS", 32)
 
 
 @pytest.fixture(scope="module")
@@ -89,14 +92,14 @@ def test_logprobs_equal_the_trainers_for_many_requests_of_all_lengths(params):
 
 
 def test_every_shape_comes_from_a_bucket_and_is_compiled_once(params):
-    cfg = replace(ENGINE, row_buckets=(2,), prefill_rows=(4,), length_buckets=(16,))
+    cfg = replace(ENGINE, row_buckets=(2,), length_buckets=(16,))
     programs: tuple[Any, ...] = (device.read, device.feed, device.decode, device.copy_prefix)
     before = sum(program._cache_size() for program in programs)
     engine = LocalEngine(params, CFG, cfg)
     asked = [request(p, seed=i) for i, p in enumerate(prompts(11))]
     done = [c for part in (asked[:1], asked[1:3], asked[3:], asked) for c in run(engine, part)]
     engine.close()
-    assert 5 < len(engine.programs) <= 10
+    assert 5 < len(engine.programs) <= 14
     compiled = sum(program._cache_size() for program in programs) - before
     assert compiled <= len(engine.programs)
     for r, c in zip([*asked, *asked], done, strict=True):
@@ -128,10 +131,9 @@ def test_a_seed_reproduces_whatever_else_runs(params):
 
 
 def test_deterministic_rows_are_equal_bit_for_bit_in_any_slot_and_company(params):
-    cfg = replace(ENGINE, deterministic=True)
     seen = set()
     for company in range(4):
-        engine = LocalEngine(params, CFG, cfg)
+        engine = LocalEngine(params, CFG, ENGINE, deterministic=True)
         others = [request(p, seed=100 + i) for i, p in enumerate(prompts(company))]
         *_, done = run(engine, [*others, request([9, 10, 11], seed=5)])
         engine.close()
@@ -183,7 +185,9 @@ def test_samples_whose_leader_goes_away_feed_the_prompt_themselves(params):
         check(params, r, c)
 
 
-def test_a_long_prompt_is_fed_between_the_chunks_of_others(params):
+def test_a_long_prompt_is_fed_between_the_chunks_of_others(params, monkeypatch):
+    monkeypatch.setattr(local, "PREFILL_TOKENS", 1)
+
     class Watched(LocalEngine):
         calls = ""
 
@@ -201,7 +205,7 @@ def test_a_long_prompt_is_fed_between_the_chunks_of_others(params):
             await asyncio.sleep(0.001)
         await asyncio.gather(first, engine.sample(request(np.arange(50) + 8, new=2)))
 
-    engine = Watched(params, CFG, replace(ENGINE, prefill_tokens=1))
+    engine = Watched(params, CFG, ENGINE)
     asyncio.run(late())
     engine.close()
     assert engine.calls.count("F") == 7, "49 tokens by 8"

@@ -177,7 +177,7 @@ def test_a_url_that_is_none_or_holds_a_password_is_refused(url):
     assert "pw" not in str(error.value)
 
 
-def test_a_private_authority_is_trusted_only_when_named(tmp_path, servers):
+def test_a_private_authority_is_trusted_only_when_named(tmp_path, servers, monkeypatch):
     import ssl
     import subprocess
 
@@ -200,7 +200,8 @@ def test_a_private_authority_is_trusted_only_when_named(tmp_path, servers):
     runner, url = servers.call(listen())
     with pytest.raises(UserError, match="CERTIFICATE_VERIFY_FAILED"):
         open_pool([url], tmp_path, start_timeout=0.2)
-    pool = open_pool([url], tmp_path, ca_file=str(certificate))
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    pool = open_pool([url], tmp_path)
     (done,) = sample_all(pool, [request()])
     pool.close()
     servers.call(runner.cleanup())

@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 
 from agentcpm_jax.rewards.advantages import (
-    ESTIMATOR_OF,
+    ESTIMATORS,
     AdvantageConfig,
     credit_group,
     estimate,
     for_loss,
+    is_trained,
     leave_one_out,
     punish_overlong,
+    shape,
     soft_overlong,
-    turn_advantage,
 )
 from agentcpm_jax.train.losses.config import METHODS
 from agentcpm_jax.types import (
@@ -44,7 +45,10 @@ def test_reference_turn_rule():
         cfg = AdvantageConfig(
             scale=adv_scaling, drop_zero=drop_zero_advantage, minimal=minimal_advantage
         )
-        return [turn_advantage(scores, own_score, cfg, p) for p in preset_turn_advantages]
+        raw = float(estimate(scores, cfg)[list(scores).index(own_score)])
+        bounded = [raw if p is None else min(p, raw) for p in preset_turn_advantages]
+        shaped = [shape(advantage, own_score, cfg) for advantage in bounded]
+        return [advantage if is_trained(advantage, cfg) else None for advantage in shaped]
 
     assert compare.check_agentcpm(ours) == []
 
@@ -86,15 +90,15 @@ def test_a_lone_score_passes_only_when_asked_to(estimator):
 
 
 def test_the_estimator_follows_the_loss_unless_it_is_named():
-    assert ESTIMATOR_OF.keys() == METHODS.keys()
-    minirl = for_loss(AdvantageConfig(), "minirl")
+    assert {method.estimator for method in METHODS.values()} == set(ESTIMATORS)
+    minirl = for_loss(AdvantageConfig(), "minirl", "leave_one_out")
     assert (minirl.estimator, minirl.scale, minirl.sign_clamp) == ("leave_one_out", 2.0, True)
-    dapo = for_loss(AdvantageConfig(drop_zero=False), "dapo")
+    dapo = for_loss(AdvantageConfig(drop_zero=False), "dapo", "grpo")
     assert (dapo.estimator, dapo.scale, dapo.sign_clamp) == ("grpo", 1.0, False)
     named = AdvantageConfig(estimator="grpo")
-    assert for_loss(named, "rloo") is named
+    assert for_loss(named, "rloo", "leave_one_out") is named
     with pytest.raises(UserError, match=r"scale=3.0 would be ignored.*estimator"):
-        for_loss(AdvantageConfig(scale=3.0), "rloo")
+        for_loss(AdvantageConfig(scale=3.0), "rloo", "leave_one_out")
 
 
 def test_soft_overlong_punishment_falls_over_the_buffer():
@@ -206,11 +210,6 @@ def test_truncated_and_muted_turns_are_not_trained():
         cut, trajectory(0.0, 1), trajectory(1.0, 2), muted_turns=frozenset({(1, 0)})
     )
     assert not a.keep.any() and not b.keep.any() and c.keep[2:].all()
-
-
-def test_presets_bound_the_advantage_before_scaling():
-    ((a,), (b,)) = credit(trajectory(1.0), trajectory(0.0, 1), presets={(0, 0): 0.25, (1, 0): 0.25})
-    assert (a.advantage[2:] == 0.5).all() and (b.advantage[2:] == -2.0).all()
 
 
 def test_every_segment_gets_credit_but_a_shared_prefix_only_once():

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from agentcpm_jax.rewards import judge
 from agentcpm_jax.rewards.denoise import DenoiseConfig, denoise
 from agentcpm_jax.rewards.grade import settle
 from agentcpm_jax.rewards.judge import JudgeConfig
@@ -59,6 +60,11 @@ async def lost_tools(url: str = NOBODY, timeout: float = 5.0) -> Trajectory:
     )
 
 
+@pytest.fixture(autouse=True)
+def asked_once(monkeypatch):
+    monkeypatch.setattr(judge, "RETRIES", 0)
+
+
 async def slow_tools() -> Trajectory:
     gone = asyncio.Event()
 
@@ -84,23 +90,18 @@ async def faulty_tools() -> Trajectory:
     return await run(task, 1, 2, 0)
 
 
-async def broken_engine(hangs: bool = False) -> Trajectory:
+async def broken_engine() -> Trajectory:
     async def opened(meta: Mapping[str, Any], key: tuple[int, ...]) -> Library:
         return Library()
 
-    episode = replace(CFG, turn_deadline=0.05)
-    return await make_run_sample(Broken(hangs), CHAT, episode, opened, seed=0)(TASK, 1, 2, 0)
-
-
-async def hanging_engine() -> Trajectory:
-    return await broken_engine(hangs=True)
+    return await make_run_sample(Broken(), CHAT, CFG, opened, seed=0)(TASK, 1, 2, 0)
 
 
 async def judged(url: str, **limits: float) -> Trajectory:
     async def opened(meta: Mapping[str, Any], key: tuple[int, ...]) -> Library:
         return Library()
 
-    cfg = replace(JudgeConfig(url, ("m",), "", retries=0, retry_delay=0.0), **limits)
+    cfg = replace(JudgeConfig(url, ("m",), None), **limits)
     reward = make_reward("judge", cfg, None)
     policy = Says(ANSWER).policy
     run = make_run_sample(policy, CHAT, CFG, opened, seed=0, reward=reward, deadline=cfg.deadline)
@@ -128,7 +129,6 @@ async def judge_past_its_deadline() -> Trajectory:
         (slow_tools, "infra_error", "ReadTimeout"),
         (faulty_tools, "infra_error", "the search server is gone"),
         (broken_engine, "engine_error", "out of memory"),
-        (hanging_engine, "engine_error", "no completion within 0.05 s"),
         (lost_judge, "judge_error", "transport: ConnectError"),
         (slow_judge, "judge_error", "timeout: no reply within 0.1 s"),
         (judge_past_its_deadline, "judge_error", "no verdict within 0.1 s"),

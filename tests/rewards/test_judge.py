@@ -11,6 +11,7 @@ from aiohttp import web
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from agentcpm_jax.rewards import judge
 from agentcpm_jax.rewards.grade import score
 from agentcpm_jax.rewards.judge import (
     AskError,
@@ -26,6 +27,18 @@ from agentcpm_jax.run.custom import make_reward
 from agentcpm_jax.types import StopReason, Task, Trajectory, UserError, Verdict
 from tests.doubles.played_endpoint import content, fields, honest, played, verdict_line
 
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch):
+    """A judge that fails is asked again at once."""
+    monkeypatch.setattr(judge, "RETRY_DELAY", 0.0)
+
+
+@pytest.fixture
+def asked_once(monkeypatch):
+    monkeypatch.setattr(judge, "RETRIES", 0)
+
+
 TASK = Task("What is the capital of France?", ("Paris", "City of Light"))
 RIGHT, WRONG, UNKNOWN = Verdict.RIGHT, Verdict.WRONG, Verdict.UNKNOWN
 
@@ -35,7 +48,7 @@ def answered(answer):
 
 
 def config(url="http://127.0.0.1:9/v1", **changes):
-    chosen = {"models": ("judge",), "key_env": "", "retry_delay": 0.0, "timeout": 5.0}
+    chosen = {"models": ("judge",), "key_env": None, "timeout": 5.0}
     return JudgeConfig(url=url, **(chosen | changes))
 
 
@@ -151,11 +164,12 @@ def echoing(prompt):
     return f"{verdict_line(prompt, 'WRONG')}\nThe answer was: {fields(prompt)['ANSWER']}"
 
 
+@pytest.mark.usefixtures("asked_once")
 @pytest.mark.parametrize("attack", ATTACKS, ids=range(len(ATTACKS)))
-@pytest.mark.parametrize("judge", [gullible, chat_template, echoing])
-def test_no_answer_talks_its_judge_into_right(attack, judge):
-    (scored,), _ = judged(lambda body, _: judge(content(body)), armed(attack), retries=0)
-    expected = StopReason.JUDGE_ERROR if judge is echoing else StopReason.ANSWERED
+@pytest.mark.parametrize("fooled", [gullible, chat_template, echoing])
+def test_no_answer_talks_its_judge_into_right(attack, fooled):
+    (scored,), _ = judged(lambda body, _: fooled(content(body)), armed(attack))
+    expected = StopReason.JUDGE_ERROR if fooled is echoing else StopReason.ANSWERED
     assert scored.verdict is not RIGHT
     assert scored.stop == expected, scored.error
 
@@ -201,7 +215,7 @@ def test_any_text_fits_one_line_and_comes_back(one, other):
     ],
 )
 def test_votes(votes, rule, verdict, note):
-    said = decide(votes, JudgeConfig(votes=len(votes), disagreement=rule))
+    said = decide(votes, JudgeConfig(disagreement=rule))
     assert said.verdict is verdict and said.note.startswith(note) and bool(note) == bool(said.note)
 
 
@@ -215,16 +229,16 @@ def test_votes(votes, rule, verdict, note):
 )
 def test_a_failed_vote_that_could_decide_is_a_failure_not_an_opinion(votes, rule):
     with pytest.raises(AskError, match="gone"):
-        decide(votes, JudgeConfig(votes=len(votes), disagreement=rule))
+        decide(votes, JudgeConfig(disagreement=rule))
 
 
-def test_votes_go_to_the_models_in_turn_and_see_the_fields_in_both_orders():
+def test_each_model_has_a_vote_and_votes_see_the_fields_in_both_orders():
     opinions = {"a": "RIGHT", "b": "WRONG"}
 
     def play(body, _):
         return verdict_line(content(body), opinions[body["model"]])
 
-    (scored,), seen = judged(play, "Paris", models=("a", "b"), votes=4)
+    (scored,), seen = judged(play, "Paris", models=("a", "a", "b", "b"))
     assert scored.verdict is UNKNOWN and scored.reward is None
     assert scored.error.startswith("judge_disagreement: 2 right, 2 wrong")
     assert sorted(body["model"] for body in seen.bodies) == ["a", "a", "b", "b"]
@@ -260,8 +274,9 @@ def test_the_cache_is_keyed_by_content(tmp_path: Path, change):
     assert len(seen.bodies) == 1
 
 
+@pytest.mark.usefixtures("asked_once")
 def test_failures_are_not_remembered(tmp_path: Path):
-    (scored,), _ = judged(lambda *_: "no idea", "Paris", workdir=tmp_path, retries=0)
+    (scored,), _ = judged(lambda *_: "no idea", "Paris", workdir=tmp_path)
     assert scored.stop is StopReason.JUDGE_ERROR
     (scored,), seen = judged(lambda b, _: honest(content(b)), "Paris", workdir=tmp_path)
     assert scored.verdict is RIGHT and len(seen.bodies) == 1
@@ -290,7 +305,7 @@ def test_a_damaged_cache_is_named(tmp_path: Path):
     ],
 )
 def test_a_failing_judge_is_unknown_and_asked_a_bounded_number_of_times(reply, asked, error):
-    (scored,), seen = judged(lambda *_: reply(), "Rome", retries=2)
+    (scored,), seen = judged(lambda *_: reply(), "Rome")
     assert (scored.stop, scored.verdict, scored.reward) == (StopReason.JUDGE_ERROR, UNKNOWN, None)
     assert error in scored.error and len(seen.bodies) == asked
 
@@ -301,12 +316,12 @@ def test_a_judge_that_recovers_is_believed():
     def play(body, _):
         return next(replies, honest(content(body)))
 
-    (scored,), _ = judged(play, "Paris", retries=2)
+    (scored,), _ = judged(play, "Paris")
     assert scored.verdict is RIGHT
 
 
 def test_nobody_listening_is_a_judge_error():
-    reward = make_reward("judge", config(retries=1), None)
+    reward = make_reward("judge", config(), None)
     scored = asyncio.run(score(answered("Paris"), TASK, reward))
     assert scored.stop is StopReason.JUDGE_ERROR and "transport: ConnectError" in scored.error
 
@@ -318,7 +333,7 @@ async def _never(*_):
 @pytest.mark.parametrize(
     ("limits", "error"),
     [
-        ({"timeout": 0.05, "retries": 1}, "timeout: no reply within 0.05 s"),
+        ({"timeout": 0.05}, "timeout: no reply within 0.05 s"),
         ({"timeout": 30.0, "deadline": 0.05}, "no verdict within 0.05 s"),
     ],
 )
@@ -327,32 +342,35 @@ def test_a_judge_that_hangs_holds_nothing_for_ever(limits, error):
     assert scored.stop is StopReason.JUDGE_ERROR and error in scored.error
 
 
-def test_concurrency_is_limited():
+def test_concurrency_is_limited(monkeypatch):
+    monkeypatch.setattr(judge, "CONCURRENCY", 3)
+
     async def slow(body, _):
         await asyncio.sleep(0.01)
         return honest(content(body))
 
     answers = [f"Rome {n}" for n in range(12)]
-    scored, seen = judged(slow, *answers, concurrency=3)
+    scored, seen = judged(slow, *answers)
     assert [t.verdict for t in scored] == [WRONG] * 12 and seen.most_running == 3
 
 
+@pytest.mark.usefixtures("asked_once")
 def test_what_is_no_failure_of_the_judge_is_not_swallowed():
     async def ask(prompt):
         raise AssertionError("a bug in the client")
 
     async def cancelled():
-        judge = Judge({"m": _never}, JudgeConfig())
-        task = asyncio.create_task(score(answered("Paris"), TASK, judge))
+        hanging = Judge({"m": _never}, JudgeConfig(models=("m",)))
+        task = asyncio.create_task(score(answered("Paris"), TASK, hanging))
         await asyncio.sleep(0)
         task.cancel()
         await task
 
     with pytest.raises(asyncio.CancelledError):
         asyncio.run(cancelled())
-    judge = Judge({"m": ask}, JudgeConfig(retries=0))
+    broken = Judge({"m": ask}, JudgeConfig(models=("m",)))
     with pytest.raises(AskError, match="AssertionError: a bug in the client"):
-        asyncio.run(judge(TASK, answered("Paris")))
+        asyncio.run(broken(TASK, answered("Paris")))
 
 
 # ------------------------------------------------------------------------------- keys, config
@@ -373,7 +391,7 @@ def test_the_key_is_sent_from_the_environment_and_shown_nowhere(monkeypatch, tmp
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"url": ""}, r"judge\.url='' .*name an OpenAI-compatible server"),
+        ({"url": None}, r"judge\.url=None .*name an OpenAI-compatible server"),
         ({"models": ()}, r"judge\.models=\(\).*a model it serves"),
         ({"url": "localhost:30000"}, "'localhost:30000'; give one like http://"),
         ({"key_env": "NO_SUCH_KEY_HERE"}, "NO_SUCH_KEY_HERE is not set; export"),
@@ -387,8 +405,7 @@ def test_a_judge_that_cannot_be_asked_is_a_users_mistake(changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"disagreement": "average"}, "'average'; use 'majority' or 'unknown'"),
-        ({"votes": 0}, r"judge\.votes is 0; it is at least 1"),
+        ({"disagreement": "average"}, "judge.disagreement 'average'; use one of majority, unknown"),
         ({"deadline": float("inf")}, r"judge\.deadline is inf"),
     ],
 )

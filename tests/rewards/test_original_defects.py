@@ -217,7 +217,7 @@ def asked(play, trajectory):
 
     async def run():
         async with played(play) as seen:
-            cfg = JudgeConfig(seen.url, ("m",), key_env="", retries=0, retry_delay=0.0)
+            cfg = JudgeConfig(seen.url, ("m",), key_env=None)
             return await score(trajectory, TASK, make_reward("judge", cfg, None)), seen
 
     return asyncio.run(run())

@@ -35,7 +35,6 @@ SMALL = StreamConfig(
     group_size=3,
     max_staleness=1,
     max_concurrent_groups=6,
-    retry_delay=0.0,
     stall_timeout=20.0,
 )
 

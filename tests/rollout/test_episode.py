@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from agentcpm_jax.chat.format import IM_END
+from agentcpm_jax.rollout import episode
+from agentcpm_jax.rollout.episode import NUDGE
 from agentcpm_jax.rollout.policy import Scripted
 from agentcpm_jax.types import (
     Provenance,
@@ -35,14 +37,13 @@ from tests.rollout.scripted_episode import (
 
 def test_a_played_demonstration_has_the_ids_of_the_demo_segment() -> None:
     says = Says("look", search("a") + "\n" + search("b"), ANSWER)
-    cfg = replace(CFG, nudge="go on")
-    trajectory = play(policy=says.policy, cfg=cfg)
+    trajectory = play(policy=says.policy)
     check_consistent(trajectory)
     messages = [
         {"role": "system", "content": "Find out."},
         {"role": "user", "content": TASK.question},
         {"role": "assistant", "content": "look"},
-        {"role": "user", "content": "go on"},
+        {"role": "user", "content": NUDGE},
         {"role": "assistant", "content": search("a") + "\n" + search("b")},
         {"role": "tool", "content": "about a"},
         {"role": "tool", "content": "about b"},
@@ -139,9 +140,10 @@ def test_a_failing_tool_is_an_observation() -> None:
     assert CHAT.decode(observed) == "\npage not found\n"
 
 
-def test_a_long_observation_is_cut() -> None:
+def test_a_long_observation_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(episode, "MAX_TOOL_CHARS", 20)
     library = Library({"a": ToolResult(ToolStatus.OK, "é" * 50)})
-    trajectory = play(search("a"), ANSWER, toolbox=library, cfg=replace(CFG, max_tool_chars=20))
+    trajectory = play(search("a"), ANSWER, toolbox=library)
     assert trajectory.turns[0].results[0].content == "é" * 20 + "\n[30 more characters left out]"
 
 

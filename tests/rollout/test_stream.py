@@ -13,11 +13,13 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 
 from agentcpm_jax.log.experience import ExperienceLog
+from agentcpm_jax.rollout import producer
 from agentcpm_jax.rollout.stream import (
     Stream,
 )
@@ -120,7 +122,7 @@ def test_a_restart_samples_anew_what_grew_too_old_to_be_trained(tmp_path: Path) 
 
 # ---- lockstep (R3)
 
-LOCKSTEP = with_(SMALL, deterministic=True, max_staleness=1, reissues=1, retries=1, min_valid=3)
+LOCKSTEP = with_(SMALL, deterministic=True, max_staleness=1, retries=1)
 
 
 def run_lockstep(where: Path, first: int, steps: int, latency: Callable[[], float]) -> list:
@@ -129,8 +131,12 @@ def run_lockstep(where: Path, first: int, steps: int, latency: Callable[[], floa
     async def run(task: Task, issue_id: int, sample: int, attempt: int) -> Trajectory:
         return await world.run(task, issue_id, sample, attempt)
 
+    whole_groups = mock.patch.object(producer, "MIN_VALID", LOCKSTEP.group_size)
     with ExperienceLog.open(where) as log:
-        with Stream(log, "rl", task, run, finish, LOCKSTEP, world.use_version) as stream:
+        with (
+            whole_groups,
+            Stream(log, "rl", task, run, finish, LOCKSTEP, world.use_version) as stream,
+        ):
             stream.start(version=first)
             batches = []
             for step in range(first, first + steps):

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -50,6 +51,9 @@ class Schedule:
     lag: int  # versions by which some engines are behind
     steps: int
     stops: int  # times the run is stopped and started again
+    min_valid: int  # what the producer's constants are for this run
+    reissues: int
+    barren_batches: int
 
     @classmethod
     def draw(cls, seed: int) -> Schedule:
@@ -63,16 +67,22 @@ class Schedule:
             over_age=rnd.choice(("drop", "wait")),
             deterministic=rnd.random() < 0.15,
             retries=rnd.randint(0, 2),
-            min_valid=rnd.randint(1, size),
-            reissues=rnd.randint(0, 2),
-            epoch_size=rnd.choice((0, 3, 5)),
             breaker=rnd.choice((4, 64, 64, 64)),
-            barren_batches=rnd.choice((4, 50, 50, 50)),
-            sample_deadline=20.0,
+            stall_timeout=5.0,
         )
         lag = 0 if cfg.deterministic or rnd.random() < 0.6 else rnd.randint(1, 3)
         faults = rnd.choice((0.0, 0.2, 0.4))
-        return cls(seed, cfg, faults, lag, rnd.randint(2, 5), rnd.choice((0, 0, 1, 2)))
+        return cls(
+            seed,
+            cfg,
+            faults,
+            lag,
+            steps=rnd.randint(2, 5),
+            stops=rnd.choice((0, 0, 1, 2)),
+            min_valid=rnd.randint(1, size),
+            reissues=rnd.randint(0, 2),
+            barren_batches=rnd.choice((4, 50, 50, 50)),
+        )
 
 
 class Episodes:
@@ -164,6 +174,16 @@ def history(log: Any, steps: int) -> tuple[list, list]:
 
 def play(schedule: Schedule, log: Any) -> str:
     """Runs a schedule to its end; returns 'finished' or the name of the error that ended it."""
+    with mock.patch.multiple(
+        "agentcpm_jax.rollout.producer",
+        MIN_VALID=schedule.min_valid,
+        REISSUES=schedule.reissues,
+        BARREN_BATCHES=schedule.barren_batches,
+    ):
+        return _play(schedule, log)
+
+
+def _play(schedule: Schedule, log: Any) -> str:
     rnd = random.Random(schedule.seed + 1)
     for left in range(schedule.stops, -1, -1):
         # A checkpoint may lie one step behind the last recorded batch.

@@ -66,9 +66,8 @@ CFG = ExperimentConfig(
     ),
     stages=(
         Stage(
-            kind="rl",
-            name="rl",
-            rl=RLStage(
+            "rl",
+            RLStage(
                 shape=TrainShape(row_length=320, rows=4, steps=STEPS, checkpoint_every=2),
                 optimizer=OptimizerConfig(lr=1e-2, schedule="constant", weight_decay=0.0),
                 denoise=DenoiseConfig(

@@ -178,9 +178,9 @@ def test_a_wrong_name_is_told_in_one_line(user_module, path, message):
 
 
 def test_everything_named_is_checked_before_the_first_stage(user_module):
-    sound = ExperimentConfig(stages=(Stage("rl", "rl", rl=RLStage()),))
+    sound = ExperimentConfig(stages=(Stage("rl", RLStage()),))
     check_custom(sound)
-    late = Stage("eval", "eval", eval=EvalStage(grader="user_code:gone"))
+    late = Stage("eval", EvalStage(grader="user_code:gone"))
     with pytest.raises(UserError, match="no function 'gone'"):
         check_custom(replace(sound, stages=(*sound.stages, late)))
     with pytest.raises(UserError, match="tools='user_code:gone'"):
@@ -196,8 +196,8 @@ def test_questions_that_are_evaluated_are_not_trained(tmp_path: Path):
         return str(tmp_path / name)
 
     ours, theirs = tasks("train.jsonl", "What is it?", "Who?"), tasks("gaia.jsonl", "who ?", "WHO?")
-    rl = Stage("rl", "rl", rl=RLStage(tasks_path=ours))
-    evaluated = Stage("eval", "eval", eval=EvalStage(tasks_path=theirs))
+    rl = Stage("rl", RLStage(tasks_path=ours))
+    evaluated = Stage("eval", EvalStage(tasks_path=theirs))
     with pytest.raises(UserError, match=r"1 questions of .*train\.jsonl.*'Who\?'; take them out"):
         check_held_out(ExperimentConfig(stages=(rl, evaluated)))
     check_held_out(ExperimentConfig(stages=(rl,)))

@@ -21,7 +21,7 @@ from tests.doubles.toy_pool import QUICK
 sys.path.insert(0, str(Path(__file__).parents[2] / "launch"))
 import train as launch_train
 
-from agentcpm_jax.config import ExperimentConfig, RLStage, Stage
+from agentcpm_jax.config import ExperimentConfig, RLStage, SFTStage, Stage
 from agentcpm_jax.engine.config import EngineConfig
 from agentcpm_jax.engine.server import EngineServer, ServerConfig
 from agentcpm_jax.engine.serving import ServedLocal
@@ -43,11 +43,11 @@ def configured(rl: RLStage | None = None) -> ExperimentConfig:
     config = parse(TINY).config
     stage = config.stages[0]
     assert stage.rl is not None
-    return replace(config, stages=(replace(stage, rl=rl or stage.rl),))
+    return replace(config, stages=(replace(stage, section=rl or stage.rl),))
 
 
 def with_judge(url: str, **changes) -> ExperimentConfig:
-    judge = JudgeConfig(url=url, models=("m",), key_env="", timeout=20.0, **changes)
+    judge = JudgeConfig(url=url, models=("m",), key_env=None, timeout=20.0, **changes)
     return configured(RLStage(grader="judge", judge=judge))
 
 
@@ -279,5 +279,5 @@ def test_clocks_that_differ() -> None:
 
 
 def test_a_stage_without_outside_parts_needs_none(tmp_path: Path) -> None:
-    config = replace(configured(), stages=(Stage(kind="sft", name="sft"),))
+    config = replace(configured(), stages=(Stage("sft", SFTStage()),))
     assert all(f.ok for f in findings(config, tmp_path).values())

@@ -74,7 +74,7 @@ print(json.dumps(digests))
 """
 GENERAL = {"w": np.zeros((4, 8), np.float32)}
 SPECIAL = {"w": np.random.default_rng(0).normal(size=(4, 8)).astype(np.float32)}
-STAGE = MergeStage(candidates=(0.9, 0.3, 0.6), keep=0.5)
+STAGE = MergeStage(alpha=(0.9, 0.3, 0.6), keep=0.5)
 
 
 def agent(params) -> float:
@@ -102,7 +102,7 @@ def test_the_first_point_is_the_general_model_and_the_others_lie_on_the_way():
 
 
 def test_a_grid_of_alpha_and_density():
-    stage = replace(STAGE, method="ties", densities=(0.25, 1.0))
+    stage = replace(STAGE, method="ties", density=(0.25, 1.0))
     found = search(stage, SPECIAL, GENERAL, (agent, general))
     tried = [dict(p.choice) for p in found.points[1:]]
     assert sorted((t["density"], t["alpha"]) for t in tried) == [
@@ -121,8 +121,6 @@ def test_the_largest_alpha_that_keeps_the_general_skill():
     assert dict(choose(STAGE, found).choice) == {"alpha": 0.6}
     assert dict(choose(replace(STAGE, keep=0.7), found).choice) == {"alpha": 0.3}
     assert dict(choose(replace(STAGE, keep=0.3), found).choice) == {"alpha": 0.9}
-    best = choose(replace(STAGE, keep=0.3, pick="agent"), found)
-    assert dict(best.choice) == {"alpha": 0.6}
 
 
 def test_when_no_candidate_keeps_enough_the_nearest_to_the_general_model_is_taken():
@@ -131,10 +129,8 @@ def test_when_no_candidate_keeps_enough_the_nearest_to_the_general_model_is_take
 
 
 def test_impossible_settings_are_named():
-    with pytest.raises(UserError, match=r"merge\.pick is 'best'; use 'largest' or 'agent'"):
-        replace(STAGE, pick="best")
-    with pytest.raises(UserError, match="list alphas too"):
-        MergeStage(densities=(0.5,))
+    with pytest.raises(UserError, match=r"merge\.density is empty"):
+        MergeStage(density=())
 
 
 def test_the_chart_shows_every_candidate_the_frontier_and_the_choice(tmp_path):

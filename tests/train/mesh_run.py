@@ -32,7 +32,14 @@ MODEL = dataclasses.replace(
     TINY, vocab_size=24, width=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, ffw=24
 )
 MODEL = dataclasses.replace(MODEL, remat="full", logits_chunk=7)
-LOSS = LossConfig("gspo", corrections=(Correction("geometric", 0.2, 5.0),), normalize="batch")
+LOSS = LossConfig(
+    "reinforce_pp",
+    objective="gspo",
+    eps_low=3e-4,
+    eps_high=4e-4,
+    aggregation="seq-mean-token-mean",
+    corrections=(Correction("geometric", 0.2, 5.0),),
+)
 # Keeps the gradient as its state and changes nothing.
 RECORD = optax.chain(optax.trace(decay=0.0), optax.set_to_zero())
 

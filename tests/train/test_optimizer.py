@@ -16,6 +16,7 @@ import transformers
 from agentcpm_jax import tree
 from agentcpm_jax.model import params as model_params
 from agentcpm_jax.model.config import TINY
+from agentcpm_jax.train import optimizer
 from agentcpm_jax.train.config import OptimizerConfig
 from agentcpm_jax.train.optimizer import decay_mask, make_optimizer
 from agentcpm_jax.types import UserError
@@ -37,20 +38,20 @@ def test_schedules_equal_those_of_transformers(name: str) -> None:
     weight = torch.nn.Parameter(torch.zeros(1))
     theirs = torch.optim.SGD([weight], lr=2e-5)
     lr = transformers.get_scheduler(name, theirs, num_warmup_steps=3, num_training_steps=40)
-    cfg = OptimizerConfig(
-        lr=2e-5, schedule=name.split("_")[0], warmup_fraction=0.06, total_steps=40
-    )
-    _, schedule = make_optimizer(cfg)
+    cfg = OptimizerConfig(lr=2e-5, schedule=name.split("_")[0], warmup=0.06)
+    _, schedule = make_optimizer(cfg, 40)
     for step in range(41):
         np.testing.assert_allclose(schedule(step), lr.get_last_lr()[0], rtol=1e-5, atol=1e-12)
         theirs.step()
         lr.step()
 
 
-def test_golden_values_of_the_schedules() -> None:
+def test_golden_values_of_the_schedules(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optimizer, "FLAT", 0.3)
+
     def at(*steps: int, **changes) -> list[float]:
-        cfg = OptimizerConfig(lr=1.0, warmup_steps=10, total_steps=110, **changes)
-        return [float(make_optimizer(cfg)[1](step)) for step in steps]
+        cfg = OptimizerConfig(lr=1.0, warmup=10, **changes)
+        return [float(make_optimizer(cfg, 110)[1](step)) for step in steps]
 
     assert at(0, 5, 10, 60, 110, 999, schedule="cosine") == pytest.approx([0, 0.5, 1, 0.5, 0, 0])
     assert at(35, schedule="cosine") == pytest.approx([0.5 * (1 + math.cos(math.pi / 4))])
@@ -125,8 +126,8 @@ def test_clipping_bounds_the_gradient_not_the_update() -> None:
     [
         ({"name": "lion"}, "unknown optimizer.name 'lion'"),
         ({"schedule": "step"}, "unknown optimizer.schedule 'step'"),
-        ({"schedule": "cosine"}, "total_steps=0; set total_steps > 0"),
-        ({"schedule": "constant", "warmup_fraction": 0.1}, "set total_steps > 0"),
+        ({"schedule": "cosine"}, "total_steps=None; set total_steps > 0"),
+        ({"schedule": "constant", "warmup": 0.1}, "set total_steps > 0"),
     ],
 )
 def test_bad_configurations_name_the_value(changes: dict, message: str) -> None:

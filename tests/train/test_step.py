@@ -38,11 +38,12 @@ VERSION = 5
 RECORD = optax.chain(optax.trace(decay=0.0), optax.set_to_zero())
 # Sequence ratios, sequence masks and batch-wide advantages: what packing and splitting could break.
 LOSS = LossConfig(
-    "gspo",
+    "reinforce_pp",
+    objective="gspo",
     eps_low=0.5,
     eps_high=1.0,
+    aggregation="seq-mean-token-mean",
     corrections=(Correction("mis", 1e-4, 1e4), Correction("geometric", 0.2, 5.0)),
-    normalize="batch",
 )
 
 
@@ -290,7 +291,7 @@ def test_a_mesh_changes_neither_loss_nor_gradient() -> None:
 
 @pytest.mark.parametrize("weight", [np.inf, 1e30], ids=["the loss", "the gradient alone"])
 def test_a_non_finite_update_is_skipped_and_counted(weight: float) -> None:
-    tx, schedule = make_optimizer(OptimizerConfig(lr=0.1, schedule="linear", total_steps=4))
+    tx, schedule = make_optimizer(OptimizerConfig(lr=0.1, schedule="linear"), 4)
     step = make_sft_step(MODEL, tx, schedule)
     good = fill([[row] for row in rows()], 16, 6)
     bad = good.replace(weights=np.where(good.loss_mask > 0, weight, 0).astype(np.float32))

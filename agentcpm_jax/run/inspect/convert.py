@@ -112,7 +112,8 @@ def _shardings(model: Any) -> Any:
 
 def _tokenizer_of(source: Path, cfg: ExperimentConfig) -> Path | None:
     """Beside a converted checkpoint, of the run's configuration, or made by the run."""
-    places = [source / TOKENIZER, Path(cfg.tokenizer), source.parent.parent / TOKENIZER]
+    named = [Path(cfg.tokenizer)] if cfg.tokenizer else []
+    places = [source / TOKENIZER, *named, source.parent.parent / TOKENIZER]
     return next((p for p in places if tokenizer_file(p) is not None), None)
 
 

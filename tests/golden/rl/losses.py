@@ -57,7 +57,7 @@ def loss(
         tokens = filled_in(tokens, resolve(cfg))
         each = OBJECTIVES[resolve(cfg).objective](tokens, resolve(cfg)).per_token
         weights = x["mask"]
-        for c in cfg.corrections:
+        for c in resolve(cfg).corrections:
             done = correct(tokens.proximal - tokens.behavior, x["mask"], None, c.rule)
             weights = weights * done.weight
         return {

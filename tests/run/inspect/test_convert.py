@@ -45,7 +45,7 @@ def run_with_checkpoint(workdir: Path, model=MODEL):
     """(what was trained, the directory of checkpoints) of a stage `agent` after step 7."""
     params = init(jax.random.key(0), MODEL)
     trained = lora.init_adapters(jax.random.key(1), model) if model.lora_rank else params
-    stage = Stage("sft", "agent", init_from="org/base-model", sft=SFTStage())
+    stage = Stage("agent", SFTStage(), "org/base-model")
     cfg = ExperimentConfig(model=model, stages=(stage,), tokenizer=str(TOKENIZER))
     checkpoints = Checkpointer(workdir / "agent" / "checkpoints")
     state = TrainState.create(trained, optax.adam(1e-3))

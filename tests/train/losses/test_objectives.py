@@ -146,7 +146,7 @@ def test_a_name_brings_the_papers_constants_and_each_can_be_changed():
     assert resolve(LossConfig("grpo")).kl_coef == 0.04
     assert resolve(LossConfig("grpo", kl_coef=0.0)).kl_coef == 0.0
     assert resolve(LossConfig("ppo")).dual_clip == 3.0
-    changed = LossConfig("decoupled_ppo", corrections=(Correction("none"),), proximal="loglinear")
+    changed = LossConfig("decoupled_ppo", corrections=(), proximal="loglinear")
     assert resolve(resolve(changed)) == resolve(changed)
     assert resolve(changed).proximal == "loglinear"
 
