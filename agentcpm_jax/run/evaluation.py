@@ -47,8 +47,9 @@ def check_attempts(cfg: ExperimentConfig) -> None:
     for stage in cfg.stages:
         spec = stage.eval
         if spec is not None and not all(1 <= k <= spec.samples for k in spec.k):
+            key = f"stage.{stage.name}"
             raise UserError(
-                f"stage.{stage.name}.k is {spec.k} and stage.{stage.name}.samples is {spec.samples}: "
+                f"{key}.k is {spec.k} and {key}.samples is {spec.samples}: "
                 f"pass@k needs k samples per task; keep k from 1 to {spec.samples} or raise samples"
             )
 

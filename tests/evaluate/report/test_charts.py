@@ -83,7 +83,9 @@ def test_bars_and_whiskers_have_the_right_heights():
     svg = bar_chart(["x"], {"a": [Estimate(0.5, 0.4, 0.6)], "b": [Estimate(1.0, 1.0, 1.0)]}, "t")
     a, b = (float(h) for h in re.findall(r'<rect[^>]* height="([\d.]+)"', svg))
     assert b == pytest.approx(2 * a, abs=0.2)
-    whiskers = re.findall(r'y1="([\d.]+)" x2="[\d.]+" y2="([\d.]+)" stroke="#1f2933"', svg)
+    whiskers = re.findall(
+        r'y1="([\d.]+)" x2="[\d.]+" y2="([\d.]+)" stroke="var\(--ink,#1f2933\)"', svg
+    )
     spans = [abs(float(p) - float(q)) for p, q in whiskers]
     assert spans[0] == pytest.approx(0.2 * b, abs=0.2)
     assert "x, a: 50.0% [40.0, 60.0]" in svg
