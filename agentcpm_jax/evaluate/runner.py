@@ -25,7 +25,7 @@ async def evaluate(
     concurrency: int,
     on_task: Callable[[], None] = lambda: None,
 ) -> list[TaskScore]:
-    """Score every task with `samples` samples, `concurrency` episodes at a time.
+    """Score every task by `samples` graded episodes, at most `concurrency` of them at a time.
 
     Tasks are written to the log as kind 'eval' of `stage` in their order; a task that is done
     there is not run again. A sample of unknown verdict is retried with the next attempt.

@@ -64,7 +64,7 @@ class Table:
     percent: bool = False
 
     def is_number(self, column: int) -> bool:
-        """Whether the cells of a column are numbers, which stand to the right."""
+        """Whether a column holds numbers only, which are aligned to the right."""
         cells = [row[column] for row in self.rows]
         return bool(cells) and not any(isinstance(cell, str | bool) for cell in cells)
 
@@ -171,7 +171,7 @@ def _contents(data: ReportData) -> dict[str, str]:
 
 
 class _Stage(NamedTuple):
-    """A stage as the template shows it; `share` is that of all stages' time."""
+    """A stage as the template shows it; `share` is its part of the time of all stages."""
 
     id: str
     name: str

@@ -20,7 +20,7 @@ from agentcpm_jax.evaluate.report.render import render_template
 from agentcpm_jax.types import Provenance, Segment, ToolCall, ToolResult, Trajectory, Turn
 
 FOLD_ABOVE = 500  # characters of a prompt or observation that are shown without a fold
-MERGE_ABOVE = 40_000  # tokens of a page above which what nobody sampled is no longer per token
+MERGE_ABOVE = 40_000  # tokens of a page above which those not sampled are shown in runs
 SURPRISE = (0.05, 0.3, 1.0, 2.0, 4.0)  # nats: bounds of the log-prob colours
 CHANGE = (0.02, 0.2, 1.0)  # nats: bounds of the colours of log pi now - log pi then
 
@@ -29,9 +29,11 @@ CHANGE = (0.02, 0.2, 1.0)  # nats: bounds of the colours of log pi now - log pi 
 class SegmentView:
     """A segment with what the trainer knows about its tokens.
 
-    texts: of each token. advantage f32[T] and trained bool[T]: the credit (None: none was given).
-    current f32[T]: log-probabilities under the newest checkpoint (None: there is none). step: the
-    batch's version, from which ages count (None: not shipped).
+    Attributes:
+      texts: of each token.
+      advantage: f32[T], and trained bool[T]: the credit; None when none was given.
+      current: f32[T], log-probabilities under the newest checkpoint; None when there is none.
+      step: version of the batch, minus which a token's version is its age; None: not shipped.
     """
 
     segment: Segment
@@ -72,8 +74,8 @@ def render_why(page: WhyPage) -> str:
     notes = [*page.notes]
     if not per_token:
         notes.append(
-            f"The page has {tokens:,} tokens: what nobody sampled is shown in runs; choose one "
-            "sample to see each token."
+            f"The page has {tokens:,} tokens: those that were not sampled are shown in runs; "
+            "choose one sample to see each token."
         )
     return render_template(
         "why.html.j2",
@@ -87,7 +89,7 @@ def render_why(page: WhyPage) -> str:
 
 
 class _Token(NamedTuple):
-    """A token, or a run of them: classes that colour it, details for the foot, its text."""
+    """A token, or a run of them: its colours as CSS classes, the details shown below, its text."""
 
     classes: str
     detail: str
@@ -95,12 +97,12 @@ class _Token(NamedTuple):
 
 
 class _Step(NamedTuple):
-    """A turn, or what stands behind the last turn of a segment, as the template shows it."""
+    """A turn, or the tokens after the last turn of a segment, as the template shows it."""
 
     title: str
     place: str
-    blocks: Sequence[tuple[str, Sequence[_Token]]]  # the summary under which they fold, or ""
-    fork: str = ""  # said above it
+    blocks: Sequence[tuple[str, Sequence[_Token]]]  # summary of the fold, or ""; its tokens
+    fork: str = ""  # where its segment forks from, shown above it
     flags: Sequence[str] = ()
     notes: Sequence[str] = ()
     calls: Sequence[ToolCall] = ()
@@ -165,7 +167,7 @@ def _turn(
 
 
 def _tail(view: SampleView, index: int, per_token: bool) -> list[_Step]:
-    """What stands behind the last turn of a segment, e.g. the end of a message."""
+    """The tokens after the last turn of a segment, e.g. the end of a message."""
     start = max((t.end for t in view.trajectory.turns if t.segment == index), default=0)
     segment = view.segments[index]
     rest = _tokens(segment, start, len(segment.texts), per_token)
