@@ -12,7 +12,7 @@ from agentcpm_jax.files import write_atomically
 from agentcpm_jax.plan.explain import naming_what_is_too_large
 from agentcpm_jax.run.context import RunContext, open_context
 from agentcpm_jax.run.custom import check_custom
-from agentcpm_jax.run.evaluation import run_eval
+from agentcpm_jax.run.evaluation import check_attempts, run_eval
 from agentcpm_jax.run.loop import train
 from agentcpm_jax.run.merging import run_merge
 from agentcpm_jax.run.multihost import StopSignal, decide, is_main
@@ -40,6 +40,7 @@ def run_experiment(
         raise UserError("config.stages is empty; name at least one stage")
     check_custom(cfg)
     check_held_out(cfg)
+    check_attempts(cfg)
     with StopSignal() as stop:
         ctx = open_context(cfg, Path(workdir or cfg.workdir), progress, stop, announce)
         with ctx.log:

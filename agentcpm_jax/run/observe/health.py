@@ -15,7 +15,7 @@ import numpy as np
 
 from agentcpm_jax.config import Stage
 from agentcpm_jax.data.batch import Batch
-from agentcpm_jax.evaluate.passk import Estimate, wilson
+from agentcpm_jax.evaluate.passk import clopper_pearson
 from agentcpm_jax.evaluate.report.page import BarChart, Headline, Panel, Table
 from agentcpm_jax.run.context import RunContext
 from agentcpm_jax.run.observe.alerts import history
@@ -84,14 +84,11 @@ def staleness_headline(ctx: RunContext, stage: Stage) -> list[Headline]:
 
 
 def staleness_chart(ctx: RunContext, stage: Stage) -> list[BarChart]:
-    """Share of samples lost to staleness, for each tenth by length, with Wilson intervals."""
+    """Share of samples lost to staleness, for each tenth by length, with exact intervals."""
     tenths = length_deciles(stale_drops(ctx.log, stage.name, recent=None))
     if not tenths:
         return []
-    shares = []
-    for tenth in tenths:
-        lost = sum(stale for _, stale in tenth)
-        shares.append(Estimate(lost / len(tenth), *wilson(lost, len(tenth)), len(tenth)))
+    shares = [clopper_pearson(sum(stale for _, stale in tenth), len(tenth)) for tenth in tenths]
     # The longest of a tenth names it: ranges would not fit below the bars.
     labels = tuple(f"≤ {tenth[-1][0]:,}" for tenth in tenths)
     return [
