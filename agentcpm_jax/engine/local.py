@@ -26,7 +26,7 @@ from agentcpm_jax.engine.weights import make_cache, make_mesh_of, own_copy
 from agentcpm_jax.model.config import ModelConfig
 from agentcpm_jax.rollout.policy import Completion, Finish, SampleRequest
 
-LEAST_STEPS = 4  # of a chunk that ends early
+LEAST_STEPS = 4  # decode steps of a chunk before it may end early
 
 
 class LocalEngine:
@@ -34,10 +34,11 @@ class LocalEngine:
 
     Args:
       params: the tree of `params.init`; copied.
-      text: ids to text, needed for stop strings alone.
+      version: of `params`; it is stamped on the sampled tokens.
+      text: decodes ids; needed only for stop strings.
 
     Raises:
-      UserError: `cfg.tensor` devices are not there, or do not divide the model.
+      UserError: there are fewer than `cfg.tensor` devices, or they do not divide the model.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class LocalEngine:
     # --- the policy ------------------------------------------------------------------------
 
     async def sample(self, request: SampleRequest) -> Completion:
-        """One completion; an engine failure is a completion with `finish=error`, never a raise."""
+        """One completion; an engine failure has `finish=error` and never raises."""
         prompt = np.asarray(request.prompt_ids, np.int32)
         budget = min(request.max_new_tokens, self.cfg.capacity - len(prompt))
         if problem := self._problem(request, prompt, budget):
@@ -87,7 +88,7 @@ class LocalEngine:
         return await run.future
 
     def set_params(self, params: dict, version: int) -> None:
-        """Swap weights before the next decode chunk. Takes a copy: the trainer donates its own."""
+        """Use a copy of `params` from the next decode chunk on; the caller may donate its own."""
         copied = own_copy(params, self.model, self._mesh)
         with self._wake:
             self._next_params = (copied, version)
@@ -96,7 +97,7 @@ class LocalEngine:
             self._wake.notify()
 
     def flush(self) -> bool:
-        """Forget all prefixes; False, and nothing is done, while requests run."""
+        """Forget all cached prefixes; while requests run, does nothing and returns False."""
         with self._wake:
             if self._running or self._waiting:
                 return False
@@ -104,7 +105,7 @@ class LocalEngine:
             return True
 
     def close(self) -> None:
-        """Abort what runs and end the thread."""
+        """Abort all requests and end the engine thread."""
         with self._wake:
             self._closed = True
             self._wake.notify()
@@ -157,7 +158,7 @@ class LocalEngine:
         self._params, self.version = self._next_params
         self._next_params = None
         self._slots.forget()
-        if self.cfg.reuse and not self.cfg.deterministic:  # what texts have in common is fed once
+        if self.cfg.reuse and not self.cfg.deterministic:  # feed a common prefix once
             for run, place in zip(
                 self._running.values(), self._slots.replace(list(self._running)), strict=True
             ):
@@ -203,7 +204,7 @@ class LocalEngine:
         rows.draw.min_p[slot] = params.min_p
 
     def _copy_prefix(self, run: Running) -> bool:
-        """Take the shared prefix from another row; False while that row has not been fed it."""
+        """Copy the shared prefix from another row; False while that row does not hold it yet."""
         place = run.place
         if place.source < 0:
             return True
@@ -227,8 +228,8 @@ class LocalEngine:
         return True
 
     def _feed_prompts(self) -> None:
-        """Prefill until each running row has exactly one token that is not in the cache, or, when
-        some rows are there, until `prefill_tokens` have been fed."""
+        """Prefill until each running row has exactly one token that is not in the cache, or, once
+        some rows have, until `prefill_tokens` have been fed."""
         fed = 0
         while True:
             settled = [slot for slot, run in self._running.items() if self._copy_prefix(run)]
@@ -239,7 +240,7 @@ class LocalEngine:
             fed += self._feed(pending, missing)
 
     def _feed(self, pending: Sequence[int], missing: np.ndarray) -> int:
-        """One device call; the tokens it took, padding included."""
+        """Prefill in one device call; returns the number of tokens fed, padding included."""
         slots, buckets = self._slots, self.cfg.token_buckets
         width = buckets[-1]
         if not self.cfg.deterministic:
@@ -277,7 +278,7 @@ class LocalEngine:
         rows = jax.tree.map(lambda x: x[take], self._rows)
         filled = self._length_bucket(int(rows.length.max()))
         self.programs.add(("decode", size, filled))
-        # With requests waiting for a slot, a chunk may end with a row; never where bits matter.
+        # While requests wait for a slot, a chunk may end when a row does, unless deterministic.
         hurry = self._waiting and not self.cfg.deterministic
         least = np.int32(min(LEAST_STEPS, self.cfg.chunk) if hurry else self.cfg.chunk)
         whole = size == self.cfg.slots
@@ -289,7 +290,7 @@ class LocalEngine:
             self._advance(slot, ids[: counts[row], row], logprobs[: counts[row], row])
 
     def _advance(self, slot: int, ids: np.ndarray, logprobs: np.ndarray) -> None:
-        """Book what a row has sampled; end its request if that was all."""
+        """Record what a row has sampled; end its request if it is finished."""
         run = self._running[slot]
         self._slots.append(slot, ids)
         self._rows.generated[slot] += len(ids)
@@ -308,7 +309,7 @@ class LocalEngine:
     def _place_rows(
         self, slots: Sequence[int], buckets: Sequence[int]
     ) -> tuple[int, list[tuple[int, int]]]:
-        """Number of rows and (row, slot) pairs; with a row for every slot, a slot is its own."""
+        """Number of rows and (row, slot) pairs; with a row for every slot, row = slot."""
         size = self.cfg.slots
         if not self.cfg.deterministic:
             size = _bucket(len(slots), up_to(self.cfg.slots, buckets))

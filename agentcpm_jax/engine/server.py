@@ -5,7 +5,7 @@
     POST  /pause_generation /continue_generation /abort_request /flush_cache       control:
           /update_weights_from_disk /update_weight_version                         admin key
 
-With an admin key, control routes want it. Without one they answer on the loopback interface only.
+Control routes require the admin key; without one they answer on the loopback interface only.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """Where to listen and under which name; keys come from the environment."""
+    """Address, name of the first weights and limits; keys come from the environment."""
 
     host: str = "127.0.0.1"
     port: int = 30000
     weight_version: str = "default"
-    chunk: int = 32  # tokens between two moments at which a request can be held or ended
+    chunk: int = 32  # tokens between two points where a request can be held or ended
     max_body_bytes: int = 64 << 20
 
 
@@ -63,7 +63,7 @@ class ServerKeys:
 
 
 class EngineServer:
-    """The application. `model` describes what is served: merged into `/model_info`."""
+    """The HTTP server. `model` describes what is served and is merged into `/model_info`."""
 
     def __init__(
         self,
@@ -87,8 +87,8 @@ class EngineServer:
         self._started = time.time()
 
     def application(self) -> web.Application:
-        """The aiohttp application; run it with `handler_cancellation=True`, so that a client that
-        goes away ends its request."""
+        """The aiohttp application; run it with `handler_cancellation=True`, so that a request ends
+        when its client disconnects."""
         app = web.Application(
             middlewares=[self._errors, self._authorise], client_max_size=self.cfg.max_body_bytes
         )
@@ -117,7 +117,10 @@ class EngineServer:
         return app
 
     async def start(self) -> tuple[web.AppRunner, str]:
-        """Listen; (runner, url). Port 0 takes a free one. `await runner.cleanup()` ends it."""
+        """Listen; returns (runner, url). Port 0 takes a free one, `runner.cleanup()` stops it.
+
+        Raises `UserError` when it cannot listen on the port.
+        """
         runner = web.AppRunner(
             self.application(), handler_cancellation=True, access_log=None, shutdown_timeout=1.0
         )
@@ -135,7 +138,7 @@ class EngineServer:
         host = f"[{self.cfg.host}]" if ":" in self.cfg.host else self.cfg.host
         return runner, f"http://{host}:{port}"
 
-    # --- who may ----------------------------------------------------------------------------
+    # --- authorisation ----------------------------------------------------------------------
 
     @web.middleware
     async def _authorise(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -143,7 +146,7 @@ class EngineServer:
         if path in CONTROL:
             if keys.admin:
                 return await handler(request) if _bears(request, keys.admin) else _error(401, path)
-            # A page in a browser on this machine can reach loopback too; it names its origin.
+            # A web page in a local browser can reach loopback too, but sends its origin.
             if not self._local or "Origin" in request.headers:
                 return _error(403, f"{path} needs an admin key, and this server has none")
             if keys.generate and not _bears(request, keys.generate):
@@ -361,7 +364,7 @@ async def _json(request: web.Request) -> dict[str, Any]:
 async def _stream(
     request: web.Request, answers: AsyncIterator[dict[str, Any]]
 ) -> web.StreamResponse:
-    """Server-sent events; the first answer decides the status."""
+    """Send server-sent events; an error before the first one still decides the status."""
     first = await anext(answers)
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
     await response.prepare(request)
