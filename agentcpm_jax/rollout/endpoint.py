@@ -1,6 +1,6 @@
 """A `ChatPolicy` over any OpenAI-compatible server: judges, summarisers, evaluation.
 
-One try per call and typed failures: who calls decides about retries, so that they do not multiply.
+One attempt per call, with typed failures: the caller decides about retries, so none multiply.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import httpx
 from agentcpm_jax.rollout.policy import AssistantMessage, Finish
 from agentcpm_jax.types import UserError
 
-#: What `AssistantMessage.error` begins with; asking again can help with all but `refused`.
+#: First words of `AssistantMessage.error`; a retry can help with all but `refused`.
 FAILURES = ("timeout", "transport", "busy", "refused", "malformed")
 
 _FINISH = {"length": Finish.LENGTH}
@@ -29,7 +29,7 @@ _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 @dataclass(frozen=True)
 class EndpointConfig:
-    """`url` up to and with the version, e.g. http://localhost:30000/v1; `timeout` in seconds.
+    """`url` includes the version, e.g. http://localhost:30000/v1; `timeout` is in seconds.
 
     `key_env` names the environment variable that holds the key; empty: no key is sent.
     """
@@ -43,7 +43,7 @@ class EndpointConfig:
 
 
 class ChatEndpoint:
-    """Replies of one model. Each call has a connection of its own, so any event loop may call.
+    """Client of one model. Each call opens its own connection, so it works in any event loop.
 
     Raises:
       UserError: no usable URL or model, or the key's variable is not set.
@@ -69,8 +69,8 @@ class ChatEndpoint:
     async def reply(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
     ) -> AssistantMessage:
-        """The first choice. A failure is a message with `finish=error` and `error` set, which
-        begins with one of `FAILURES`; keys are in no message."""
+        """The first choice of the reply. On failure `finish` is `error`, and `error` begins with
+        one of `FAILURES`; it never contains the key."""
         body: dict[str, Any] = {
             "model": self._cfg.model,
             "messages": [dict(m) for m in messages],
@@ -101,7 +101,7 @@ class ChatEndpoint:
             timeout=self._cfg.timeout or None, trust_env=self._trust_env, verify=self._verify
         ) as client:
             url = f"{self._cfg.url.rstrip('/')}/chat/completions"
-            # ASCII: text of a policy may hold lone surrogates, which UTF-8 does not carry.
+            # ASCII: a policy's text may hold lone surrogates, which UTF-8 cannot encode.
             return await client.post(url, content=json.dumps(body).encode(), headers=headers)
 
     def _failed(self, kind: str, detail: str) -> AssistantMessage:
@@ -111,7 +111,7 @@ class ChatEndpoint:
 
 
 def may_retry(error: str) -> bool:
-    """Whether a failure of this text may pass: all but a refusal."""
+    """Whether a retry may help after this `AssistantMessage.error`: all but a refusal."""
     return not error.startswith("refused")
 
 
@@ -120,7 +120,7 @@ def _may_pass(status: int) -> bool:
 
 
 def _message(reply: Mapping[str, Any]) -> AssistantMessage:
-    """The first choice of a chat completion; raises when it is none (some servers report errors
+    """The first choice of a chat completion; raises when there is none (some servers report errors
     with status 200)."""
     choice = reply["choices"][0]
     content = choice["message"].get("content") or ""
@@ -133,5 +133,5 @@ def _message(reply: Mapping[str, Any]) -> AssistantMessage:
 
 @cache
 def _certificates() -> ssl.SSLContext:
-    """Loaded once: reading the store takes longer than a request."""
+    """The certificate store, loaded once: reading it takes longer than a request."""
     return ssl.create_default_context()
