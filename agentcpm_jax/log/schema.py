@@ -70,7 +70,7 @@ claim = sa.Table(  # issues offered to workers; deleted when they leave `issued`
     sa.Column("stage", sa.String, nullable=False),
     sa.Column("version", sa.Integer, nullable=False),  # the oldest weights it may be sampled with
     sa.Column("worker", sa.String, nullable=False),  # "": nobody holds it
-    sa.Column("until", sa.Double, nullable=False),  # end of the lease, seconds of the database's clock
+    sa.Column("until", sa.Double, nullable=False),  # end of the lease, by the database's clock
     sa.Column("delivered", sa.Integer, nullable=False),  # 1: all its samples are recorded
     sa.Index("claim_by_stage", "stage", "delivered", "until"),
 )
