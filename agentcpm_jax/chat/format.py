@@ -64,7 +64,10 @@ class ChatFormat:
 
     @classmethod
     def load(cls, directory: str | Path, **template_kwargs: Any) -> ChatFormat:
-        """From a Hugging Face directory: tokenizer.json and its chat template."""
+        """From tokenizer.json and the chat template of a Hugging Face directory.
+
+        Raises `UserError` when one of them is missing or unreadable.
+        """
         path = Path(directory)
         file = path / "tokenizer.json"
         if not file.is_file():
@@ -214,7 +217,7 @@ class ChatFormat:
             ) from error
 
     def _mark(self, index: int, message: Message) -> dict[str, Any]:
-        """A copy of `message` whose text can be told from the template's."""
+        """A copy of `message` whose text is marked, to distinguish it from the template's."""
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
             raise ChatTemplateError(f"unknown role {role!r} in message {index}; use {_ROLES}")
@@ -273,7 +276,7 @@ def _i32(ids: Sequence[int]) -> np.ndarray:
 
 
 def _compile(template: str) -> jinja2.Template:
-    """The template in the sandbox and with the functions that `transformers` gives it."""
+    """Compile the template in the sandbox and with the functions that `transformers` provides."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
     )

@@ -1,8 +1,8 @@
 """The JSON that models write (JSON5: quotes, commas, comments, bare keys, numbers), in linear time.
 
 One regular expression cuts the text into tokens, each is rewritten as strict JSON, and the standard
-library parses the result. Refused, as no two readers agree on them: duplicate keys, NaN and
-infinities, lone surrogates.
+library parses the result. Duplicate keys, NaN, infinities and lone surrogates are refused, because
+parsers disagree on them.
 """
 
 from __future__ import annotations
