@@ -41,7 +41,7 @@ from agentcpm_jax.world.tools import SCHEMAS, config_of
 
 
 class Trained(NamedTuple):
-    """The plain parameters of a finished stage, and what was trained: themselves, or adapters."""
+    """The merged parameters of a finished stage, and the trained ones: the same, or adapters."""
 
     params: Any
     state: Any
@@ -62,7 +62,7 @@ def run_pretrain(ctx: RunContext, stage: Stage) -> None:
             pretrain_source(ctx.chat, phase, f"{ctx.cfg.seed}/{number}"),
             phase.row_length,
             phase.rows,
-            on_rejected=lambda step, rejected: None,  # the next document of a full batch
+            on_rejected=lambda step, rejected: None,  # the document that no longer fits
         )
         place = directory / f"phase{number}"
         trained = _train(ctx, place, name, load, dataset, shape, phase.optimizer)
@@ -137,7 +137,7 @@ def sft_rows(ctx: RunContext, sft: SFTStage) -> tuple[list[Row], Counter[str]]:
 
 
 def world_demonstrations(ctx: RunContext, sft: SFTStage) -> tuple[list[Conversation], int]:
-    """(conversations by an imperfect teacher on the training worlds, how many end right)."""
+    """(conversations of an imperfect teacher in the training worlds, number of right answers)."""
     demos, right = sft.demonstrations, 0
     conversations = []
     system = [{"role": "system", "content": ctx.cfg.episode.system_prompt}]
@@ -183,7 +183,7 @@ def _train(
     step_fn = make_sft_step(model, tx, schedule, micro_rows=shape.micro_rows, shardings=shardings)
     cut = make_cut(shape, ctx.mesh)
     bar = ctx.progress(name, shape.steps, start)
-    unread: list[tuple[int, Batch, Any]] = []  # steps whose loss nobody has looked at
+    unread: list[tuple[int, Batch, Any]] = []  # steps whose loss is not checked yet
 
     watching = watched(ctx, directory, start, shape.rows, shape.row_length)
     with closing(checkpoints), closing(bar), watching as on_phase:
@@ -194,7 +194,7 @@ def _train(
             placed = on_devices(cut(batch), shardings and shardings.batch, shape.rows)
             state, values = step_fn(state, placed, Frozen(base))
             if ctx.cfg.profile:
-                jax.block_until_ready(values)  # so that its time is its own
+                jax.block_until_ready(values)  # times the step alone
             unread.append((step, batch, values["train/loss"]))
             stopping = any_process(ctx.stop.requested)
             saves = step % shape.checkpoint_every == 0 or step == shape.steps or stopping
@@ -220,12 +220,12 @@ def _train(
 
 
 def _again(params: Any, shardings: Any) -> Any:
-    """Parameters that are in place already."""
+    """A `load` for parameters that are already on their devices."""
     return params
 
 
 def _own_rows(ctx: RunContext, shape: TrainShape) -> Sequence[int] | None:
-    """Of several processes, the rows of a batch that this one makes."""
+    """The rows of a batch that this process builds; None: all."""
     if jax.process_count() == 1:
         return None
     return local_rows(batch_sharding(ctx.mesh), (shape.rows, shape.row_length)).tolist()

@@ -29,17 +29,17 @@ TOKENIZER = "tokenizer"
 def convert(
     source: Path, out: Path, *, step: int | None = None, tokenizer: str = "", dtype: str = ""
 ) -> str:
-    """Converts whichever of the two `source` is into the other; returns a line for people.
+    """Converts `source`, which is one of the two, into the other; returns a line for the user.
 
     Args:
       source: a directory with config.json; or a stage's `checkpoints`, or one step of them.
       out: what is written; adapters become a directory for PEFT.
       step: of the checkpoints, the newest by default.
-      tokenizer: a directory whose tokenizer goes along; default: that of the model or the run.
+      tokenizer: a directory whose tokenizer is copied; default: that of the model or the run.
       dtype: 'float32' or 'bfloat16'; default: as it is stored.
 
     Raises:
-      UserError: `source` is neither, or `out` is in the way.
+      UserError: `source` is neither of the two, or `out` is already taken.
     """
     if (source / "config.json").is_file() and not (source / "checkpoints").is_dir():
         return _to_orbax(source, out, tokenizer, dtype)
@@ -98,7 +98,7 @@ def _to_orbax(source: Path, out: Path, tokenizer: str, dtype: str) -> str:
 
 
 def _shardings(model: Any) -> Any:
-    """Over all devices of this machine; None for one."""
+    """Shardings of the parameters over all devices of this machine; None for one device."""
     if jax.device_count() == 1:
         return None
     mesh = make_mesh(MeshConfig(fsdp=-1))
@@ -106,7 +106,7 @@ def _shardings(model: Any) -> Any:
 
 
 def _tokenizer_of(source: Path, cfg: ExperimentConfig) -> Path | None:
-    """Beside a converted checkpoint, of the run's configuration, or made by the run."""
+    """The tokenizer next to a converted checkpoint, that of the configuration, or the run's."""
     places = [source / TOKENIZER, Path(cfg.tokenizer), source.parent.parent / TOKENIZER]
     return next((p for p in places if (p / "tokenizer.json").is_file()), None)
 
