@@ -267,7 +267,7 @@ class Decision:
     """A filter's decision about a group, a sample or a turn, and its reason. JSON-able.
 
     It is about the whole group when `sample` is -1, about a whole sample when `turn` is -1. The log
-    stores sample, filter and reason; a decision read from it has the default `action` and `turn`.
+    stores only sample, filter and reason.
     """
 
     sample: int

@@ -217,7 +217,7 @@ class ChatFormat:
             ) from error
 
     def _mark(self, index: int, message: Message) -> dict[str, Any]:
-        """A copy of `message` whose text is marked, to distinguish it from the template's."""
+        """A copy of `message` with its text marked as not the template's."""
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
             raise ChatTemplateError(f"unknown role {role!r} in message {index}; use {_ROLES}")

@@ -63,7 +63,7 @@ class MarkedTokenizer:
         return self._mark(text, self._special)
 
     def restore(self, marked: str) -> str:
-        """The text with every mark replaced by what it stands for."""
+        """The text with its marks replaced by the original."""
         return _CODE.sub(self._decode_mark, marked)
 
     def encode(self, marked: str) -> tuple[list[int], list[bool]]:

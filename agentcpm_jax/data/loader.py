@@ -90,7 +90,7 @@ class EpochBatches(grain.IterDataset):
     def _shuffled_bins(self, epoch: int) -> list[list[int]]:
         rng = np.random.default_rng([self._seed, epoch])
         order = rng.permutation(len(self._rows))
-        # Shuffles which rows of equal length are packed together, and the packed rows.
+        # Shuffles rows of equal length, and then the packed rows.
         bins, _ = plan([len(self._rows[i]) for i in order], self._row_length)
         return [[int(order[i]) for i in bins[b]] for b in rng.permutation(len(bins))]
 

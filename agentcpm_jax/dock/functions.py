@@ -83,8 +83,11 @@ class FunctionToolbox:
         return (*self._inner.schemas(), *self._schemas.values())
 
     async def call(self, name: str, arguments: Mapping[str, Any]) -> ToolResult:
-        """Run one call. An exception of a function is an observation (`tool_error`); a time-out or
-        a lost connection says nothing about the agent (`infra_error`)."""
+        """Run one call; never raises for a failing function.
+
+        An exception is an observation (`tool_error`); a time-out or a lost connection says nothing
+        about the agent (`infra_error`).
+        """
         if name not in self._functions:
             return await self._inner.call(name, arguments)
         parameters = self._schemas[name]["function"]["parameters"]

@@ -73,8 +73,8 @@ def prefill(
     """Feed the first `counts` i32[R] of `tokens` i32[R, C] after the `length` i32[R] cached ones.
 
     Arrays may be numpy. `filled`: a static bound on length. `whole`: row r is slot r, for all
-    slots. Two programs, because one that reads and writes the donated cache would copy all of it:
-    XLA does not order the read before the write.
+    slots. Two programs: one that reads and writes the donated cache would copy all of it, as XLA
+    does not order the two.
     """
     past = read(cache, index, length, filled, whole)
     return feed(params, cfg, cache, past, index, length, tokens, counts)
@@ -82,7 +82,7 @@ def prefill(
 
 @partial(jax.jit, static_argnames=("filled", "whole"))
 def read(cache: KVCache, index: jax.Array, length: jax.Array, filled: int, whole: bool) -> Past:
-    """A copy of the keys and values cached for the rows."""
+    """A copy of the rows' keys and values."""
     return _past(cache, index, length, filled, whole)
 
 
@@ -117,7 +117,7 @@ def decode(
 
     A row ends when it has sampled a stop id or used its budget. The loop ends when all rows have,
     or, from `least` (i32 scalar) steps on, when any row has. New keys and values collect in a small
-    buffer and are written to the cache at the end.
+    buffer and go to the cache at the end.
 
     Returns (cache, ids i32[steps, R], log-probabilities f32[steps, R] of the full distribution at
     temperature 1, counts i32[R]: how many of them are valid).

@@ -26,7 +26,7 @@ from agentcpm_jax.engine.weights import make_cache, make_mesh_of, own_copy
 from agentcpm_jax.model.config import ModelConfig
 from agentcpm_jax.rollout.policy import Completion, Finish, SampleRequest
 
-LEAST_STEPS = 4  # decode steps of a chunk before it may end early
+LEAST_STEPS = 4  # steps of a chunk before it may end early
 
 
 class LocalEngine:
@@ -34,11 +34,11 @@ class LocalEngine:
 
     Args:
       params: the tree of `params.init`; copied.
-      version: of `params`; it is stamped on the sampled tokens.
+      version: of `params`; stamped on sampled tokens.
       text: decodes ids; needed only for stop strings.
 
     Raises:
-      UserError: there are fewer than `cfg.tensor` devices, or they do not divide the model.
+      UserError: fewer than `cfg.tensor` devices, or they do not divide the model.
     """
 
     def __init__(
@@ -240,7 +240,7 @@ class LocalEngine:
             fed += self._feed(pending, missing)
 
     def _feed(self, pending: Sequence[int], missing: np.ndarray) -> int:
-        """Prefill in one device call; returns the number of tokens fed, padding included."""
+        """Prefill in one device call; returns the tokens fed, padding included."""
         slots, buckets = self._slots, self.cfg.token_buckets
         width = buckets[-1]
         if not self.cfg.deterministic:

@@ -31,7 +31,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "logit_bias": (None, {}),
     "stop_regex": (None, [], ""),
 }
-#: (neutral value, test of validity, valid values in words)
+#: (neutral value, test, valid values in words)
 _OPTIONS: dict[str, tuple[float, Callable[[float], bool], str]] = {
     "top_p": (1.0, lambda p: 0 < p <= 1, "a number above 0, at most 1"),
     "top_k": (0, lambda k: k == int(k) and k >= -1, "-1 for all, or a positive integer"),

@@ -15,12 +15,12 @@ from agentcpm_jax.rollout.policy import Completion, Finish, SampleRequest
 
 @dataclass
 class Running:
-    """A request, the tokens sampled so far, and the future that its caller awaits."""
+    """A request, its tokens so far, and the future that its caller awaits."""
 
     request: SampleRequest
     prompt: np.ndarray  # i32[P]
     budget: int
-    deadline: float  # on the clock of time.monotonic
+    deadline: float  # in time.monotonic
     key: np.ndarray  # u32[2]
     loop: asyncio.AbstractEventLoop
     future: asyncio.Future[Completion]
@@ -53,7 +53,7 @@ class Running:
         version: int,
         text: Callable[[Sequence[int]], str] | None,
     ) -> Finish | None:
-        """Append the tokens of a chunk; returns how the request finishes, None if it goes on."""
+        """Append a chunk's tokens; returns how the request finishes, None if not yet."""
         params = self.request.params
         self.ids += ids.tolist()
         self.logprobs += logprobs.tolist()
@@ -69,7 +69,7 @@ class Running:
         return Finish.LENGTH if len(self.ids) >= self.budget else None
 
     def resolve(self, finish: Finish, error: str = "") -> None:
-        """Deliver the completion in the caller's event loop; may be called from any thread."""
+        """Deliver the completion to the caller's event loop; from any thread."""
         completion = Completion(
             ids=np.asarray(self.ids, np.int32),
             logprobs=np.asarray(self.logprobs, np.float32),
@@ -88,7 +88,7 @@ class Running:
 
 
 def failed(error: str) -> Completion:
-    """A completion without tokens and with `finish=error`."""
+    """A completion without tokens, `finish=error`."""
     empty = np.zeros(0, np.int32)
     return Completion(empty, np.zeros(0, np.float32), empty, Finish.ERROR, error)
 

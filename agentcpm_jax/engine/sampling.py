@@ -5,9 +5,9 @@ An id may be drawn if fewer than `top_k` ids are likelier than it, if those toge
 judged on the temperature-scaled full distribution, as SGLang judges them (others renormalise
 between two); ids of equal probability stay or go together.
 
-The log-probability that the engine reports is that of the full distribution at temperature 1, which
-is what the trainer computes, not that of the distribution drawn from. The two differ under a
-restriction or another temperature, so sampling for training uses neither.
+The engine reports the log-probability under the full distribution at temperature 1, which is what
+the trainer computes, not under the distribution drawn from. The two differ under a restriction or
+another temperature, so sampling for training uses neither.
 """
 
 from __future__ import annotations
@@ -58,8 +58,11 @@ def _noise(keys: jax.Array, index: jax.Array, width: int) -> jax.Array:
 
 
 def _allowed(scaled: jax.Array, draw: Draw) -> jax.Array:
-    """The ids that may be drawn, bool[R, V]. Bisection over the ordered bits of float32 finds the
-    least likely id that top-k and top-p allow, without sorting the vocabulary."""
+    """The ids that may be drawn: bool[R, V].
+
+    Bisection over the ordered bits of float32 finds the least likely id that top-k and top-p allow,
+    without sorting the vocabulary.
+    """
     probs = jax.nn.softmax(scaled, axis=1)
     top_k = jnp.where(draw.top_k > 0, draw.top_k, scaled.shape[1])
     top_p = jnp.where(draw.top_p < 1, draw.top_p, jnp.inf)

@@ -87,8 +87,10 @@ class EngineServer:
         self._started = time.time()
 
     def application(self) -> web.Application:
-        """The aiohttp application; run it with `handler_cancellation=True`, so that a request ends
-        when its client disconnects."""
+        """The aiohttp application.
+
+        Run it with `handler_cancellation=True`, so that a request ends when its client disconnects.
+        """
         app = web.Application(
             middlewares=[self._errors, self._authorise], client_max_size=self.cfg.max_body_bytes
         )
@@ -364,7 +366,7 @@ async def _json(request: web.Request) -> dict[str, Any]:
 async def _stream(
     request: web.Request, answers: AsyncIterator[dict[str, Any]]
 ) -> web.StreamResponse:
-    """Send server-sent events; an error before the first one still decides the status."""
+    """Send server-sent events; an error before the first decides the status."""
     first = await anext(answers)
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
     await response.prepare(request)

@@ -218,7 +218,7 @@ class Sessions:
             job.finish = {"type": "length", "length": len(job.ids)}
 
     def _matched(self, job: GenerationJob, new: int) -> bool:
-        """Cut the job after the token that completes a stop string; returns whether one does."""
+        """Cut the job after a completed stop string; returns whether there was one."""
         if not job.stop_strings or self.decode is None:
             return False
         count, found = cut_at_stop(self.decode, job.ids, new, job.stop_strings)

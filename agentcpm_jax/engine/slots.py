@@ -18,8 +18,11 @@ BLOCK = 256  # tokens compared at once
 
 @dataclass(frozen=True)
 class CacheSlot:
-    """The row chosen for a prompt. It holds the first `kept` tokens; row `source` (-1: none) holds
-    the first `shared` tokens, or will once they have been fed."""
+    """The row chosen for a prompt.
+
+    It holds the first `kept` tokens; row `source` (-1: none) holds the first `shared` tokens, or
+    will once they have been fed.
+    """
 
     slot: int
     kept: int

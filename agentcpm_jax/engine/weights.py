@@ -53,8 +53,11 @@ def _apart(layers: dict) -> tuple:
 
 
 def _layers_apart() -> bool:
-    """Whether to unstack the layers: on CPUs a scan copies each layer's weights out of the stack in
-    every step. Accelerators read them in place, and a scan compiles faster."""
+    """Whether to unstack the layers.
+
+    On CPUs a scan copies each layer's weights out of the stack in every step; accelerators read
+    them in place, and a scan compiles faster.
+    """
     return jax.default_backend() == "cpu"
 
 

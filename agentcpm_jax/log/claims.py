@@ -84,7 +84,7 @@ class Claims:
             return set(conn.scalars(sa.select(c.issue_id).where(*mine)))
 
     def release(self, worker: str, issue_ids: Iterable[int] | None = None) -> None:
-        """Gives a worker's claims on `issue_ids` (None: all of its claims) back at once."""
+        """Gives a worker's claims on `issue_ids` (None: all) back at once."""
         c = db.claim.c
         mine = [c.worker == worker, c.delivered == 0]
         if issue_ids is not None:

@@ -59,7 +59,7 @@ class Signals:
             return self._counts[kind]
 
     def closes_within(self, timeout: float) -> bool:
-        """Sleeps for `timeout` seconds or until `close`; returns whether it was closed."""
+        """Sleeps until `close`, at most `timeout` s; returns whether it was closed."""
         with self._changed:
             return self._changed.wait_for(lambda: self.closed, timeout)
 

@@ -55,8 +55,11 @@ class Past:
 
 @flax.struct.dataclass
 class Recent:
-    """Buffers, shaped as in `KVCache`. The one new token of each row goes into time column `column`
-    (i32 scalar); the columns before it hold the tokens before it."""
+    """Buffers shaped as in `KVCache`.
+
+    The new token of each row goes into time column `column` (i32 scalar); the columns before it
+    hold the tokens before it.
+    """
 
     k: Any
     v: Any
@@ -133,8 +136,10 @@ def attend(
     *,
     recent: Recent | None = None,
 ) -> tuple[Float[Array, "B C D"], Any, Any]:
-    """Run the model on tokens at positions start[b] onward, which attend to `past` and causally to
-    each other; with `recent` on one token per row, which attends to the buffers up to its column.
+    """Run the model on tokens at positions start[b] onward.
+
+    They attend to `past` and causally to each other; with `recent` it is one token per row, which
+    attends to the buffers up to its column.
 
     Returns:
       The input of `qwen3.unembed`, and the new keys [(L) B, K, H, C] and values [(L) B, K, C, H],
@@ -182,8 +187,10 @@ def write(
     k_new: Any,
     v_new: Any,
 ) -> KVCache:
-    """Puts the first counts[b] new keys and values, as `attend` returns them, into row rows[b] from
-    start[b] on; rows and slots outside the cache are dropped. `lengths` is not changed."""
+    """Puts the first counts[b] new keys and values of `attend` into row rows[b] from start[b] on.
+
+    Rows and slots outside the cache are dropped. `lengths` is not changed.
+    """
     offsets = jnp.arange(jax.tree.leaves(k_new)[0].shape[-1], dtype=jnp.int32)
     # Ignored tokens get an index past the end, which mode='drop' does not write.
     slots = jnp.where(offsets < counts[:, None], start[:, None] + offsets, cache.capacity)
@@ -216,8 +223,11 @@ def _over_layers(
 def _softmax_sum(
     q: Float[Array, "B C K G H"], parts: Sequence[tuple[jax.Array, jax.Array, jax.Array]]
 ) -> Float[Array, "B C K G H"]:
-    """Attention with one softmax over several parts, not concatenated: keys [B, K, H, S], values
-    [B, K, S, H], seen [B, C, S]. Every query must see a key of the last part."""
+    """Attention with one softmax over several parts, without concatenating them.
+
+    A part: keys [B, K, H, S], values [B, K, S, H], seen [B, C, S]. Every query must see a key of
+    the last part.
+    """
     scores = [jnp.where(seen[:, None, None], _scores(q, k), MASKED) for k, _, seen in parts]
     top = scores[-1].max(axis=-1, keepdims=True)
     for part in scores[:-1]:
@@ -229,8 +239,11 @@ def _softmax_sum(
 
 
 def _scores(q: Float[Array, "B C K G H"], k: Float[Array, "B K H S"]) -> jax.Array:
-    """float32 [B, K, G, C, S]. For one query it is a product and a sum, which XLA fuses: on CPUs
-    several times faster than a batch of tiny matrix products, and memory-bound elsewhere."""
+    """Scores, float32 [B, K, G, C, S].
+
+    For one query they are a product and a sum, which XLA fuses: several times faster on CPUs than
+    a batch of tiny matrix products, and memory-bound elsewhere.
+    """
     if q.shape[1] > 1:
         return jnp.einsum("BCKGH,BKHS->BKGCS", q, k, preferred_element_type=jnp.float32)
     products = q[:, 0, :, :, :, None].astype(jnp.float32) * k[:, :, None].astype(jnp.float32)
@@ -238,7 +251,7 @@ def _scores(q: Float[Array, "B C K G H"], k: Float[Array, "B K H S"]) -> jax.Arr
 
 
 def _values(w: Float[Array, "B K G C S"], v: Float[Array, "B K S H"]) -> jax.Array:
-    """float32 [B, C, K, G, H]; one query is special, as in `_scores`."""
+    """float32 [B, C, K, G, H]; for one query as in `_scores`."""
     if w.shape[3] > 1:
         return jnp.einsum("BKGCS,BKSH->BCKGH", w, v, preferred_element_type=jnp.float32)
     products = w[:, :, :, 0, :, None].astype(jnp.float32) * v[:, :, None].astype(jnp.float32)

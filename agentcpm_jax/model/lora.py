@@ -64,7 +64,7 @@ def adapted(layer: Mapping[str, Any], adapters: Mapping[str, Any], cfg: ModelCon
 
 
 def merge(params: Mapping[str, Any], adapters: Mapping[str, Any], cfg: ModelConfig) -> Params:
-    """Add the adapters to `params`: a plain model that computes the same as the adapted one."""
+    """Parameters of a plain model that computes the same as the adapted one."""
     one = jax.vmap(lambda layer, pair: adapted(layer, pair, cfg))
     return {**params, "layers": one(params["layers"], adapters)}
 

@@ -26,8 +26,8 @@ class ParamSpec:
       axes: the logical name of each axis; `sharding.py` maps names to the mesh.
       init: 'ones', or the standard deviation of a normal.
       hf_key: key in Hugging Face files; '{}' is the layer number.
-      hf_inputs: number of input axes (after L). The file holds a matrix [outputs, inputs] with the
-        input axes flattened, and the rest as its outputs. 0: stored unchanged.
+      hf_inputs: number of input axes (after L), which are the inputs of the file's matrix
+        [outputs, inputs]; the other axes are its outputs. 0: stored unchanged.
     """
 
     shape: tuple[int, ...]
@@ -40,7 +40,7 @@ class ParamSpec:
 def param_specs(cfg: ModelConfig) -> dict[str, Any]:
     """The nested dict of ParamSpec that `init` fills with arrays.
 
-    Matrices have standard deviation fan_in ** -0.5; those that write into the residual stream are
+    Matrices start with deviation fan_in ** -0.5; those that write into the residual stream are
     divided by sqrt(2 L), so that its variance does not grow with depth.
     """
     d, n, k, h, f = cfg.width, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, cfg.ffw

@@ -120,7 +120,7 @@ def embed(
     tokens: Int[Array, "B T"],
     mesh: Mesh | None = None,
 ) -> Float[Array, "B T D"]:
-    """The embedding's rows for `tokens`, in `cfg.dtype`."""
+    """The embeddings of `tokens`, in `cfg.dtype`."""
     with jax.named_scope("embed"):
         if mesh is None or mesh.size == 1:
             return params["embed"][tokens].astype(cfg.dtype)

@@ -44,7 +44,7 @@ def rematerialise(body: Callable[..., Any], name: str) -> Callable[..., Any]:
     """The body of a layer scan under the policy `name`."""
     if name == "none":
         return body
-    # Inside a scan XLA cannot merge the recomputation with the forward pass anyway.
+    # Inside a scan nothing can be merged with the forward pass anyway.
     return jax.checkpoint(body, policy=POLICIES[name], prevent_cse=False)
 
 

@@ -162,8 +162,8 @@ def compile_ahead(step: Any, *arguments: Any, estimate: MemoryEstimate | None = 
 def raise_if_too_large(error: Exception, estimate: MemoryEstimate | None = None) -> None:
     """Turns RESOURCE_EXHAUSTED of a compiler or a device into a `UserError` of one line.
 
-    The message gives the memory needed, the estimate and its biggest parts (the compiler names no
-    buffers), and three things to change. Other errors are left alone.
+    It gives the memory needed, the estimate and its biggest parts (the compiler names no buffers),
+    and three things to change. Other errors pass.
     """
     text = str(error)
     if "RESOURCE_EXHAUSTED" not in text:

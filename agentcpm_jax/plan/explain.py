@@ -119,10 +119,10 @@ def explain(
 
 
 def smallest_slice(cfg: ExperimentConfig) -> str:
-    """The slice with the least memory that the mesh divides and every step fits, by estimate.
+    """The slice of least memory that the mesh divides and every step fits, by estimate.
 
     Raises:
-      UserError: there is none; the message is about the largest slice that the mesh divides.
+      UserError: there is none; names the largest slice that the mesh divides.
     """
     why: UserError | None = None
     for name in sorted(TOPOLOGIES, key=lambda name: device_count(name) * _chip(name).hbm_bytes):
@@ -142,7 +142,7 @@ def smallest_slice(cfg: ExperimentConfig) -> str:
 
 
 def steps_of(stage: Stage) -> Iterator[Step]:
-    """The compiled steps of a stage: one per phase of pre-training, one for SFT or RL."""
+    """The steps of a stage: one per phase of pretraining, one for SFT or RL."""
     if stage.pretrain is not None:
         for number, phase in enumerate(stage.pretrain.phases):
             shape = TrainShape(phase.row_length, phase.rows, steps=phase.steps)
@@ -260,7 +260,7 @@ def _mesh_sizes(cfg: ExperimentConfig, slice_name: str) -> tuple[int, ...]:
 
 
 def as_run_on(model: ModelConfig, kind: str) -> tuple[ModelConfig, list[str]]:
-    """The model with kernels that accelerator `kind` supports, and a line for each change."""
+    """`fit_to` for an accelerator of `kind`."""
     return fit_to(model, "gpu" if kind in CAPABILITY else "tpu", CAPABILITY.get(kind, 0.0))
 
 

@@ -35,7 +35,7 @@ LAYER_WIDTHS, LAYER_INNER = 37, 6
 
 
 class MemoryEstimate(NamedTuple):
-    """Bytes on one device; the parts are defined at the top of the file."""
+    """Bytes on one device, by the parts above."""
 
     arguments: float
     saved: float
@@ -112,8 +112,11 @@ def _saved(model: ModelConfig, tensor: int) -> float:
 
 
 def _weights(model: ModelConfig, devices: int) -> float:
-    """Bytes of copies: all layer matrices where they are cast to a smaller dtype before the scan;
-    where dtypes are equal only those of q, k and v, transposed to heads first."""
+    """Bytes of the copies of the layers' matrices.
+
+    All are cast before the scan to a smaller dtype; with equal dtypes only those of q, k and v are
+    copied, to heads first.
+    """
     heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     if BYTES[model.dtype] < BYTES[model.param_dtype]:
         heads += model.num_heads * model.head_dim + 3 * model.ffw
@@ -134,8 +137,11 @@ def _layer(model: ModelConfig, tokens: float, mesh: Mesh | AbstractMesh) -> floa
 
 
 def _head(model: ModelConfig, tokens: float, mesh: Mesh | AbstractMesh) -> float:
-    """Bytes at the output matrix. On a mesh the embedding is gathered twice (rows, output matrix),
-    and its two float32 gradients are held before and after their sum over the devices."""
+    """Bytes held at the output matrix.
+
+    On a mesh the embedding is gathered twice (rows, output matrix), and its two float32 gradients
+    are held before and after their sum over the devices.
+    """
     vocab, several = model.vocab_size / mesh.shape["tensor"], mesh.size > 1
     chunk = min(model.logits_chunk or chunk_tokens(model.vocab_size), tokens)
     e = 4 if model.lm_head_fp32 else BYTES[model.dtype]

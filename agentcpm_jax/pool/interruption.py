@@ -127,7 +127,7 @@ class _Kept:
         counters.uncertain_tokens += len(chunk.ids) * chunk.uncertain
 
     def cut(self, strings: Sequence[str], decode: Decode) -> bool:
-        """Cut after the id that completes one of `strings`; returns whether there is one."""
+        """Cut after the id that completes one of `strings`, if any; returns whether it did."""
 
         def complete(count: int) -> bool:
             text = decode(self.ids[:count])

@@ -247,7 +247,7 @@ class Members:
         worker.seeded = bool(arguments.get("enable_deterministic_inference"))
 
     async def _load(self, worker: Worker, target: Weights) -> None:
-        """Pause the server, load the weights, and resume it even after a failure."""
+        """Pause, load, and resume the server even after a failure."""
         server, mode = worker.server, self.cfg.pause
         path = await self._path(worker, target)
         try:
@@ -304,7 +304,7 @@ class Members:
         worker.version = target.version
 
     async def _probe(self, worker: Worker) -> None:
-        """Check that log-probabilities at the run's temperature match the trainer's."""
+        """Compare log-probabilities at the run's temperature with the trainer's."""
         trainer = self.trainer
         if self._logprobs is not None:
             prompts = probe_prompts(trainer.vocab_size)

@@ -262,7 +262,7 @@ class SGLangPool:
         return answer
 
     async def _post(self, worker: Worker, body: Mapping[str, Any], key: str) -> tuple[int, bytes]:
-        """Send the request in a task that is cancelled when its worker is lost."""
+        """Send the request; it is cancelled when its worker is lost."""
         server = self._router or worker.server
         headers = {"X-SMG-Routing-Key": key} if self._router else None
         post = asyncio.create_task(server.generate(body, self.cfg.attempt_timeout, headers))

@@ -15,7 +15,7 @@ from agentcpm_jax.types import UserError
 
 
 def open_client(cfg: PoolConfig) -> httpx.AsyncClient:
-    """One HTTP client for all workers; raises `UserError` when `ca_file` cannot be read.
+    """One HTTP client for all workers; raises `UserError` for an unreadable `ca_file`.
 
     Proxies come from the environment (HTTP_PROXY, NO_PROXY, ...); loopback is never proxied.
     """

@@ -69,8 +69,11 @@ class ChatEndpoint:
     async def reply(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
     ) -> AssistantMessage:
-        """The first choice of the reply. On failure `finish` is `error`, and `error` begins with
-        one of `FAILURES`; it never contains the key."""
+        """The first choice of the reply.
+
+        On failure `finish` is `error`, and `error` begins with one of `FAILURES`; it never contains
+        the key.
+        """
         body: dict[str, Any] = {
             "model": self._cfg.model,
             "messages": [dict(m) for m in messages],
@@ -111,7 +114,7 @@ class ChatEndpoint:
 
 
 def may_retry(error: str) -> bool:
-    """Whether a retry may help after this `AssistantMessage.error`: all but a refusal."""
+    """Whether a retry may help after this error: after all but a refusal."""
     return not error.startswith("refused")
 
 
@@ -120,8 +123,10 @@ def _may_pass(status: int) -> bool:
 
 
 def _message(reply: Mapping[str, Any]) -> AssistantMessage:
-    """The first choice of a chat completion; raises when there is none (some servers report errors
-    with status 200)."""
+    """The first choice of a chat completion.
+
+    Raises when there is none: some servers report errors with status 200.
+    """
     choice = reply["choices"][0]
     content = choice["message"].get("content") or ""
     if not isinstance(content, str):
@@ -133,5 +138,5 @@ def _message(reply: Mapping[str, Any]) -> AssistantMessage:
 
 @cache
 def _certificates() -> ssl.SSLContext:
-    """The certificate store, loaded once: reading it takes longer than a request."""
+    """Loaded once: reading the certificates takes longer than a request."""
     return ssl.create_default_context()

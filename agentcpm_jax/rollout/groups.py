@@ -65,7 +65,7 @@ class StreamStalled(StreamError):
 
 
 def is_known(traj: Trajectory) -> bool:
-    """Whether the sample has a verdict and did not end by a failure outside the policy."""
+    """Whether the sample has a verdict and no failure outside the policy."""
     return traj.verdict is not Verdict.UNKNOWN and traj.stop not in UNKNOWN_STOPS
 
 
@@ -196,7 +196,7 @@ class ClaimedGroups:
         return group
 
     def fail(self, error: BaseException) -> None:
-        """Fail all waiting groups with `error`; may be called from any thread."""
+        """Fail all waiting groups with `error`; from any thread."""
         self.error = error
         self._log.signals.announce("delivered")
 

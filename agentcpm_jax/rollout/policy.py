@@ -26,9 +26,11 @@ class Finish(enum.StrEnum):
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to sample. `temperature=0` is greedy. Log-probabilities are those of the full
-    distribution at temperature 1, whatever the parameters; train on samples without `top_p`,
-    `top_k` and `min_p`."""
+    """How to sample; `temperature=0` is greedy.
+
+    Log-probabilities are those of the full distribution at temperature 1, whatever the parameters;
+    train on samples without `top_p`, `top_k` and `min_p`.
+    """
 
     temperature: float = 1.0
     stop_ids: tuple[int, ...] = ()
@@ -87,7 +89,7 @@ class Engine(TokenPolicy, Protocol):
 
     @property
     def tokens_prefilled(self) -> int:
-        """Prompt tokens computed; 0 where the engine does not report them."""
+        """Prompt tokens computed; 0 where they are not reported."""
         ...
 
     def set_params(self, params: Any, version: int) -> None:

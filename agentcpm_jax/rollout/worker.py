@@ -54,7 +54,7 @@ class ClaimWorker:
         self._woken = asyncio.Event()
 
     def wake(self) -> None:
-        """Makes `run` check its condition and new issues at once; from any thread."""
+        """Makes `run` check for changes at once; from any thread."""
         self._log.signals.announce("offered")
 
     async def run(self, over: Callable[[], bool] = lambda: False) -> None:

@@ -109,7 +109,7 @@ class RunContext:
         return SHIPPED.get(source) or Path(source)
 
     def describe(self, directory: Path, weights: Mapping[str, str]) -> dict[str, str]:
-        """File name -> text of the model card of an export, which is in a stage's directory."""
+        """File name -> text of the model card for an export in a stage's directory."""
         name = directory.relative_to(self.workdir).parts[0]
         stage = next(stage for stage in self.cfg.stages if stage.name == name)
         made_from = [stage.init_from]

@@ -42,8 +42,11 @@ class Start(NamedTuple):
 
 
 class Learner(NamedTuple):
-    """The state before the first step, (state, batch, version i32[]) -> (state, metrics), and the
-    plain parameters of a state (adapters are merged into them)."""
+    """The training half of a stage.
+
+    The state before the first step, (state, batch, version i32[]) -> (state, metrics), and the
+    plain parameters of a state (adapters are merged into them).
+    """
 
     state: TrainState
     step: Callable[..., tuple[TrainState, dict[str, Any]]]

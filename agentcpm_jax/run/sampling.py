@@ -35,8 +35,10 @@ def make_run_sample(
     reward: Reward | None = None,
     deadline: float = 0.0,
 ) -> RunSample:
-    """A function that plays an episode in a fresh environment and adds its reward (None:
-    `grade_exact` of the answer). An async reward has `deadline` seconds (0: no limit)."""
+    """A function that plays an episode in a fresh environment and adds its reward.
+
+    reward: None is `grade_exact` of the answer. deadline: seconds of an async one (0: no limit).
+    """
 
     async def run_sample(task: Task, issue_id: int, sample: int, attempt: int) -> Trajectory:
         toolbox = await open_toolbox(task.meta, (issue_id, sample, attempt))

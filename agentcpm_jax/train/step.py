@@ -271,8 +271,8 @@ def accumulate(
 ) -> tuple[jax.Array, Metrics, Any]:
     """(loss, metrics, gradients) of a batch, summed over micro-batches of `micro_rows` rows.
 
-    Gradients are summed in float32 and returned in the dtype of the parameters. Metrics are summed
-    too; of those named `...max` the largest is taken.
+    Gradients are summed in float32 and returned in the parameters' dtype. Metrics are summed too,
+    except `...max`.
     """
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
     rows = batch.tokens.shape[0]
@@ -352,8 +352,11 @@ def _constant_logprobs(params: Any, batch: Batch, backbone: Backbone, micro_rows
 
 
 def _over_updates(metrics: Metrics) -> Metrics:
-    """Metrics of a batch from those of its updates (first axis): means, except for maxima, sums of
-    counts, and the last values of `train/nonfinite` and `train/lr`."""
+    """Metrics of a batch from those of its updates (first axis).
+
+    They are means, except for maxima, sums of counts, and the last values of `train/nonfinite` and
+    `train/lr`.
+    """
 
     def fold(name: str, values: jax.Array) -> jax.Array:
         if name.endswith("max"):

@@ -130,9 +130,11 @@ def look_alikes(world: World, name: str) -> list[str]:
 
 
 def _draw_names(cfg: WorldConfig, rng: random.Random) -> list[str]:
-    """Families of names. The last family takes the remainder, so that no entity has fewer than
-    `family - 1` look-alikes; in worlds small enough no second word is used twice, so that no names
-    of different families look alike."""
+    """Families of names.
+
+    The last family takes the remainder, so that no entity has fewer than `family - 1` look-alikes;
+    in worlds small enough no second word is used twice, so that there are no other look-alikes.
+    """
     families = cfg.entities // cfg.family
     sizes = [cfg.family] * families
     sizes[-1] += cfg.entities - cfg.family * families

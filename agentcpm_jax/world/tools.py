@@ -144,7 +144,7 @@ def answer_call(index: SearchIndex, name: str, arguments: Mapping[str, Any]) -> 
 
 
 def check_arguments(name: str, arguments: Mapping[str, Any]) -> tuple[ToolStatus, str] | None:
-    """None when the call fits its schema, else the status and a message for the model."""
+    """None when the call fits its schema, else status and message for the model."""
     if name not in ARGUMENT:
         return ToolStatus.TOOL_ERROR, f"no tool named {_clean(name)}, use {' or '.join(ARGUMENT)}"
     argument = ARGUMENT[name]
@@ -168,7 +168,7 @@ def found(titles: Sequence[str]) -> tuple[ToolStatus, str]:
 
 
 def read(title: str, source: str | None) -> tuple[ToolStatus, str]:
-    """The result of a `visit` to a page with the HTML `source` (None: no such page)."""
+    """The result of a `visit`; source: HTML, None without such a page."""
     if source is None:
         return ToolStatus.TOOL_ERROR, f"no page titled {title}"
     return ToolStatus.OK, page_text(source)

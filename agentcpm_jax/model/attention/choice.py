@@ -101,7 +101,7 @@ def fit_to_device(cfg: ModelConfig, device: Any) -> tuple[ModelConfig, list[str]
 
 
 def platform_of(mesh: Mesh | None) -> str:
-    """cpu, gpu or tpu; the devices of a mesh may be descriptions that are not attached."""
+    """cpu, gpu or tpu; the devices of a mesh need not be attached."""
     return _family(jax.default_backend() if mesh is None else mesh.devices.flat[0].platform)
 
 

@@ -99,7 +99,7 @@ def reorder(x: jax.Array, mesh: Mesh | None, *, back: bool = False) -> jax.Array
 
 
 def gather_time(x: jax.Array, shards: int) -> jax.Array:
-    """Inside a shard_map: all of x [B,T,...] in the order of the row, from each device's part."""
+    """Inside a shard_map: gather all of x [B,T,...], in the order of the row."""
     if shards == 1:
         return x
     x = jax.lax.all_gather(x, "context", axis=1, tiled=True)

@@ -86,6 +86,6 @@ def segment_mask(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
 
 
 def group_queries(q: Float[Array, "B T N H"], num_kv_heads: int) -> Float[Array, "B T K G H"]:
-    """Queries times H ** -0.5, grouped into the G = N / K heads that share a key head."""
+    """Queries times H ** -0.5, with the G = N / K heads that share a key grouped."""
     b, t, n, h = q.shape
     return (q * h**-0.5).reshape(b, t, num_kv_heads, n // num_kv_heads, h)

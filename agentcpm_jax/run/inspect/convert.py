@@ -98,7 +98,7 @@ def _to_orbax(source: Path, out: Path, tokenizer: str, dtype: str) -> str:
 
 
 def _shardings(model: Any) -> Any:
-    """Shardings of the parameters over all devices of this machine; None for one device."""
+    """Shardings over all devices of this machine; None for one device."""
     if jax.device_count() == 1:
         return None
     mesh = make_mesh(MeshConfig(fsdp=-1))

@@ -23,7 +23,7 @@ from agentcpm_jax.types import UserError
 
 @dataclass(frozen=True)
 class Run:
-    """The contents of a workdir; its log can be read while another process writes it."""
+    """The contents of a workdir; its log may be written meanwhile."""
 
     workdir: Path
     cfg: ExperimentConfig

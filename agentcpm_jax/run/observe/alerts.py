@@ -33,8 +33,8 @@ class Thresholds:
     stale_long: float = 0.1  # stale drops among the longest three tenths ...
     stale_contrast: float = 3.0  # ... and this many times those of the shorter half
     idle: float = 0.25  # of the trainer, or of the pool
-    # MiB per step, and share of the resident memory per step: both must be exceeded, which neither
-    # a small leak of a huge process nor the noise of a small one does.
+    # MiB per step, and share of the resident memory per step: exceeding both takes more than a
+    # small leak of a huge process, or the noise of a small one.
     rss_slope: float = 1.0
     rss_share: float = 2e-4
     lag_ms: float = 250.0  # worst oversleep in a step; a turn's own work takes 5 ms

@@ -52,7 +52,7 @@ class Watchdog:
     Args:
       seconds: longest duration of a step; 0: no limit.
       announce: is called with the verdict.
-      directory: where `hang-process-<i>.txt` is written: the verdict and every thread's stack.
+      directory: gets `hang-process-<i>.txt`, with the verdict and every thread's stack.
 
     Raises `UserError` for negative seconds.
     """

@@ -140,7 +140,7 @@ def in_trust_region(x: Tokens, ratio: Float[Array, "B T"], cfg: LossConfig) -> B
 def log_ratio(
     top: Float[Array, "B T"], bottom: Float[Array, "B T"], cfg: LossConfig
 ) -> Float[Array, "B T"]:
-    """top - bottom, clamped to +-`cfg.log_ratio_clamp` (0: not clamped)."""
+    """top - bottom, clamped to +-`cfg.log_ratio_clamp` (0: off)."""
     if not cfg.log_ratio_clamp:
         return top - bottom
     return jnp.clip(top - bottom, -cfg.log_ratio_clamp, cfg.log_ratio_clamp)
@@ -170,7 +170,7 @@ def _surrogate(x: Tokens, ratio: Float[Array, "B T"], cfg: LossConfig) -> Scored
 def _beyond(
     ratio: Float[Array, "B T"], advantages: Float[Array, "B T"], cfg: LossConfig
 ) -> Bool[Array, "B T"]:
-    """Whether the ratio is outside the clip's band on the side that the gradient pushes to."""
+    """Outside the clip's band, on the side that the gradient pushes to."""
     too_high, too_low = ratio > 1.0 + cfg.eps_high, ratio < 1.0 - cfg.eps_low
     return (too_high & (advantages > 0)) | (too_low & (advantages < 0))
 
