@@ -42,8 +42,10 @@ def loads(text: str, max_depth: int = 64) -> Any:
 
 
 def object_end(text: str, start: int) -> int:
-    """The index after the `}` that closes the `{` at `start`; -1 when nothing closes it, and
-    `IN_STRING` when that is because a quote is never closed."""
+    """The index after the `}` that closes the `{` at `start`.
+
+    -1 when nothing closes it, `IN_STRING` when that is because a quote is never closed.
+    """
     depth = 0
     for match in _STRUCTURE.finditer(text, start):
         token = match[0]

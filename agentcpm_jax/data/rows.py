@@ -193,7 +193,7 @@ def _branches(rows: Sequence[Row]) -> list[list[int]]:
 
 
 def _key(row: Row) -> bytes:
-    """A sort key: sorted rows are in the order of a walk through the trie."""
+    """A sort key: sorted rows walk through the trie."""
     return row.ids.astype(">u4").tobytes()
 
 

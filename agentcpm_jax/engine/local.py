@@ -228,8 +228,10 @@ class LocalEngine:
         return True
 
     def _feed_prompts(self) -> None:
-        """Prefill until each running row has exactly one token that is not in the cache, or, once
-        some rows have, until `prefill_tokens` have been fed."""
+        """Prefill until each running row has exactly one token that is not in the cache.
+
+        Once some rows have, stops after `prefill_tokens` fed tokens.
+        """
         fed = 0
         while True:
             settled = [slot for slot, run in self._running.items() if self._copy_prefix(run)]

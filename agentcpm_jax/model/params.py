@@ -40,8 +40,8 @@ class ParamSpec:
 def param_specs(cfg: ModelConfig) -> dict[str, Any]:
     """The nested dict of ParamSpec that `init` fills with arrays.
 
-    Matrices start with deviation fan_in ** -0.5; those that write into the residual stream are
-    divided by sqrt(2 L), so that its variance does not grow with depth.
+    Matrices have standard deviation fan_in ** -0.5, divided by sqrt(2 L) where they write into the
+    residual stream, so that its variance does not grow with depth.
     """
     d, n, k, h, f = cfg.width, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, cfg.ffw
     residual = (2 * cfg.num_layers) ** -0.5

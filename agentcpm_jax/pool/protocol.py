@@ -261,7 +261,7 @@ def _versions(meta: Mapping[str, Any], count: int, expected: Expected) -> tuple[
 
 
 def _from_spans(spans: Any, count: int, expected: Expected) -> np.ndarray:
-    """Versions i32[count] from half-open spans, which must be contiguous from 0 to `count`."""
+    """Versions i32[count] from half-open spans, contiguous from 0 to `count`."""
     versions, end = np.full(count, -1, np.int32), 0
     try:
         for span in spans:

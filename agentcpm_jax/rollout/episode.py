@@ -352,5 +352,5 @@ def _shortened(result: ToolResult, max_chars: int) -> ToolResult:
 
 
 def _name_of(schema: Message) -> str:
-    """The tool's name, from OpenAI's form {type, function: {name}} or the bare function."""
+    """A tool's name; OpenAI's form {type, function: {name}} or the bare function."""
     return str(schema.get("function", schema).get("name", ""))

@@ -70,7 +70,7 @@ def parse(argv: Sequence[str]) -> Command:
 
 
 def explained(command: Command, announce: Callable[[str], None]) -> bool:
-    """Announces the plan of the run if `--explain` was given; returns whether it was."""
+    """Announces the plan if `--explain` was given; returns whether it was."""
     if not command.explain:
         return False
     from agentcpm_jax.plan.explain import explain  # only then: it imports the train step

@@ -69,7 +69,7 @@ def run_stage(ctx: RunContext, stage: Stage) -> None:
 
 
 def mark_done(ctx: RunContext, stage: Stage, seconds: float) -> None:
-    """Write the file DONE, which marks a stage as complete."""
+    """Write DONE, which marks a stage as complete."""
     if not is_main():
         return
     content = {"stage": stage.name, "kind": stage.kind, "seconds": round(seconds, 1)}

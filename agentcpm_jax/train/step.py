@@ -271,8 +271,8 @@ def accumulate(
 ) -> tuple[jax.Array, Metrics, Any]:
     """(loss, metrics, gradients) of a batch, summed over micro-batches of `micro_rows` rows.
 
-    Gradients are summed in float32 and returned in the parameters' dtype. Metrics are summed too,
-    except `...max`.
+    Gradients are summed in float32 and returned in the parameters' dtype. Metrics are summed too;
+    of those named `...max` the largest counts.
     """
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
     rows = batch.tokens.shape[0]

@@ -229,7 +229,7 @@ RULES: tuple[Callable[[Sequence[Row], Thresholds], str], ...] = (
 
 
 def _median(rows: Sequence[Row], name: str) -> float | None:
-    """The median over the rows that have the figure; None when fewer than half of them do."""
+    """Median over the rows that have the figure; None when fewer than half do."""
     found = [row[name] for row in rows if row.get(name) is not None]
     return median(found) if 2 * len(found) >= len(rows) else None
 

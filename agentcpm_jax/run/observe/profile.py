@@ -43,7 +43,7 @@ class Operation(NamedTuple):
 
 
 class Peak(NamedTuple):
-    """The peak rates of the step's devices, and the source of these figures."""
+    """Peak rates of the step's devices, and their source."""
 
     chip: Chip
     devices: int
