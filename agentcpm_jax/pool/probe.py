@@ -84,7 +84,7 @@ def gap_to_trainer(answers: Sequence[Answer], logprobs: Logprobs) -> float:
 
 
 def gap_between(first: Sequence[Answer], second: Sequence[Answer]) -> float:
-    """Mean |log-prob difference| of two servers over the greedy ids they have in common (nats).
+    """Mean |log-prob difference| of two servers over their common greedy ids (nats).
 
     Equal models may diverge at a near-tie; with less than a quarter in common the gap is infinite.
     """

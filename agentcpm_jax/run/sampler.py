@@ -69,7 +69,7 @@ class Sampler:
 
 
 class NoSampler(Sampler):
-    """The sampler of the processes other than the first, which makes all batches."""
+    """The sampler of all processes but the first, which makes the batches."""
 
     def __init__(self) -> None:
         self.last = []

@@ -134,7 +134,7 @@ def config_of(task_meta: Mapping[str, Any]) -> WorldConfig:
 
 
 def answer_call(index: SearchIndex, name: str, arguments: Mapping[str, Any]) -> ToolResult:
-    """Run a tool as a plain function, without faults or event loop (for demonstrations)."""
+    """Run a tool as a plain function, without faults or an event loop."""
     if (refused := check_arguments(name, arguments)) is not None:
         return ToolResult(*refused)
     value = _clean(arguments[ARGUMENT[name]])
