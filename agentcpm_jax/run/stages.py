@@ -33,7 +33,7 @@ def run_experiment(
     """Run (or resume) every stage; returns the path of the HTML report.
 
     Raises:
-      UserError: what the user can mend.
+      UserError: a mistake that the user can fix.
       Interrupted: a signal asked the run to stop; the same call resumes it.
     """
     if not cfg.stages:
@@ -70,7 +70,7 @@ def run_stage(ctx: RunContext, stage: Stage) -> None:
 
 
 def mark_done(ctx: RunContext, stage: Stage, seconds: float) -> None:
-    """The last thing a stage writes."""
+    """Write DONE, which marks a stage as complete."""
     if not is_main():
         return
     content = {"stage": stage.name, "kind": stage.kind, "seconds": round(seconds, 1)}

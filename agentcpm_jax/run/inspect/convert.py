@@ -32,18 +32,18 @@ TOKENIZER = "tokenizer"
 def convert(
     source: Path, out: Path, *, step: int | None = None, tokenizer: str = "", dtype: str = ""
 ) -> str:
-    """Converts whichever of the two `source` is into the other; returns a line for people.
+    """Converts `source`, which is one of the two, into the other; returns a line for the user.
 
     Args:
       source: a model (a directory with config.json, or a name as in `hf.locate`); or a stage's
         `checkpoints`, or one step of them.
       out: what is written; adapters become a directory for PEFT.
       step: of the checkpoints, the newest by default.
-      tokenizer: a directory whose tokenizer goes along; default: that of the model or the run.
+      tokenizer: a directory whose tokenizer is copied; default: that of the model or the run.
       dtype: 'float32' or 'bfloat16'; default: as it is stored.
 
     Raises:
-      UserError: `source` is neither, or `out` is in the way.
+      UserError: `source` is neither of the two, or `out` is already taken.
     """
     source = find_model(source)
     if (source / CONFIG).is_file() and not (source / "checkpoints").is_dir():
@@ -103,7 +103,7 @@ def _to_orbax(source: Path, out: Path, tokenizer: str, dtype: str) -> str:
 
 
 def _shardings(model: Any) -> Any:
-    """Over all devices of this machine; None for one."""
+    """Shardings over all devices of this machine; None for one device."""
     if jax.device_count() == 1:
         return None
     mesh = make_mesh(MeshConfig(fsdp=-1))
