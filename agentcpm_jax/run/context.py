@@ -19,10 +19,10 @@ from agentcpm_jax.chat.format import ChatFormat, template_text
 from agentcpm_jax.checkpoint import newest_snapshot
 from agentcpm_jax.config import ExperimentConfig, Stage, read_config, to_json
 from agentcpm_jax.files import write_atomically
-from agentcpm_jax.hf.files import read_json, sha256_of
+from agentcpm_jax.hf.files import read_json
 from agentcpm_jax.hf.load import load_hf
 from agentcpm_jax.hf.locate import find_model
-from agentcpm_jax.hf.names import CONFIG, PEFT_WEIGHTS
+from agentcpm_jax.hf.names import CONFIG
 from agentcpm_jax.hf.save import save_hf, save_peft
 from agentcpm_jax.hf.tokenizer import load_chat
 from agentcpm_jax.log.experience import ExperienceLog
@@ -86,11 +86,7 @@ class RunContext:
         """Save the adapters that a stage trained on `base`, in PEFT's format."""
         host = gathered(adapters)
         if is_main():
-            save_peft(directory, host, self.cfg.model, base)
-            file = directory / PEFT_WEIGHTS
-            described = self.describe(directory, {file.name: sha256_of(file)})
-            for name, text in described.items():
-                (directory / name).write_text(text)
+            save_peft(directory, host, self.cfg.model, base, partial(self.describe, directory))
 
     def save_model(self, directory: Path, params: Any) -> None:
         """Save a Hugging Face directory with the run's tokenizer; replaces an unfinished one."""
