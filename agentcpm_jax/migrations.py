@@ -64,6 +64,9 @@ def migrate(raw: Mapping[str, Any], file: str | Path = "config.json") -> Raw:
             raise UserError(
                 f"{file}: {gone} since schema version {step + 1}; use the release that wrote it"
             ) from None
+        except (AttributeError, KeyError, TypeError) as error:
+            kind = type(error).__name__
+            raise UserError(f"{file} is not a run's configuration ({kind}); restore it") from None
     return new | {"schema_version": SCHEMA_VERSION}
 
 

@@ -56,7 +56,7 @@ def recipe() -> Any:
             eps=5e-7,
             weight_decay=0.0,
             schedule="cosine",
-            warmup=20,
+            warmup=20.0,
             final_fraction=0.05,
         ),
     )
@@ -80,7 +80,7 @@ def recipe() -> Any:
             eps=1e-5,
             weight_decay=0.0,
             schedule="constant",
-            warmup=3,
+            warmup=3.0,
         ),
         loss=LossConfig(name="minirl"),
         stream=StreamConfig(
@@ -110,7 +110,7 @@ def pretrain_phases(easy: int, full: int) -> tuple[PretrainPhase, ...]:
             adam_lr=adam_lr,
             weight_decay=0.0,
             schedule="flat_linear",
-            warmup=20,
+            warmup=20.0,
         )
 
     return (

@@ -73,7 +73,7 @@ def recipe() -> Any:
             weight_decay=0.05,
             clip_norm=1.0,
             schedule="cosine",
-            warmup=10,
+            warmup=10.0,
         ),
         loss=LossConfig(
             name="minirl",

@@ -96,7 +96,7 @@ def learn(name: str, steps: int, seed: int) -> dict:
 
     order = np.random.default_rng(seed).permutation(len(cfg.train_tasks))
     optimizer = OptimizerConfig(
-        lr=6e-4, b2=0.95, eps=1e-5, weight_decay=0.0, schedule="constant", warmup=3
+        lr=6e-4, b2=0.95, eps=1e-5, weight_decay=0.0, schedule="constant", warmup=3.0
     )
     tx, _ = make_optimizer(optimizer)
     state = TrainState.create(params, tx)

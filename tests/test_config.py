@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import shutil
@@ -13,17 +12,18 @@ from typing import Any
 import pytest
 
 from agentcpm_jax import config as config_module
+from agentcpm_jax import migrations
 from agentcpm_jax.config import (
     ExperimentConfig,
-    Migration,
     config_from_json,
     default_config,
     from_config_dict,
     read_config,
-    rename,
     stage_dict,
     to_json,
 )
+from agentcpm_jax.engine.server import ServerConfig
+from agentcpm_jax.migrations import Migration, rename
 from agentcpm_jax.rollout.config import StreamConfig
 from agentcpm_jax.run.commandline import CHECKOUT, parse
 from agentcpm_jax.run.context import check_config
@@ -62,7 +62,7 @@ def test_every_config_file_is_listed_here() -> None:
 def test_the_original_recipes_numbers() -> None:
     sft = parse(["--config=configs/sft_qwen3_4b.py"]).config.stages[0].sft
     assert sft is not None and sft.epochs == 3
-    assert (sft.optimizer.lr, sft.optimizer.warmup_fraction, sft.data.max_length) == (
+    assert (sft.optimizer.lr, sft.optimizer.warmup, sft.data.max_length) == (
         2e-5,
         0.03,
         21_000,
@@ -135,9 +135,49 @@ def test_unknown_keys_and_wrong_types_in_code() -> None:
         from_config_dict(raw)
 
 
-def test_a_newer_schema_is_refused() -> None:
+def test_another_schema_is_refused() -> None:
     with pytest.raises(UserError, match="schema_version=99"):
         from_config_dict({"schema_version": 99})
+
+
+def test_there_are_at_most_two_hundred_fields() -> None:
+    """A key that nobody would tune is a constant; one that says what another says is that one."""
+
+    def classes(hint: Any) -> set[type]:
+        found = set().union(*map(classes, typing.get_args(hint)))
+        if dataclasses.is_dataclass(hint):
+            found |= {hint}.union(*map(classes, typing.get_type_hints(hint).values()))
+        return found
+
+    counts = {c: len(dataclasses.fields(c)) for c in {*classes(ExperimentConfig), ServerConfig}}
+    assert sum(counts.values()) <= 200, counts
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("tokenizer=somewhere", "somewhere"),
+        ("tokenizer=", None),
+        ("stage.rl.tasks_path=tasks.jsonl", "tasks.jsonl"),
+        ("stage.rl.shape.micro_rows=4", 4),
+        ("stage.rl.shape.micro_rows=0", None),
+        ("stage.sft.epochs=2", 2),
+        ("stage.rl.loss.eps_high=1", 1.0),
+        ("stage.rl.loss.corrections=()", ()),
+        ("stage.rl.workers.trainer_groups=0", 0),
+        ("stage.rl.advantages.minimal=0.5", 0.5),
+        ("model.logits_chunk=64", 64),
+    ],
+)
+def test_what_is_left_open_can_be_given_on_the_command_line(flag: str, value: object) -> None:
+    found: Any = parse([QUICKSTART, f"--config.{flag}"]).config
+    path = flag.partition("=")[0].split(".")
+    if path[0] == "stage":
+        found = next(s for s in found.stages if s.name == path[1]).section
+        path = path[2:]
+    for name in path:
+        found = getattr(found, name)
+    assert found == value and type(found) is type(value)
 
 
 def test_round_trip_of_a_whole_experiment() -> None:
@@ -151,12 +191,12 @@ GOLDEN = Path(__file__).parent / "golden"
 STORED = {
     "async": GOLDEN / "workdir" / "async" / "config.json",
     "quickstart": GOLDEN / "config" / "version1.json",
+    "quickstart 2": GOLDEN / "config" / "version2.json",
 }
 
 
-@pytest.mark.parametrize("name", STORED)
-def test_stored_configurations_of_earlier_releases_are_read_whole(name: str) -> None:
-    raw = json.loads(STORED[name].read_text())
+def test_a_stored_configuration_is_read_whole() -> None:
+    raw = json.loads(STORED["quickstart 2"].read_text())
     assert only_keys_of(raw, json.loads(json.dumps(to_json(config_from_json(raw))))) == raw
 
 
@@ -169,6 +209,56 @@ def only_keys_of(old: Any, new: Any) -> Any:
     return new
 
 
+def test_version_1_means_today_what_it_meant() -> None:
+    config = config_from_json(json.loads(STORED["quickstart"].read_text()))
+    assert config == config_from_json(json.loads(STORED["quickstart 2"].read_text()))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        (
+            "stages.rl.denoise.agreement",
+            0.7,
+            r"stages\[3\]\.rl\.denoise\.agreement is 0\.7.* at 0\.5",
+        ),
+        ("stages.rl.pool.backoff", 1.0, r"stages\[3\]\.rl\.pool\.backoff is 1\.0; .* at 0\.2"),
+        ("stages.merge.pick", "agent", r"stages\[2\]\.merge\.pick is 'agent'; .* at 'largest'"),
+        ("stages.rl.loss.normalize", "batch", r"rl\.loss\.normalize is 'batch'; .* at 'none'"),
+        ("stages.eval.judge.retries", 9, r"stages\[4\]\.eval\.judge\.retries is 9; .* at 2"),
+        ("train_tasks.world.stale", 0.5, r"train_tasks\.world\.stale is 0\.5; .* at 0\.0"),
+        ("stages.base.phases.mix", {}, "mix"),
+    ],
+)
+def test_a_value_that_is_gone_is_refused_with_its_path(path: str, value: Any, said: str) -> None:
+    raw = json.loads(STORED["quickstart"].read_text())
+    for section, key, _ in migrations.places(raw, path.replace("base.", "pretrain.")):
+        section[key] = value
+    with pytest.raises(UserError, match=rf"{said}.*since schema version 2"):
+        config_from_json(raw)
+
+
+@pytest.mark.parametrize(
+    ("old", "path", "value"),
+    [
+        ({"warmup_fraction": 0.03, "warmup_steps": 0}, "optimizer.warmup", 0.03),
+        ({"warmup_fraction": 0.03, "warmup_steps": 7}, "optimizer.warmup", 7.0),
+        ({"votes": 3, "models": ["a", "b"]}, "judge.models", ("a", "b", "a")),
+        ({"corrections": [{"name": "none", "low": -1.0, "high": -1.0}]}, "loss.corrections", ()),
+        ({"trainer_groups": 0}, "workers.trainer_groups", 0),
+        ({"estimator": "grpo"}, "advantages.estimator", "grpo"),
+        ({"stall_timeout": 60.0, "sample_deadline": 240.0}, "stream.stall_timeout", 60.0),
+        ({"group_size": 1, "min_valid": 1}, "stream.group_size", 1),
+    ],
+)
+def test_what_version_1_said_in_other_words(old: dict, path: str, value: object) -> None:
+    raw = json.loads(STORED["quickstart"].read_text())
+    section, name = path.split(".")
+    raw["stages"][3]["rl"][section] |= old
+    rl = config_from_json(raw).stages[3].rl
+    assert getattr(getattr(rl, section), name) == value
+
+
 def test_the_shipped_quickstart_resumes_what_version_1_began(tmp_path: Path) -> None:
     shutil.copy(STORED["quickstart"], tmp_path / "config.json")
     check_config(parse([QUICKSTART, "--config.hang_seconds=5"]).config, tmp_path / "config.json")
@@ -178,7 +268,7 @@ def test_the_shipped_quickstart_resumes_what_version_1_began(tmp_path: Path) -> 
 
 
 @pytest.fixture
-def version_2(monkeypatch: pytest.MonkeyPatch) -> None:
+def version_3(monkeypatch: pytest.MonkeyPatch) -> None:
     """A release whose streams say `attempts` for `retries`, stall later, and can be `fair`."""
     kept = [
         (f.name, typing.get_type_hints(StreamConfig)[f.name], f)
@@ -188,27 +278,26 @@ def version_2(monkeypatch: pytest.MonkeyPatch) -> None:
     new = [("attempts", int, 3), ("stall_timeout", float, 1800.0), ("fair", bool, False)]
     stream = dataclasses.make_dataclass("StreamConfig", [*kept, *new], frozen=True)
     monkeypatch.setattr(config_module, "StreamConfig", stream)
-    monkeypatch.setattr(config_module, "SCHEMA_VERSION", 2)
+    for module in (config_module, migrations):
+        monkeypatch.setattr(module, "SCHEMA_VERSION", 3)
 
     def respell(raw: dict[str, Any]) -> None:
         rename(raw, "stages.rl.stream.retries", "attempts")
 
     step = Migration({"stages.rl.stream.stall_timeout": 900.0}, respell)
-    monkeypatch.setitem(config_module.MIGRATIONS, 1, step)
+    monkeypatch.setitem(migrations.MIGRATIONS, 2, step)
 
 
-def of_version_2(raw: dict[str, Any], **stream: Any) -> ExperimentConfig:
-    """What a user of version 2 writes who wants what `raw`, of version 1, says."""
-    raw = copy.deepcopy(raw) | {"schema_version": 2}
+def of_version_3(raw: dict[str, Any], **stream: Any) -> ExperimentConfig:
+    """What a user of version 3 writes who wants what `raw`, of an earlier version, says."""
+    raw = migrations.migrate(raw)
     for stage in raw["stages"]:
-        if stage["rl"] is not None:
-            old = stage["rl"]["stream"]
-            old["attempts"] = old.pop("retries")
-            old |= stream
+        if "rl" in stage:
+            stage["rl"]["stream"] |= stream
     return config_from_json(raw)
 
 
-@pytest.mark.usefixtures("version_2")
+@pytest.mark.usefixtures("version_3")
 @pytest.mark.parametrize("name", STORED)
 def test_a_config_of_an_older_version_is_migrated_before_it_is_compared(
     name: str, tmp_path: Path
@@ -216,31 +305,31 @@ def test_a_config_of_an_older_version_is_migrated_before_it_is_compared(
     raw = json.loads(STORED[name].read_text())
     file = tmp_path / "config.json"
     file.write_text(json.dumps(raw))
-    check_config(of_version_2(raw), file)
-    at = next(i for i, stage in enumerate(raw["stages"]) if stage["rl"] is not None)
+    check_config(of_version_3(raw), file)
+    at = next(i for i, stage in enumerate(raw["stages"]) if stage["kind"] == "rl")
     for key, value in (("attempts", 9), ("stall_timeout", 1800.0), ("fair", True)):
         with pytest.raises(UserError, match=rf"\(stages\[{at}\]\.rl\.stream\.{key} differ\)"):
-            check_config(of_version_2(raw, **{key: value}), file)
+            check_config(of_version_3(raw, **{key: value}), file)
     assert json.loads(file.read_text()) == raw, "the file stays as it was written"
 
 
-@pytest.mark.usefixtures("version_2")
+@pytest.mark.usefixtures("version_3")
 def test_a_key_that_is_absent_had_the_default_of_its_own_version(tmp_path: Path) -> None:
     raw = json.loads(STORED["async"].read_text())
-    wanted = of_version_2(raw, stall_timeout=900.0)
+    wanted = of_version_3(raw, stall_timeout=900.0)
     del raw["stages"][0]["rl"]["stream"]["stall_timeout"]
     (tmp_path / "config.json").write_text(json.dumps(raw))
     check_config(wanted, tmp_path / "config.json")
     assert read_config(tmp_path) == wanted
-    with pytest.raises(UserError, match="stall_timeout differ"):  # version 2's own default
-        check_config(of_version_2(raw), tmp_path / "config.json")
+    with pytest.raises(UserError, match="stall_timeout differ"):  # version 3's own default
+        check_config(of_version_3(raw, stall_timeout=1800.0), tmp_path / "config.json")
 
 
-@pytest.mark.usefixtures("version_2")
+@pytest.mark.usefixtures("version_3")
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"schema_version": 3}, ["schema version 3", "reads 2", "upgrade agentcpm_jax"]),
+        ({"schema_version": 4}, ["schema version 4", "reads 3", "upgrade agentcpm_jax"]),
         ({"schema_version": 0}, ["schema version 0", "the release that wrote it"]),
         ({"schema_version": None}, ["not a run's configuration", "restore it"]),
         ({"schema_version": "1"}, ["not a run's configuration", "restore it"]),
@@ -253,7 +342,7 @@ def test_what_cannot_be_read_is_refused_by_name(
     change: dict[str, Any], words: list[str], tmp_path: Path
 ) -> None:
     raw = json.loads(STORED["async"].read_text())
-    wanted = of_version_2(raw)
+    wanted = of_version_3(raw)
     file = tmp_path / "config.json"
     file.write_text(json.dumps(raw | change))
     with pytest.raises(UserError) as error:

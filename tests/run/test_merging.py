@@ -28,7 +28,7 @@ import jax, numpy as np
 from agentcpm_jax.config import ExperimentConfig, MergeStage, Stage
 from agentcpm_jax.mesh import MeshConfig
 from agentcpm_jax.model.config import TINY
-from agentcpm_jax.model.hf import save_hf
+from agentcpm_jax.hf.save import save_hf
 from agentcpm_jax.model.params import init, param_specs
 from agentcpm_jax.run import context, merging
 from agentcpm_jax.run.multihost import StopSignal
@@ -49,7 +49,7 @@ context.RunContext.save_model = lambda ctx, directory, params: saved.append(para
 
 def run(rule, where, mesh):
     merge = MergeStage(general=str(root / "base"), where=where, **RULES[rule])
-    stage = Stage("merge", f"{rule}_{where}", str(root / "sft"), merge=merge)
+    stage = Stage(f"{rule}_{where}", merge, str(root / "sft"))
     cfg = ExperimentConfig(model=MODEL, mesh=mesh, stages=(stage,))
     workdir = root / f"run{len(saved)}"
     ctx = context.open_context(cfg, workdir, silent, StopSignal())
@@ -162,7 +162,7 @@ def test_on_a_mesh_the_stage_merges_where_the_parameters_live(tmp_path):
 
 def test_a_mesh_of_several_processes_is_refused(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    stage = Stage("merge", "merge", merge=replace(STAGE, where="mesh"))
+    stage = Stage("merge", replace(STAGE, where="mesh"))
     nothing: Any = None
     with pytest.raises(UserError, match=r"merge\.where is 'mesh', which spans 2 processes"):
         run_merge(nothing, stage)

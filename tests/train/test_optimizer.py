@@ -50,7 +50,7 @@ def test_golden_values_of_the_schedules(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(optimizer, "FLAT", 0.3)
 
     def at(*steps: int, **changes) -> list[float]:
-        cfg = OptimizerConfig(lr=1.0, warmup=10, **changes)
+        cfg = OptimizerConfig(lr=1.0, warmup=10.0, **changes)
         return [float(make_optimizer(cfg, 110)[1](step)) for step in steps]
 
     assert at(0, 5, 10, 60, 110, 999, schedule="cosine") == pytest.approx([0, 0.5, 1, 0.5, 0, 0])
