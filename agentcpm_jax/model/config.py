@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from agentcpm_jax.ranges import check_choice, check_least
+from agentcpm_jax.ranges import check_least
 from agentcpm_jax.types import UserError
 
 DTYPES = ("float32", "bfloat16")
@@ -68,7 +68,6 @@ class ModelConfig:
         if self.logits_chunk == 0:  # as weights of earlier releases say it
             object.__setattr__(self, "logits_chunk", None)
         check_least(self, "model", dict.fromkeys(_SIZES, 1) | {"logits_chunk": 1, "lora_rank": 0})
-        check_choice(self, "model", _NAMES)
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"model.num_heads is {self.num_heads}, not a multiple of "
@@ -76,6 +75,11 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise UserError(f"model.head_dim is {self.head_dim}; rotary pairs need an even number")
+        for name, allowed in _NAMES.items():
+            if getattr(self, name) not in allowed:
+                raise UserError(
+                    f"model.{name} is {getattr(self, name)!r}; use one of {', '.join(allowed)}"
+                )
 
 
 _NAMES = {"dtype": DTYPES, "param_dtype": DTYPES, "attention": ATTENTIONS, "remat": REMATS}

@@ -38,7 +38,7 @@ from agentcpm_jax.ranges import check_choice
 from agentcpm_jax.types import Credit, Trajectory, TrajectoryGroup, Turn, TurnFlag, UserError
 
 ESTIMATORS = ("leave_one_out", "grpo", "grpo_no_std", "raw")
-_EPS = 1e-6  # of the division by the standard deviation
+EPS = 1e-6  # of the division by the standard deviation
 
 
 @dataclass(frozen=True)
@@ -156,11 +156,11 @@ def grpo(
     """
     s = np.asarray(scores, np.float64)
     if len(s) == 1 and singleton == "raw":
-        return s / (1.0 + _EPS) if std else s.copy()
+        return s / (1.0 + EPS) if std else s.copy()
     if len(s) < 2 or np.ptp(s) == 0:
         return np.zeros(len(s))
     centred = s - s.mean()
-    return centred / (s.std(ddof=1) + _EPS) if std else centred
+    return centred / (s.std(ddof=1) + EPS) if std else centred
 
 
 def punish_overlong(

@@ -34,14 +34,9 @@ NOBODY = "http://127.0.0.1:9"  # the discard port: nothing listens
 
 
 class Broken:
-    """An engine that fails, or hangs."""
-
-    def __init__(self, hangs: bool) -> None:
-        self._hangs = hangs
+    """An engine that fails."""
 
     async def sample(self, request: SampleRequest) -> Completion:
-        if self._hangs:
-            await asyncio.Event().wait()
         none = np.zeros(0, np.int32)
         return Completion(none, none.astype(np.float32), none, Finish.ERROR, "out of memory")
 

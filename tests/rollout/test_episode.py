@@ -176,7 +176,7 @@ def test_the_answer_wins_over_calls_and_is_never_taken_from_a_thought() -> None:
 def test_a_turn_without_call_gets_a_nudge() -> None:
     trajectory = play(ENGLISH, ANSWER)
     assert trajectory.turns[0].flags == (TurnFlag.NO_CALL,)
-    nudge = {"role": "user", "content": CFG.nudge}
+    nudge = {"role": "user", "content": NUDGE}
     shown = trajectory.segments[0].ids[trajectory.turns[1].start : trajectory.turns[1].sample_start]
     assert shown.tolist() == CHAT.delta_tokens([nudge])[0].tolist()
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from agentcpm_jax.model.logprobs import label_logprobs, logprobs_from_logits
+from agentcpm_jax.rewards import advantages as advantages_module
 from agentcpm_jax.rewards.advantages import AdvantageConfig, estimate, grpo, soft_overlong
 from agentcpm_jax.train.losses.aggregate import aggregate, count_sequences
 from agentcpm_jax.train.losses.config import Rule
@@ -65,7 +67,8 @@ def areal_norm(x: Arrays, p: Params) -> Arrays:
         cfg = AdvantageConfig(estimator="leave_one_out")
         return {"advantages": by_group(x["rewards"], x["group"], lambda s: estimate(s, cfg))}
     assert (p["mean_level"], p["std_level"], p["std_unbiased"]) == ("group", "group", True)
-    return {"advantages": by_group(x["rewards"], x["group"], lambda s: grpo(s, eps=p["eps"]))}
+    with mock.patch.object(advantages_module, "EPS", p["eps"]):
+        return {"advantages": by_group(x["rewards"], x["group"], grpo)}
 
 
 # --------------------------------------------------------------------------------- aggregation

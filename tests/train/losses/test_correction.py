@@ -41,7 +41,9 @@ def test_packing_changes_no_weight(name: str) -> None:
     assert (np.asarray(got.weight)[mask == 0] == 0).all()
 
 
-def weights(name: str, ratios: list[float], low: float = -1.0, high: float = -1.0) -> list[float]:
+def weights(
+    name: str, ratios: list[float], low: float | None = None, high: float | None = None
+) -> list[float]:
     d = jnp.log(jnp.asarray([ratios]))
     rule = Correction(name, low, high).rule
     return np.asarray(correct(d, jnp.ones_like(d), None, rule).weight)[0].tolist()
