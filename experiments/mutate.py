@@ -1,6 +1,6 @@
 """Breaks the code one line at a time: a test has to notice each.
 
-    python experiments/mutate.py                # all of them; about 20 minutes on two cores
+    python experiments/mutate.py                # all of them; half an hour on two cores
     python experiments/mutate.py --only S4,W5   # some
     python experiments/mutate.py --list
 
@@ -287,7 +287,7 @@ G2 merge/kernels/sparsify.py: how many elements trimming keeps
 G3 merge/kernels/sparsify.py: what DARE keeps is rescaled
 - 2.0**32 / float(limit) if unbiased else 1.0
 + 1.0
-? merge/kernels/test_methods.py::test_random_methods_have_mergekits_statistics
+? merge/kernels/test_methods.py::test_rescaling_by_inverse_probability_is_unbiased_and_by_l1_is_exact_in_l1
 G4 merge/kernels/spherical.py: slerp between opposites is linear
 - straight = abs(c) > parallel
 + straight = c > parallel
@@ -320,7 +320,7 @@ X4 run/observe/metrics.py: a resumed run keeps the metrics of its checkpoint
 - if row["step"] <= start_step]
 + if row["step"] < start_step]
 ? run/observe/test_metrics.py::test_later_steps_and_torn_lines_are_removed_on_reopening
-"""
+"""  # noqa: E501
 
 
 @dataclass(frozen=True)
