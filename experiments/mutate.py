@@ -1,6 +1,6 @@
 """Breaks the code one line at a time: a test has to notice each.
 
-    python experiments/mutate.py                # all of them; about 20 minutes on two cores
+    python experiments/mutate.py                # all of them; half an hour on two cores
     python experiments/mutate.py --only S4,W5   # some
     python experiments/mutate.py --list
 
@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PATIENCE = 240.0
+PATIENCE = 600.0
 PASSED, FAILED = 0, 1  # exit codes of pytest
 
 #: A block per mutation: its id, file and meaning; `-` the text, found once in the file; `+` what
@@ -287,7 +287,7 @@ G2 merge/kernels/sparsify.py: how many elements trimming keeps
 G3 merge/kernels/sparsify.py: what DARE keeps is rescaled
 - 2.0**32 / float(limit) if unbiased else 1.0
 + 1.0
-? merge/kernels/test_methods.py::test_random_methods_have_mergekits_statistics
+? merge/kernels/test_methods.py::test_rescaling_by_inverse_probability_is_unbiased_and_by_l1_is_exact_in_l1
 G4 merge/kernels/spherical.py: slerp between opposites is linear
 - straight = abs(c) > parallel
 + straight = c > parallel
@@ -311,7 +311,7 @@ X1 checkpoint.py: a checkpoint refuses a log that is older
 X2 run/sampler.py: versions that a resume needs stay
 - self.store.collect_garbage(resumable - self.rl.stream.max_staleness)
 + self.store.collect_garbage(resumable)
-? run/test_resume.py::test_deterministic_runs_resume_bit_for_bit
+? run/test_sampler.py::test_the_weights_that_a_resume_samples_with_stay
 X3 run/loop.py: a checkpoint holds the loader's step
 - loader_state=batches.get_state(),
 + loader_state={"step": step - 1},
@@ -320,7 +320,7 @@ X4 run/observe/metrics.py: a resumed run keeps the metrics of its checkpoint
 - if row["step"] <= start_step]
 + if row["step"] < start_step]
 ? run/observe/test_metrics.py::test_later_steps_and_torn_lines_are_removed_on_reopening
-"""
+"""  # noqa: E501
 
 
 @dataclass(frozen=True)
