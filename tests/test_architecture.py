@@ -19,7 +19,7 @@ PACKAGE = "agentcpm_jax"
 #: Imports point from a later line to an earlier one, never within a line and never upwards.
 LAYERS: list[set[str]] = [
     {"types", "tree", "files"},
-    {"mesh", "database"},
+    {"mesh", "database", "ranges", "migrations"},
     {"sharding", "world"},
     {"chat", "dock", "rewards"},
     {"log", "model", "tasks", "data"},
