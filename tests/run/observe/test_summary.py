@@ -80,10 +80,10 @@ def test_several_attempts_are_shown_for_the_k_of_the_stage() -> None:
 def test_a_k_above_the_samples_is_refused_before_the_run(tmp_path: Path) -> None:
     spec = EvalStage(samples=4, k=(1, 4))
     validation = MergeStage(validation=EvalStage(samples=1))  # its k and samples are not read
-    stages = (Stage("merge", "m", merge=validation), Stage("eval", "e", eval=spec))
+    stages = (Stage("m", validation), Stage("e", spec))
     check_attempts(ExperimentConfig(stages=stages))
     for k in ((1, 8), (0,)):
-        broken = replace(stages[1], eval=replace(spec, k=k))
+        broken = Stage("e", replace(spec, k=k))
         with pytest.raises(UserError, match=r"stage\.e\.k is .*samples is 4"):
             run_experiment(ExperimentConfig(stages=(stages[0], broken)), tmp_path / "run")
     assert not (tmp_path / "run").exists()
