@@ -2,8 +2,8 @@
 
 Orbax writes every step into a temporary directory and renames it when all of it is on disk, so a
 killed process leaves the previous step untouched. Nothing here falls back to an older step by
-itself: a checkpoint that cannot be read is reported, with the command that goes on without it.
-A step may carry a snapshot of the experience log: its parts then survive the log's own disk.
+itself: a checkpoint that cannot be read is reported, with the command that continues without it.
+A step may carry a snapshot of the experience log, which then survives the loss of the log's disk.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from grain.checkpoint import CheckpointRestore, CheckpointSave
 from agentcpm_jax.log.experience import ExperienceLog
 from agentcpm_jax.types import UserError
 
-#: Version of what `meta` holds; raised when a reader of the old form would be wrong.
+#: Version of the content of `meta`; increased when older readers would misread it.
 SCHEMA = 1
 
 #: The file of an experience log's snapshot within the item `log` of a step.
@@ -70,7 +70,7 @@ class Checkpointer:
         extra: Mapping[str, Any] | None = None,
         log: ExperienceLog | None = None,
     ) -> bool:
-        """Starts writing `step`; False when it is on disk already (recomputed, it is the same).
+        """Starts writing `step`; False when it is on disk already (recomputing gives the same).
 
         Args:
           step: how many steps are complete, >= 0.
@@ -79,8 +79,8 @@ class Checkpointer:
           loader_state: instead of `loader`, any JSON value that does not depend on the number of
             processes.
           config, extra: JSON mappings, copied before this returns.
-          log: its position is stored and, of an SQLite log, a snapshot; both of process 0. The
-            others give an SQLite log when that one does.
+          log: process 0 stores its position and, of an SQLite log, a snapshot. If process 0 gives
+            an SQLite log, every process must.
 
         Raises:
           ValueError: both `loader` and `loader_state`; TypeError: something is not JSON.
@@ -120,7 +120,7 @@ class Checkpointer:
           abstract_state: pytree of arrays or `jax.ShapeDtypeStruct` (with shardings, else the first
             local device) that the stored state must match leaf for leaf; None reads configuration
             and extras only.
-          loader: set to the saved position, whichever way that was saved.
+          loader: set to the saved position, from `loader` or `loader_state` of `save`.
           log: must be at least as far as it was when the step was saved.
 
         Raises:
@@ -142,7 +142,7 @@ class Checkpointer:
         return Restored(step, state, meta["config"], meta["extra"], meta["loader_state"])
 
     def restore_part(self, step: int, abstract_part: Any) -> Any:
-        """The leaves of `abstract_part` (a subtree by its keys, such as {"params": ...}) alone.
+        """Reads only the leaves of `abstract_part`, a subtree such as {"params": ...}.
 
         Raises `UserError` as `restore` does.
         """
@@ -157,14 +157,14 @@ class Checkpointer:
         return max(self.steps(), default=None)
 
     def steps(self) -> list[int]:
-        """All finished steps on disk, ascending; what killed saves left does not count."""
+        """All finished steps on disk, ascending; remains of killed saves do not count."""
         if not self.directory.is_dir():
             return []
         names = (p.name for p in self.directory.iterdir() if p.is_dir())
         return sorted(int(name) for name in names if name.isdecimal())
 
     def wait(self) -> None:
-        """Returns when the save under way, if any, is on disk; raises what went wrong in it."""
+        """Waits until the save under way, if any, is on disk; raises its error."""
         if self._manager is not None:
             self._manager.wait_until_finished()
 
@@ -223,7 +223,7 @@ class Checkpointer:
                 return reader.restore(path / "state", args=ocp.args.StandardRestore(target))
         except UserError:
             raise
-        except Exception as error:  # many types, by which layer of the storage noticed the damage
+        except Exception as error:  # its type depends on the storage layer that noticed the damage
             raise self._truncated(path, f"the state ({type(error).__name__})") from error
 
     def _restore_loader(self, path: Path, loader: Any, loader_state: Any) -> None:

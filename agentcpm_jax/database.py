@@ -1,7 +1,7 @@
-"""SQLite files and PostgreSQL servers, opened.
+"""Opens SQLite files and PostgreSQL servers.
 
-Everything that only one of the two understands stands here, but for the locks and the signals of
-the log.
+All code that is specific to one of the two is here, except for the locks and the signals of the
+log.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from agentcpm_jax.types import UserError
 
 
 class LogUnavailable(UserError):
-    """The database went away; whoever was writing starts again from what it holds."""
+    """The database cannot be reached or written; a restarted process resumes from it."""
 
 
 def open_engine(url_or_path: str | Path, durable: bool) -> sa.Engine:
     """An engine on a database URL or an SQLite path; `durable`: commits survive a power cut.
 
-    Ordinary commits survive a killed process either way; of a server every commit is durable, since
-    its processes can be killed too. Raises `UserError` for a bad URL.
+    Other commits still survive a killed process. A server's commits are always durable, since its
+    processes can be killed too. Raises `UserError` for a bad URL.
     """
     text = str(url_or_path)
     try:
@@ -47,9 +47,9 @@ def open_engine(url_or_path: str | Path, durable: bool) -> sa.Engine:
 
 
 def try_writing(url: str) -> tuple[str, float]:
-    """Writes and takes it back: (the URL without its password, seconds we are ahead of its clock).
+    """Write and roll back; returns (URL without its password, seconds our clock is ahead).
 
-    Raises `UserError` when the server does not let us.
+    Raises `UserError` when the server refuses.
     """
     engine = open_engine(url, durable=True)
     shown = engine.url.render_as_string(hide_password=True)
@@ -81,7 +81,7 @@ def clock(conn: sa.Connection) -> float:
 
 
 def first_line(err: sa_exc.DBAPIError) -> str:
-    """What the database said, without the lines that say it again."""
+    """The first line of the database's message; the others repeat it."""
     return str(err.orig).strip().split("\n")[0]
 
 
@@ -92,13 +92,13 @@ def _prepare_sqlite(engine: sa.Engine, durable: bool) -> None:
         dbapi.execute("PRAGMA busy_timeout = 60000")
         dbapi.execute("PRAGMA page_size = 16384")  # of a new file: a trajectory is a few pages
         dbapi.execute("PRAGMA journal_mode = WAL")
-        # Moving the WAL into the database waits for the disk: seldom, 64 MB at a time.
+        # A checkpoint of the WAL waits for the disk, so it is made rarely, for 64 MB at a time.
         dbapi.execute("PRAGMA wal_autocheckpoint = 4096")
         dbapi.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
         dbapi.execute("PRAGMA foreign_keys = ON")
 
     @sa_event.listens_for(engine, "begin")
     def _begin(conn: sa.Connection) -> None:
-        # A reader that upgrades to a writer gets SQLITE_BUSY at once: writers say so first.
+        # A reader that upgrades to a writer gets SQLITE_BUSY at once: writers begin as such.
         writes = conn.get_execution_options().get("writes", False)
         conn.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")

@@ -1,6 +1,6 @@
-"""Files: written whole or not at all, found, and spoken of. Standard library only.
+"""Files: atomic writes, paths, and sizes and durations as text. Standard library only.
 
-Also where the models lie that come with the package.
+Also the paths of the models that come with the package.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SHIPPED = {
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """The file appears whole or not at all; an older one stays until then. Makes its folder.
+    """Write a file atomically: an older one stays until then. Makes its folder.
 
     Text is UTF-8; lone surrogates, which models can sample, become question marks.
     """
@@ -33,7 +33,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Returns when the names in a directory (made, renamed, removed) are on the disk."""
+    """Fsync a directory, so that names made, renamed or removed in it are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -42,7 +42,7 @@ def sync_directory(path: Path) -> None:
 
 
 def nearest_existing(path: Path) -> Path:
-    """The nearest folder that is there, at or above the path: its disk is the path's disk."""
+    """The nearest existing folder at or above the path, which is on the same disk."""
     path = path.absolute()
     while not path.is_dir():
         path = path.parent

@@ -1,4 +1,4 @@
-"""How many devices stand along each axis of the mesh; the arithmetic alone, without jax."""
+"""The number of devices along each axis of the mesh: only the arithmetic, without jax."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class MeshConfig:
 
 
 def mesh_shape(cfg: MeshConfig, devices: int) -> tuple[int, ...]:
-    """Sizes along `AXES` over so many devices; raises `UserError` when they do not fit."""
+    """Sizes along `AXES` for `devices` devices; raises `UserError` when they do not fit."""
     sizes = {axis: getattr(cfg, axis) for axis in AXES}
     free = [axis for axis, size in sizes.items() if size == -1]
     fixed = math.prod(size for size in sizes.values() if size != -1)
@@ -47,7 +47,7 @@ def mesh_shape(cfg: MeshConfig, devices: int) -> tuple[int, ...]:
 
 
 def _nearest_mesh(sizes: Mapping[str, int], free: Sequence[str], devices: int) -> str:
-    """The mesh over `devices` that keeps the sizes from the last axis on as well as it can."""
+    """A mesh over `devices` with sizes close to `sizes`, fitted from the last axis to the first."""
     fitted, left = dict(sizes), devices
     for axis in reversed(AXES):
         if axis in free or (not free and axis == AXES[1]):

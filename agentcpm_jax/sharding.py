@@ -21,7 +21,7 @@ from agentcpm_jax.types import UserError
 
 #: The axes that split tokens: rows and time.
 TOKEN_AXES = ("data", "fsdp", "context")
-#: Those of them that split parameters as well.
+#: The token axes that also split parameters.
 WIDTH_AXES = ("fsdp", "context")
 
 # Logical axis (ParamSpec.axes, or an axis of an activation) -> mesh axis or axes.
@@ -52,7 +52,7 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         grid = _over_slices(cfg, shape, devices)
         return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
     if devices and devices[0].platform == "tpu":
-        # A 2-D slice has no axis of its own for every mesh axis; splitting its rings is allowed.
+        # A 2-D slice has fewer physical axes than the mesh has axes; splitting them is allowed.
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
         return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
@@ -61,8 +61,8 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 def param_shardings(specs: Mapping[str, Any], mesh: Mesh | AbstractMesh) -> dict[str, Any]:
     """A NamedSharding for every parameter that `specs` (from `model.params.param_specs`) describe.
 
-    Of a description only `shape` and `axes` are read. Key/value heads that the tensor axis does
-    not divide are replicated.
+    Only `shape` and `axes` of a spec are read. Key/value heads that the tensor axis does not
+    divide are replicated.
 
     Raises:
       UserError: a mesh axis does not divide the parameter axis it splits.
@@ -80,9 +80,9 @@ def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
 
 
 def constrain(x: jax.Array, mesh: Mesh | None, *logical: str | None) -> jax.Array:
-    """`x` laid out by the rules of its logical axes (None: whole); unchanged without a mesh.
+    """`x` sharded by the rules of its logical axes (None: not split); unchanged without a mesh.
 
-    An axis that its mesh axes do not divide stays whole.
+    An axis that its mesh axes do not divide is not split.
     """
     if mesh is None or mesh.size == 1:
         return x

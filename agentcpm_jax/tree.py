@@ -10,7 +10,7 @@ def flatten(tree: Mapping[str, Any], *, sep: str = "/") -> dict[str, Any]:
     """{path: leaf} in sorted path order; whatever is not a mapping is a leaf.
 
     Raises:
-      ValueError: a key contains `sep`, or a sub-tree is empty (neither would come back).
+      ValueError: a key contains `sep`, or a sub-tree is empty (`unflatten` restores neither).
     """
     flat: dict[str, Any] = {}
     for key in sorted(tree):

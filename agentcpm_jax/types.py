@@ -1,4 +1,4 @@
-"""The nouns that travel round the circle: task, turn, segment, trajectory, group.
+"""The types that all parts share: task, turn, segment, trajectory, group.
 
 Host-side, numpy and plain frozen dataclasses; every array is flat and read-only by convention.
 """
@@ -41,7 +41,7 @@ class StopReason(enum.StrEnum):
     CANCELLED = "cancelled"
 
 
-#: Stops that say nothing about the policy: they leave before the baseline and are re-queued.
+#: Stops that say nothing about the policy: such samples enter no baseline and are run again.
 UNKNOWN_STOPS = frozenset(
     {
         StopReason.ENGINE_ERROR,
@@ -53,7 +53,7 @@ UNKNOWN_STOPS = frozenset(
 
 
 class Verdict(enum.StrEnum):
-    """A grader's word on an answer. `UNKNOWN` is never a reward of 0."""
+    """A grader's judgement of an answer. `UNKNOWN` is never a reward of 0."""
 
     RIGHT = "right"
     WRONG = "wrong"
@@ -73,7 +73,7 @@ class TurnFlag(enum.StrEnum):
     """What the episode loop noticed about a turn; the denoising filters read it."""
 
     FORMAT_ERROR = "format_error"  # at least one call of the turn was malformed
-    REPEATED = "repeated"  # the same assistant text stood earlier in the context
+    REPEATED = "repeated"  # the assistant text already occurs in the context
     TRUNCATED = "truncated"  # generation hit its token budget
     NO_CALL = "no_call"  # neither a call nor an answer
 
@@ -129,7 +129,7 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class ToolResult:
-    """What a tool said. Failure is data: it carries a status and a readable content."""
+    """A tool's answer. A failed call has a status and readable content as well."""
 
     status: ToolStatus
     content: str
@@ -239,7 +239,7 @@ class TrajectoryGroup:
 
 @dataclass(frozen=True)
 class Credit:
-    """What the reward side says about one segment, token by token.
+    """The advantage of each token of a segment, and whether it is trained.
 
     advantage f32[T] (0 where not kept); keep bool[T]: the token is trained.
     """
@@ -250,9 +250,9 @@ class Credit:
 
 @dataclass(frozen=True)
 class ShippedSegment:
-    """A segment that is trained in some step: whose it is, and the credit of its tokens.
+    """A segment that is trained in some step, its origin and the credit of its tokens.
 
-    `segment_index` is its place in the trajectory of (issue_id, sample).
+    `segment_index` is its index in the trajectory of (issue_id, sample).
     """
 
     issue_id: int
@@ -264,10 +264,10 @@ class ShippedSegment:
 
 @dataclass(frozen=True)
 class Decision:
-    """What a filter decided, about what, and why. JSON-able.
+    """A filter's decision about a group, a sample or a turn, and its reason. JSON-able.
 
-    It is about the whole group when `sample` is -1, about a whole sample when `turn` is. The log
-    keeps sample, filter and reason; of what it gives back neither `action` nor `turn` is known.
+    It is about the whole group when `sample` is -1, about a whole sample when `turn` is -1. The log
+    stores only sample, filter and reason.
     """
 
     sample: int

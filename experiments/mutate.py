@@ -1,6 +1,6 @@
 """Breaks the code one line at a time: a test has to notice each.
 
-    python experiments/mutate.py                # all of them; about 20 minutes on two cores
+    python experiments/mutate.py                # all of them; half an hour on two cores
     python experiments/mutate.py --only S4,W5   # some
     python experiments/mutate.py --list
 
@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PATIENCE = 240.0
+PATIENCE = 600.0
 PASSED, FAILED = 0, 1  # exit codes of pytest
 
 #: A block per mutation: its id, file and meaning; `-` the text, found once in the file; `+` what
@@ -45,8 +45,8 @@ A3 rewards/advantages.py: tokens shared with the parent are not trained again
 + pass
 ? rewards/test_advantages.py::test_every_segment_gets_credit_but_a_shared_prefix_only_once
 A4 rewards/advantages.py: truncated turns are not trained
-- if key in muted_turns or TurnFlag.TRUNCATED in turn.flags:
-+ if key in muted_turns:
+- in muted_turns or TurnFlag.TRUNCATED in turn.flags:
++ in muted_turns:
 ? rewards/test_advantages.py::test_truncated_and_muted_turns_are_not_trained
 A5 rewards/advantages.py: a score at the threshold is not right
 - right = score > cfg.right_above
@@ -61,8 +61,8 @@ D1 rewards/denoise.py: muted samples stay in the baseline
 + baseline=tuple(t for t in state.baseline if t.sample not in dropped | muted)
 ? rewards/test_denoise.py::test_extreme_stops_are_muted_and_their_score_stays_in_the_baseline
 D2 rewards/denoise.py: a tie is no agreement
-- settled = count > cfg.agreement * len(same)
-+ settled = count >= cfg.agreement * len(same)
+- settled = count > AGREEMENT * len(same)
++ settled = count >= AGREEMENT * len(same)
 ? rewards/test_denoise.py::test_equal_answers_without_a_majority_all_leave
 D3 rewards/denoise.py: the spread has a threshold
 - max(scores) - min(scores) < cfg.min_spread
@@ -173,9 +173,9 @@ K5 engine/local.py: a follower waits for its leader
 + if False:
 ? engine/test_local.py::test_a_group_feeds_its_common_prompt_once_and_stays_exact
 W1 weights/publish.py: a version that was collected is not published again
-- if stable and (version in stable or version < stable[0]):
-+ if stable and version in stable:
-? weights/test_publish.py
+- if version in stable or is_collected(version, stable):
++ if version in stable:
+? weights/test_publish.py::test_no_version_is_published_again_not_even_one_that_was_collected
 W2 weights/store.py: the newest version is never collected
 - [v for v in versions(root)[:-1] if v < keep_from]
 + [v for v in versions(root) if v < keep_from]
@@ -287,7 +287,7 @@ G2 merge/kernels/sparsify.py: how many elements trimming keeps
 G3 merge/kernels/sparsify.py: what DARE keeps is rescaled
 - 2.0**32 / float(limit) if unbiased else 1.0
 + 1.0
-? merge/kernels/test_methods.py::test_random_methods_have_mergekits_statistics
+? merge/kernels/test_methods.py::test_rescaling_by_inverse_probability_is_unbiased_and_by_l1_is_exact_in_l1
 G4 merge/kernels/spherical.py: slerp between opposites is linear
 - straight = abs(c) > parallel
 + straight = c > parallel
@@ -297,9 +297,9 @@ G5 merge/kernels/selection.py: of equal magnitudes at the threshold the first ar
 + size
 ? merge/kernels/test_selection.py::test_the_k_largest_are_kept_and_among_equals_the_first
 G6 merge/soups.py: a model that makes the soup no worse is taken
-- if score >= scores[-1]:
-+ if score > scores[-1]:
-? merge/test_search.py::test_a_greedy_soup_takes_what_helps_best_first
+- if score >= best:
++ if score > best:
+? merge/test_search.py::test_a_greedy_soup_takes_a_model_on_an_equal_score
 G7 merge/kernels/device.py: on a device as many of equal magnitudes are kept
 - _count(equal & (index < i)) < quota
 + _count(equal & (index < i)) <= quota
@@ -311,7 +311,7 @@ X1 checkpoint.py: a checkpoint refuses a log that is older
 X2 run/sampler.py: versions that a resume needs stay
 - self.store.collect_garbage(resumable - self.rl.stream.max_staleness)
 + self.store.collect_garbage(resumable)
-? run/test_resume.py::test_deterministic_runs_resume_bit_for_bit
+? run/test_sampler.py::test_the_weights_that_a_resume_samples_with_stay
 X3 run/loop.py: a checkpoint holds the loader's step
 - loader_state=batches.get_state(),
 + loader_state={"step": step - 1},
@@ -320,7 +320,7 @@ X4 run/observe/metrics.py: a resumed run keeps the metrics of its checkpoint
 - if row["step"] <= start_step]
 + if row["step"] < start_step]
 ? run/observe/test_metrics.py::test_later_steps_and_torn_lines_are_removed_on_reopening
-"""
+"""  # noqa: E501
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from agentcpm_jax.data.rows import shipped_rows
 from agentcpm_jax.engine.local import LocalEngine
 from agentcpm_jax.files import SHIPPED
 from agentcpm_jax.hf.load import load_hf
+from agentcpm_jax.hf.tokenizer import load_chat
 from agentcpm_jax.rewards.advantages import credit_group
 from agentcpm_jax.rewards.grade import answer_reward, grade_exact, score
 from agentcpm_jax.rollout.episode import run_episode
@@ -47,7 +48,7 @@ def train(cfg: ExperimentConfig, rl: RLStage, init_from: str) -> Iterator[float]
     """Yields the loss of each step; GRPO, MiniRL, RLOO ...: `rl.loss` and `rl.advantages` say."""
     with tempfile.TemporaryDirectory() as directory:
         write_tokenizer(directory, template_text(cfg.template))
-        chat = ChatFormat.load(directory)
+        chat = load_chat(directory)
     params, _ = load_hf(SHIPPED[init_from], param_dtype=cfg.model.param_dtype)
     tx, schedule = make_optimizer(rl.optimizer, rl.shape.steps)
     step = make_rl_step(cfg.model, rl.loss, tx, schedule, micro_rows=rl.shape.micro_rows or 0)

@@ -2,7 +2,7 @@
 
     python experiments/three_hops.py --workdir runs/quickstart
 
-Writes experiments/results/three_hops.json: mean@1 with 95 % bootstrap intervals over 100 tasks,
+Writes experiments/results/three_hops.json: mean@1 with 95 % intervals over 100 tasks,
 4 samples at temperature 1 and greedy. About two minutes on two cores.
 """
 

@@ -55,7 +55,7 @@ def sft_rows(
     """
     cfg = sft.SFTDataConfig(path=str(path), **options)
     chat = _chat(tokenizer_dir, template)
-    conversations, bad = sft.read_conversations(cfg.path, cfg.skip_bad)
+    conversations, bad = sft.read_conversations(str(path), cfg.skip_bad)
     rows, counts = sft.conversation_rows(conversations, chat, cfg)
     dropped = {reason: n for reason, n in counts.items() if reason != "kept"}
     if bad:

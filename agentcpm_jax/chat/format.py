@@ -190,7 +190,7 @@ class ChatFormat:
             ) from error
 
     def _mark(self, index: int, message: Message) -> dict[str, Any]:
-        """A copy of `message` whose text can be told from the template's."""
+        """A copy of `message` with its text marked as not the template's."""
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
             raise ChatTemplateError(f"unknown role {role!r} in message {index}; use {_ROLES}")
@@ -249,7 +249,7 @@ def _i32(ids: Sequence[int]) -> np.ndarray:
 
 
 def _compile(template: str) -> jinja2.Template:
-    """The template in the sandbox and with the functions that `transformers` gives it."""
+    """Compile the template in the sandbox and with the functions that `transformers` provides."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
     )

@@ -1,8 +1,8 @@
 """The JSON that models write (JSON5: quotes, commas, comments, bare keys, numbers), in linear time.
 
 One regular expression cuts the text into tokens, each is rewritten as strict JSON, and the standard
-library parses the result. Refused, as no two readers agree on them: duplicate keys, NaN and
-infinities, lone surrogates.
+library parses the result. Duplicate keys, NaN, infinities and lone surrogates are refused, because
+parsers disagree on them.
 """
 
 from __future__ import annotations
@@ -42,8 +42,10 @@ def loads(text: str, max_depth: int = 64) -> Any:
 
 
 def object_end(text: str, start: int) -> int:
-    """The index after the `}` that closes the `{` at `start`; -1 when nothing closes it, and
-    `IN_STRING` when that is because a quote is never closed."""
+    """The index after the `}` that closes the `{` at `start`.
+
+    -1 when nothing closes it, `IN_STRING` when that is because a quote is never closed.
+    """
     depth = 0
     for match in _STRUCTURE.finditer(text, start):
         token = match[0]

@@ -1,8 +1,8 @@
 """What a completion asks for: tool calls with typed errors, and the answer.
 
 One rule for training and evaluation:
-1. the thought ends at the first `</think>`; without one, a thought that is open swallows the turn;
-2. every `<tool_call>...</tool_call>` block is one call, in order; a bad one spoils no neighbour;
+1. the thought ends at the first `</think>`; without one, an open thought is the whole turn;
+2. every `<tool_call>...</tool_call>` block is one call, in order; a bad one does not affect others;
 3. a block holds the first JSON object in it (JSON5 leniency, see `lenient_json`), and for the code
    tools `<code>...</code>` fills an absent or blank `code` argument;
 4. the answer is the last `<answer>...</answer>` outside the thought and the calls, stripped.
@@ -108,9 +108,9 @@ def _thought_end(text: str, in_thought: bool) -> int:
 
 def _blocks(text: str, position: int) -> Iterator[tuple[int, int, bool]]:
     """(start, end, closed) of the call blocks from `position` on, tags included."""
-    start = body = -1  # of the block that is open; where its first brace may be
+    start = body = -1  # of the open block: its start, and where its first brace may be
     quoted = False  # the open block holds an opening tag inside a string
-    nested = 0  # opening tags right after another: as many closing tags are let pass
+    nested = 0  # opening tags right after another: as many closing tags are ignored
     for tag in _TAG.finditer(text, position):
         if tag[0] == _CLOSE:
             if start >= 0:
@@ -129,7 +129,7 @@ def _blocks(text: str, position: int) -> Iterator[tuple[int, int, bool]]:
                 nested += 1
             elif lenient_json.object_end(text[brace : tag.start()], 0) == lenient_json.IN_STRING:
                 quoted = True
-            else:  # the open block was never closed; this one must not suffer for it
+            else:  # the open block was never closed; this tag begins another one
                 yield start, tag.start(), False
                 start, body, nested = tag.start(), tag.end(), 0
     if start >= 0:

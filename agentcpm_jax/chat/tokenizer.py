@@ -23,7 +23,7 @@ SLOT = MARK + "s"  # where an assistant's text would stand
 
 
 class Untrusted(str):
-    """Marked data that answers a template's questions as the unmarked text would."""
+    """Marked text that string tests in a template treat like the unmarked text."""
 
     original: str
 
@@ -63,7 +63,7 @@ class MarkedTokenizer:
         return self._mark(text, self._special)
 
     def restore(self, marked: str) -> str:
-        """The text that the marks stand for."""
+        """The text with its marks replaced by the original."""
         return _CODE.sub(self._decode_mark, marked)
 
     def encode(self, marked: str) -> tuple[list[int], list[bool]]:
@@ -94,7 +94,7 @@ class MarkedTokenizer:
     ) -> list[tuple[int, int]]:
         """The smallest token spans [start, end) of `ids` that cover spans of `decode(ids)`.
 
-        Found by bisection over decoded prefixes, so it holds for any tokenizer. The spans ascend.
+        Bisection over decoded prefixes works for any tokenizer. `char_spans` must ascend.
         """
         listed = [int(i) for i in ids]
         text = self.decode(listed)
@@ -134,7 +134,7 @@ _CODE = re.compile(MARK + r"(?:c(\d+);|[mts])")
 
 
 def _any_of(literals: Sequence[str]) -> re.Pattern[str]:
-    """Matches any literal, the longest first; never, when there is none."""
+    """A pattern that matches any literal, longest first; nothing when there is none."""
     ordered = sorted(literals, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, ordered)) if ordered else r"(?!)")
 

@@ -1,7 +1,7 @@
 """Grain datasets whose whole state is one integer: the number of the next step.
 
-A batch is a pure function of its step, so a restored iterator needs no replay: what grain's
-packing keeps (windows, buffers, parents) never exists here.
+A batch is a pure function of its step, so a restored iterator needs no replay: there is none of the
+state of grain's packing (windows, buffers, parents).
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class EpochBatches(grain.IterDataset):
           row_length: T of the batches.
           batch_rows: B of the batches; or give `batch_tokens`, of which B = batch_tokens // T.
           seed: of the shuffles.
-          epochs: how often the rows are seen; None: without end.
+          epochs: how often the rows are seen; None: endlessly.
           start: the step of the first batch.
-          only: the rows of a batch that are made, of several processes those of this one.
+          only: indices of the rows of a batch that this process builds; None: all.
         Raises:
           UserError: no row fits, or a batch has no rows.
         """
@@ -71,10 +71,10 @@ class EpochBatches(grain.IterDataset):
         self._epoch_bins = lru_cache(maxsize=2)(self._shuffled_bins)
 
     def batch(self, step: int) -> Batch:
-        """The batch of `step`, alone a function of it.
+        """The batch of `step`, which depends on nothing else.
 
         Raises:
-          StopIteration: `step` lies behind the last epoch.
+          StopIteration: `step` is past the last epoch.
         """
         if self.total_steps is not None and step >= self.total_steps:
             raise StopIteration
@@ -90,7 +90,7 @@ class EpochBatches(grain.IterDataset):
     def _shuffled_bins(self, epoch: int) -> list[list[int]]:
         rng = np.random.default_rng([self._seed, epoch])
         order = rng.permutation(len(self._rows))
-        # Rows of equal length change places, and so do the packed rows.
+        # Shuffles rows of equal length, and then the packed rows.
         bins, _ = plan([len(self._rows[i]) for i in order], self._row_length)
         return [[int(order[i]) for i in bins[b]] for b in rng.permutation(len(bins))]
 
@@ -98,8 +98,8 @@ class EpochBatches(grain.IterDataset):
 class StepBatches(grain.IterDataset):
     """Batch n packs `source(n)`: the rows that the experience log recorded for step n.
 
-    `source` may block until the step is recorded, and raises StopIteration at the end. Asked again
-    for a step, it returns the same rows in the same order.
+    `source` may block until the step is recorded, and raises StopIteration at the end. For the same
+    step it must always return the same rows in the same order.
     """
 
     def __init__(

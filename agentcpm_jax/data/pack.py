@@ -28,7 +28,7 @@ class Rejected:
 
 @dataclass(frozen=True)
 class Packed:
-    """A batch, and the rows that did not make it (never truncated, never dropped in silence)."""
+    """A batch, and the rows that did not fit (rows are not truncated, nor dropped silently)."""
 
     batch: Batch
     rejected: tuple[Rejected, ...]
@@ -53,8 +53,10 @@ def pack(
       row_length: T of the batch. A longer row is rejected as `too_long`.
       num_rows: B of the batch; what does not fit is rejected as `no_room`. None: as many as
         needed (at least one), rounded up to `row_multiple` so that few shapes get compiled.
-      micro_rows: rows of a forward pass. What is left over is padding in as few passes as possible,
-        so that the step can leave those out.
+      micro_rows: rows per forward pass. Rows are put into as few passes as possible, so that the
+        step can skip the passes that are only padding.
+    Raises:
+      UserError: the rows of the batch are not a multiple of `micro_rows`.
     """
     lengths = [len(row) for row in rows]
     bins, too_long = plan(lengths, row_length)
@@ -69,9 +71,9 @@ def pack(
 
 
 def forward_fill(segment_ids: np.ndarray, micro_rows: int = 0) -> float:
-    """Share of the tokens in forward passes that are not padding; i32[B,T].
+    """Share of the tokens in forward passes that are not padding; segment_ids i32[B,T].
 
-    A micro-batch (row j of every B / micro_rows: see `train.step`) of padding alone is no pass.
+    A micro-batch (row j of every B / micro_rows: see `train.step`) of only padding is not a pass.
     """
     used = segment_ids > 0
     passes = used.reshape(micro_rows or len(used), -1, used.shape[1]).swapaxes(0, 1)
@@ -107,7 +109,7 @@ def plan(lengths: Sequence[int], row_length: int) -> tuple[list[list[int]], list
 
 
 def _by_micro_batch(bins: list[list[Row]], num_rows: int, micro_rows: int) -> list[list[Row]]:
-    """Micro-batch j takes row j of every num_rows / micro_rows: the first bins go to the first."""
+    """Micro-batch j takes row j of every num_rows / micro_rows; it gets the j-th run of bins."""
     if not 0 < micro_rows < num_rows:
         return bins
     if num_rows % micro_rows:
@@ -125,7 +127,7 @@ def fill(
 ) -> Batch:
     """Lay the rows of each bin side by side; rows of the batch beyond the bins are padding.
 
-    `only`: the rows of the batch that are made, ascending; the counts are those of all.
+    `only`: ascending indices of the rows to build (None: all); the counts cover all rows.
     """
     made = range(num_rows) if only is None else only
     batch = Batch.empty(len(made), row_length)

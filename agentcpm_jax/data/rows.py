@@ -1,14 +1,14 @@
-"""From trajectories to rows: one row is one sequence with what is trained on it.
+"""From trajectories to rows: a row is one sequence and its tokens' training data.
 
 Loss masks come from provenance alone (and, in RL, from the denoising filters' `keep`). A sampled
 token is trained exactly once: a fork shows its parent's tokens as HISTORY.
 
-The rows of one trajectory are a trie over token ids. Attention is causal, so a row costs a forward
-pass of its own only where it is a leaf: what follows a row's last trained token is cut, and a row
-that is a prefix of another is trained inside it. A trajectory that was only appended to is one
-forward pass, however many segments it was recorded in. Two leaves forward the prefix that they
-share twice (trained once): one pass over the trie itself would need tree attention.
-`RowStats.shared` says how much that would save.
+The rows of one trajectory are a trie over token ids. Attention is causal, so only the leaves need a
+forward pass: tokens after the last trained one of a row are cut, and a row that is a prefix of
+another is trained inside it. A trajectory that was only appended to is one forward pass, however
+many segments it was recorded in. A prefix that two leaves share is forwarded twice (but trained
+once); forwarding it once would need tree attention. `RowStats.shared` says how much that would
+save.
 """
 
 from __future__ import annotations
@@ -64,14 +64,14 @@ def text_row(ids: Sequence[int] | np.ndarray, weights: np.ndarray | None = None)
 
 
 def demo_row(segment: Segment) -> Row:
-    """SFT: the tokens that another author's assistant wrote (provenance DEMO) are trained."""
+    """SFT: trains the tokens of provenance DEMO, which another author's assistant wrote."""
     mask = np.asarray(segment.provenance == Provenance.DEMO)
     mask[:1] = False
     return _row(np.asarray(segment.ids, np.int32), mask)
 
 
 def rows_from_segment(segment: Segment, credit: Credit) -> list[Row]:
-    """RL: the sampled tokens that the filters keep are trained.
+    """RL: trains the sampled tokens that the filters keep.
 
     Returns:
       One row, or none when nothing of the segment is trained.
@@ -92,18 +92,18 @@ def shipped_rows(shipped: Iterable[ShippedSegment]) -> list[Row]:
 
 
 def shipped_stats(shipped: Iterable[ShippedSegment]) -> RowStats:
-    """What the forward passes over the rows of a batch are spent on."""
+    """Token counts of the forward passes over the rows of a batch."""
     return sum((count_rows(*found) for found in _by_trajectory(shipped)), RowStats())
 
 
 def merge_prefixes(rows: Sequence[Row]) -> list[Row]:
     """The leaves of the trie of `rows`: each row that is a prefix of another is merged into it.
 
-    Rows are first cut behind their last trained token. A token with the same context, log-
+    Rows are first cut after their last trained token. A token with the same context, log-
     probability, version, advantage and weight in two rows is one token: it is trained once, in the
-    first leaf that holds it. A row whose trained tokens disagree with a longer one's stays a row of
-    its own. Rows of *one* trajectory only: equal rows of two samples are two samples. The order of
-    the leaves is kept.
+    first leaf that holds it. A row whose trained tokens disagree with a longer one's stays a
+    separate row. `rows` must be of *one* trajectory: equal rows of two samples are two samples. The
+    order of the leaves is kept.
     """
     cut = [_cut(row) for row in rows]
     merged: dict[int, Row] = {}
@@ -131,11 +131,11 @@ def _by_trajectory(shipped: Iterable[ShippedSegment]) -> Iterator[tuple[list[Row
 
 @dataclass(frozen=True)
 class RowStats:
-    """What the forward passes of a batch are spent on, in tokens.
+    """Token counts of the forward passes of a batch.
 
     trained: each sampled token once. forward: tokens of all rows, padding not counted. unique:
-    nodes of the tries, i.e. what tree attention would forward. segments: recorded ones behind the
-    rows.
+    nodes of the tries, i.e. what tree attention would forward. segments: the recorded segments
+    that the rows were made from.
     """
 
     segments: int = 0
@@ -168,7 +168,7 @@ class RowStats:
 
 
 def count_rows(rows: Sequence[Row], segments: int) -> RowStats:
-    """The figures of the rows of one trajectory, made from `segments` recorded segments."""
+    """Token counts of the rows of one trajectory, made from `segments` recorded segments."""
     forward = sum(len(row) for row in rows)
     walk = sorted(map(_key, rows))
     unique = forward - sum(_common(a, b) for a, b in pairwise(walk))
@@ -176,11 +176,11 @@ def count_rows(rows: Sequence[Row], segments: int) -> RowStats:
 
 
 def _branches(rows: Sequence[Row]) -> list[list[int]]:
-    """Indices of the rows in groups: a leaf of the trie, then those of its prefixes, ever shorter,
-    that are a prefix of no leaf in an earlier group.
+    """Row indices, grouped by leaf of the trie: each leaf, then its prefixes, longest first, except
+    those that are in an earlier group.
 
     In a walk through the trie, a row that is not a leaf comes right before one that extends it; so
-    a walk from the end needs to look at its last leaf only.
+    a backward walk compares each row with the last leaf only.
     """
     keys = [_key(row) for row in rows]
     branches: list[list[int]] = []
@@ -193,7 +193,7 @@ def _branches(rows: Sequence[Row]) -> list[list[int]]:
 
 
 def _key(row: Row) -> bytes:
-    """Sorting by it walks through the trie."""
+    """A sort key: sorted rows walk through the trie."""
     return row.ids.astype(">u4").tobytes()
 
 
@@ -205,7 +205,7 @@ def _common(a: bytes, b: bytes) -> int:
 
 
 def _cut(row: Row) -> Row:
-    """Without what follows the last trained token: nothing trained ever sees it."""
+    """Cut the tokens after the last trained one: no trained token ever sees them."""
     trained = np.flatnonzero(row.loss_mask)
     end = int(trained[-1]) + 1 if len(trained) else 0
     if end == len(row):
@@ -214,7 +214,7 @@ def _cut(row: Row) -> Row:
 
 
 def _trained_once(leaves: list[Row]) -> list[Row]:
-    """Takes out of each leaf what an earlier one trains; its last token is always its own."""
+    """Masks in each leaf the tokens that an earlier leaf trains, which never include its last."""
     keys = [_key(row) for row in leaves]
     for i, row in enumerate(leaves):
         mask = row.loss_mask.copy()
@@ -226,7 +226,7 @@ def _trained_once(leaves: list[Row]) -> list[Row]:
 
 
 def _same_values(a: Row, b: Row, n: int) -> np.ndarray:
-    """bool[n]: where the first n tokens would be trained alike."""
+    """bool[n]: where the first n tokens have equal training values."""
     same = np.ones(n, bool)
     for name in _VALUES:
         same &= getattr(a, name)[:n] == getattr(b, name)[:n]

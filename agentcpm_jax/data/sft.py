@@ -20,7 +20,7 @@ ROLES = ("system", "user", "assistant", "tool")
 
 @dataclass(frozen=True)
 class SFTDataConfig:
-    """Where demonstrations come from and what of them is trained.
+    """Where demonstrations come from and which of their tokens are trained.
 
     Conversations of more than `max_length` tokens are dropped and counted, never cut; the
     original's limit is 21,000.
@@ -45,7 +45,7 @@ class Conversation:
 
 
 class Renderer(Protocol):
-    """What is needed of `chat.format.ChatFormat`: token ids with provenance."""
+    """The part of `chat.format.ChatFormat` used here: token ids with provenance."""
 
     def demo_segment(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
@@ -53,7 +53,7 @@ class Renderer(Protocol):
 
 
 def read_conversations(path: str, skip_bad: bool = False) -> tuple[list[Conversation], list[str]]:
-    """(the conversations, one line of complaint for each bad line that was skipped).
+    """(the conversations, an error message for each bad line that was skipped).
 
     Blank lines are ignored.
 
@@ -113,7 +113,7 @@ def conversation_rows(
 
 
 def last_span(mask: np.ndarray) -> np.ndarray:
-    """bool[T]: the last run of True alone (assistant turns have template tokens between them)."""
+    """bool[T]: only the last run of True (assistant turns have template tokens between them)."""
     trained = np.flatnonzero(mask)
     if not len(trained):
         return mask

@@ -1,1 +1,1 @@
-"""The tools of an agent: what they are called with and answer."""
+"""The tools of an agent: the protocol of their calls and answers."""

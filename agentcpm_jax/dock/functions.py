@@ -1,4 +1,4 @@
-"""Python functions as tools: a user's own, beside those of another toolbox.
+"""A user's Python functions as tools, in addition to those of another toolbox.
 
 A tool is a plain or async function whose parameters are annotated with `str`, `int`, `float`,
 `bool` or a list of one of these. The name, the first line of the docstring and the annotations are
@@ -67,7 +67,7 @@ def with_functions(
 
 
 class FunctionToolbox:
-    """A toolbox with functions added; what is not theirs goes to the inner one."""
+    """A toolbox with functions added; all other calls go to the inner toolbox."""
 
     def __init__(
         self,
@@ -83,8 +83,11 @@ class FunctionToolbox:
         return (*self._inner.schemas(), *self._schemas.values())
 
     async def call(self, name: str, arguments: Mapping[str, Any]) -> ToolResult:
-        """A function that raises is an observation (`tool_error`); one that takes too long or
-        loses a connection says nothing about the agent (`infra_error`)."""
+        """Run one call; never raises for a failing function.
+
+        An exception is an observation (`tool_error`); a time-out or a lost connection says nothing
+        about the agent (`infra_error`).
+        """
         if name not in self._functions:
             return await self._inner.call(name, arguments)
         parameters = self._schemas[name]["function"]["parameters"]
@@ -109,7 +112,7 @@ class FunctionToolbox:
 
 
 class NoTools:
-    """A toolbox without tools: what functions are added to where a task has no others."""
+    """A toolbox without tools, to which functions are added where a task has no others."""
 
     def schemas(self) -> Sequence[Mapping[str, Any]]:
         return ()
@@ -123,8 +126,8 @@ class NoTools:
 async def run_function(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The result of a plain or async function, without blocking the event loop.
 
-    A plain one runs in a thread of its own: when the caller gives up on it, it holds neither a
-    place in a pool nor the end of the process.
+    A plain function runs in its own daemon thread: if the caller gives up on it, it blocks neither
+    a thread pool nor the exit of the process.
     """
     if inspect.iscoroutinefunction(function):
         return await function(*args, **kwargs)

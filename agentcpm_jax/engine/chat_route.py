@@ -17,7 +17,7 @@ _FINISH = {"stop": "stop", "length": "length", "abort": "abort"}
 
 
 def chat_job(body: Mapping[str, Any], chat: ChatFormat, limits: RequestLimits) -> GenerationJob:
-    """The job of a request body; raises `UserError` (status 400)."""
+    """The job for a request body; raises `UserError` (status 400)."""
     messages, tools = body.get("messages"), body.get("tools")
     if not isinstance(messages, list) or not messages:
         raise UserError("messages must be a list of at least one message")

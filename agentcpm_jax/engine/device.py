@@ -1,9 +1,9 @@
 """The engine's device programs: feed prompt tokens to some rows, decode K tokens for some rows,
 copy a prefix from one row to another.
 
-Each works on a bucketed number of rows, as far as they are `filled`, and writes into the donated
-cache in place, so the number of compilations is bounded by the buckets. With a row for every slot
-(`whole`) nothing is gathered. Numbers of a row depend on that row alone.
+Each program takes a bucketed number of rows, reads the cache up to the static length `filled` and
+updates the donated cache in place, so the buckets bound the number of compilations. With a row for
+every slot (`whole`) nothing is gathered. The results of a row depend on that row alone.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from agentcpm_jax.model.logprobs import logprobs_from_logits
 
 @flax.struct.dataclass
 class DecodeRows:
-    """What decoding needs of R rows; padding rows have index = number of slots and budget 0."""
+    """Decoding state of R rows; padding rows have index = number of slots and budget 0."""
 
     index: Any  # i32[R] slot
     length: Any  # i32[R] tokens already in the cache
     token: Any  # i32[R] the one token not yet fed
     budget: Any  # i32[R] tokens still allowed
-    generated: Any  # i32[R] tokens sampled so far: the token index of the key
+    generated: Any  # i32[R] tokens sampled so far: folded into the key
     stop: Any  # i32[R, MAX_STOP_IDS] padded with -1
     draw: Draw
 
 
 def empty_rows(slots: int) -> DecodeRows:
-    """In numpy: one row per slot and, last, the padding row."""
+    """Numpy arrays with one row per slot and, last, the padding row."""
     count = slots + 1
     draw = Draw(
         temperature=np.zeros(count, np.float32),
@@ -70,11 +70,11 @@ def prefill(
     filled: int,
     whole: bool,
 ) -> KVCache:
-    """Feed `tokens` i32[R, C] (the first `counts` i32[R] of each row) behind `length` i32[R].
+    """Feed the first `counts` i32[R] of `tokens` i32[R, C] after the `length` i32[R] cached ones.
 
-    All may be numpy arrays. `filled`: a static bound on length. `whole`: row r is slot r, for all
-    slots. Two programs: one that read and wrote the donated cache would copy all of it, as XLA does
-    not order the two.
+    Arrays may be numpy. `filled`: a static bound on length. `whole`: row r is slot r, for all
+    slots. Two programs: one that reads and writes the donated cache would copy all of it, as XLA
+    does not order the two.
     """
     past = read(cache, index, length, filled, whole)
     return feed(params, cfg, cache, past, index, length, tokens, counts)
@@ -82,7 +82,7 @@ def prefill(
 
 @partial(jax.jit, static_argnames=("filled", "whole"))
 def read(cache: KVCache, index: jax.Array, length: jax.Array, filled: int, whole: bool) -> Past:
-    """A copy of what the rows hold."""
+    """A copy of the rows' keys and values."""
     return _past(cache, index, length, filled, whole)
 
 
@@ -97,7 +97,7 @@ def feed(
     tokens: jax.Array,
     counts: jax.Array,
 ) -> KVCache:
-    """The model on the tokens, and their keys and values into the cache."""
+    """Run the model on the tokens and write their keys and values into the cache."""
     _, k_new, v_new = attend(params, cfg, past, tokens, length)
     return write(cache, index, length, counts, k_new, v_new)
 
@@ -115,9 +115,9 @@ def decode(
 ) -> tuple[KVCache, jax.Array, jax.Array, jax.Array]:
     """Sample up to `steps` tokens per row; `filled` and `whole` as in `prefill`.
 
-    A row ends when it has sampled a stop id or used its budget; the loop when all rows have, or
-    after `least` (i32 scalar) steps when one has. New keys and values collect in a small buffer and
-    go to the cache at the end.
+    A row ends when it has sampled a stop id or used its budget. The loop ends when all rows have,
+    or, from `least` (i32 scalar) steps on, when any row has. New keys and values collect in a small
+    buffer and go to the cache at the end.
 
     Returns (cache, ids i32[steps, R], log-probabilities f32[steps, R] of the full distribution at
     temperature 1, counts i32[R]: how many of them are valid).
@@ -154,7 +154,7 @@ def decode(
 
 @partial(jax.jit, static_argnames="filled", donate_argnames="cache")
 def copy_prefix(cache: KVCache, source: jax.Array, target: jax.Array, filled: int) -> KVCache:
-    """Row `target` with the first `filled` keys and values of row `source`; i32 scalars."""
+    """Copy the first `filled` keys and values of row `source` to row `target` (i32 scalars)."""
 
     def copy(axis: int, x: jax.Array) -> jax.Array:
         part = jax.lax.dynamic_slice_in_dim(x, source, 1, axis=x.ndim - 4)

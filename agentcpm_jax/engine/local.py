@@ -43,7 +43,7 @@ class LocalEngine:
       reuse: keep and copy prefixes.
 
     Raises:
-      UserError: `cfg.tensor` devices are not there, or do not divide the model.
+      UserError: fewer than `cfg.tensor` devices, or they do not divide the model.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class LocalEngine:
     # --- the policy ------------------------------------------------------------------------
 
     async def sample(self, request: SampleRequest) -> Completion:
-        """One completion; an engine failure is a completion with `finish=error`, never a raise."""
+        """One completion; an engine failure has `finish=error` and never raises."""
         prompt = np.asarray(request.prompt_ids, np.int32)
         budget = min(request.max_new_tokens, self.cfg.capacity - len(prompt))
         if problem := self._problem(request, prompt, budget):
@@ -96,7 +96,7 @@ class LocalEngine:
         return await run.future
 
     def set_params(self, params: dict, version: int) -> None:
-        """Swap weights before the next decode chunk. Takes a copy: the trainer donates its own."""
+        """Use a copy of `params` from the next decode chunk on; the caller may donate its own."""
         copied = own_copy(params, self.model, self._mesh)
         with self._wake:
             self._next_params = (copied, version)
@@ -105,7 +105,7 @@ class LocalEngine:
             self._wake.notify()
 
     def flush(self) -> bool:
-        """Forget all prefixes; False, and nothing is done, while requests run."""
+        """Forget all cached prefixes; while requests run, does nothing and returns False."""
         with self._wake:
             if self._running or self._waiting:
                 return False
@@ -113,7 +113,7 @@ class LocalEngine:
             return True
 
     def close(self) -> None:
-        """Abort what runs and end the thread."""
+        """Abort all requests and end the engine thread."""
         with self._wake:
             self._closed = True
             self._wake.notify()
@@ -211,7 +211,7 @@ class LocalEngine:
         rows.draw.min_p[slot] = params.min_p
 
     def _copy_prefix(self, run: Running) -> bool:
-        """Take the shared prefix from another row; False while that row has not been fed it."""
+        """Copy the shared prefix from another row; False while that row does not hold it yet."""
         place = run.place
         if place.source < 0:
             return True
@@ -247,7 +247,7 @@ class LocalEngine:
             fed += self._feed(pending, missing)
 
     def _feed(self, pending: Sequence[int], missing: np.ndarray) -> int:
-        """One device call; the tokens it took, padding included."""
+        """Prefill in one device call; returns the tokens fed, padding included."""
         slots, buckets = self._slots, self.cfg.token_buckets
         width = buckets[-1]
         if not self.deterministic:
@@ -296,7 +296,7 @@ class LocalEngine:
             self._advance(slot, ids[: counts[row], row], logprobs[: counts[row], row])
 
     def _advance(self, slot: int, ids: np.ndarray, logprobs: np.ndarray) -> None:
-        """Book what a row has sampled; end its request if that was all."""
+        """Record what a row has sampled; end its request if it is finished."""
         run = self._running[slot]
         self._slots.append(slot, ids)
         self._rows.generated[slot] += len(ids)

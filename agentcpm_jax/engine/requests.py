@@ -1,6 +1,6 @@
-"""SGLang's request bodies into jobs, and jobs into its answers.
+"""Parses SGLang's request bodies into jobs and writes jobs as its answers.
 
-What this engine cannot do is refused by name; nothing is ignored that would change a sample.
+Unsupported parameters are refused by name; none that would change a sample is ignored.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from agentcpm_jax.engine.sessions import GenerationJob, version_spans
 from agentcpm_jax.types import UserError
 
 DEFAULT_NEW_TOKENS = 128
-#: Values that change nothing; any other one asks for what the engine does not do.
+#: Unsupported parameters, with the values that have no effect; any other value is refused.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0, None),
     "presence_penalty": (0, None),
@@ -31,7 +31,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "logit_bias": (None, {}),
     "stop_regex": (None, [], ""),
 }
-#: (neutral value, test, what is allowed)
+#: (neutral value, test, valid values in words)
 _OPTIONS: dict[str, tuple[float, Callable[[float], bool], str]] = {
     "top_p": (1.0, lambda p: 0 < p <= 1, "a number above 0, at most 1"),
     "top_k": (0, lambda k: k == int(k) and k >= -1, "-1 for all, or a positive integer"),
@@ -146,7 +146,7 @@ def generate_answer(
     seconds: float,
 ) -> dict[str, Any]:
     """SGLang's answer for a job, finished or (in a stream) not."""
-    # What stopped it leaves the text and stays in the ids.
+    # The stop string or id is cut from the text but stays in the ids.
     matched = None if job.keep_stop else (job.finish or {}).get("matched")
     text = "" if decode is None else decode(job.ids[:-1] if type(matched) is int else job.ids)
     if isinstance(matched, str):

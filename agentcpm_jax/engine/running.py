@@ -15,12 +15,12 @@ from agentcpm_jax.rollout.policy import Completion, Finish, SampleRequest
 
 @dataclass
 class Running:
-    """What was asked, what was sampled so far, and who waits for it."""
+    """A request, its tokens so far, and the future that its caller awaits."""
 
     request: SampleRequest
     prompt: np.ndarray  # i32[P]
     budget: int
-    deadline: float  # of time.monotonic
+    deadline: float  # in time.monotonic
     key: np.ndarray  # u32[2]
     loop: asyncio.AbstractEventLoop
     future: asyncio.Future[Completion]
@@ -33,7 +33,7 @@ class Running:
 
     @staticmethod
     def of(request: SampleRequest, budget: int) -> Running:
-        """For a caller in the running event loop."""
+        """Create one for a caller in the running event loop."""
         loop = asyncio.get_running_loop()
         seed = [s % 2**32 for s in request.params.seed]
         return Running(
@@ -53,7 +53,7 @@ class Running:
         version: int,
         text: Callable[[Sequence[int]], str] | None,
     ) -> Finish | None:
-        """Takes what a chunk has sampled; how the request ends, if it does."""
+        """Append a chunk's tokens; returns how the request finishes, None if not yet."""
         params = self.request.params
         self.ids += ids.tolist()
         self.logprobs += logprobs.tolist()
@@ -69,7 +69,7 @@ class Running:
         return Finish.LENGTH if len(self.ids) >= self.budget else None
 
     def resolve(self, finish: Finish, error: str = "") -> None:
-        """Hands the completion to the caller's event loop; from any thread."""
+        """Deliver the completion to the caller's event loop; from any thread."""
         completion = Completion(
             ids=np.asarray(self.ids, np.int32),
             logprobs=np.asarray(self.logprobs, np.float32),
@@ -88,7 +88,7 @@ class Running:
 
 
 def failed(error: str) -> Completion:
-    """A completion without tokens."""
+    """A completion without tokens, `finish=error`."""
     empty = np.zeros(0, np.int32)
     return Completion(empty, np.zeros(0, np.float32), empty, Finish.ERROR, error)
 
@@ -96,8 +96,10 @@ def failed(error: str) -> Completion:
 def cut_at_stop(
     text: Callable[[Sequence[int]], str], ids: Sequence[int], new: int, stops: Sequence[str]
 ) -> tuple[int | None, str]:
-    """(how many ids to keep, the string): up to the first of the last `new` ids that completes a
-    stop string; (None, '') when none does. `text` decodes ids."""
+    """Find the first of the last `new` ids that completes a stop string; `text` decodes ids.
+
+    Returns (number of ids to keep, the stop string), or (None, '') when none is complete.
+    """
     whole = text(ids)
     if not any(stop in whole for stop in stops):
         return None, ""

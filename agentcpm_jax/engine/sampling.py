@@ -5,9 +5,9 @@ An id may be drawn if fewer than `top_k` ids are likelier than it, if those toge
 judged on the temperature-scaled full distribution, as SGLang judges them (others renormalise
 between two); ids of equal probability stay or go together.
 
-The log-probability that the engine reports is not of what is left: it is of the full distribution
-at temperature 1, which is what the trainer computes. Under a restriction or another temperature
-the two differ, so training samples without.
+The engine reports the log-probability under the full distribution at temperature 1, which is what
+the trainer computes, not under the distribution drawn from. The two differ under a restriction or
+another temperature, so sampling for training uses neither.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 @flax.struct.dataclass
 class Draw:
-    """How R rows sample; arrays of jax or numpy."""
+    """Sampling parameters of R rows; jax or numpy arrays."""
 
     temperature: Any  # f32[R] 0 = greedy
     top_k: Any  # i32[R] 0 = all
@@ -58,15 +58,18 @@ def _noise(keys: jax.Array, index: jax.Array, width: int) -> jax.Array:
 
 
 def _allowed(scaled: jax.Array, draw: Draw) -> jax.Array:
-    """bool[R, V]. The least likely id that top-k and top-p allow is found by halving the range of
-    float32, whose order is that of its bits: no sort of the vocabulary."""
+    """The ids that may be drawn: bool[R, V].
+
+    Bisection over the ordered bits of float32 finds the least likely id that top-k and top-p allow,
+    without sorting the vocabulary.
+    """
     probs = jax.nn.softmax(scaled, axis=1)
     top_k = jnp.where(draw.top_k > 0, draw.top_k, scaled.shape[1])
     top_p = jnp.where(draw.top_p < 1, draw.top_p, jnp.inf)
     order = _ordered_bits(scaled)
 
     def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low, high = bounds  # allowed as the least likely id: high always, low - 1 never
+        low, high = bounds  # as a threshold `high` is allowed, `low - 1` is not
         middle = low + (high - low) // 2
         likelier = order > middle[:, None]
         mass = jnp.sum(jnp.where(likelier, probs, 0.0), axis=1)
@@ -80,6 +83,6 @@ def _allowed(scaled: jax.Array, draw: Draw) -> jax.Array:
 
 
 def _ordered_bits(x: jax.Array) -> jax.Array:
-    """uint32 that compare as the float32 do."""
+    """uint32 values in the same order as the float32 values."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     return bits ^ jnp.where(bits >> 31 == 1, jnp.uint32(0xFFFFFFFF), jnp.uint32(0x80000000))

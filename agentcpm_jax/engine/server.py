@@ -5,7 +5,7 @@
     POST  /pause_generation /continue_generation /abort_request /flush_cache       control:
           /update_weights_from_disk /update_weight_version                         admin key
 
-With an admin key, control routes want it. Without one they answer on the loopback interface only.
+Control routes require the admin key; without one they answer on the loopback interface only.
 """
 
 from __future__ import annotations
@@ -94,8 +94,10 @@ class EngineServer:
         self._started = time.time()
 
     def application(self) -> web.Application:
-        """The aiohttp application; run it with `handler_cancellation=True`, so that a client that
-        goes away ends its request."""
+        """The aiohttp application.
+
+        Run it with `handler_cancellation=True`, so that a request ends when its client disconnects.
+        """
         app = web.Application(
             middlewares=[self._errors, self._authorise], client_max_size=MAX_BODY_BYTES
         )
@@ -124,7 +126,10 @@ class EngineServer:
         return app
 
     async def start(self) -> tuple[web.AppRunner, str]:
-        """Listen; (runner, url). Port 0 takes a free one. `await runner.cleanup()` ends it."""
+        """Listen; returns (runner, url). Port 0 takes a free one, `runner.cleanup()` stops it.
+
+        Raises `UserError` when it cannot listen on the port.
+        """
         runner = web.AppRunner(
             self.application(), handler_cancellation=True, access_log=None, shutdown_timeout=1.0
         )
@@ -142,7 +147,7 @@ class EngineServer:
         host = f"[{self.cfg.host}]" if ":" in self.cfg.host else self.cfg.host
         return runner, f"http://{host}:{port}"
 
-    # --- who may ----------------------------------------------------------------------------
+    # --- authorisation ----------------------------------------------------------------------
 
     @web.middleware
     async def _authorise(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -150,7 +155,7 @@ class EngineServer:
         if path in CONTROL:
             if keys.admin:
                 return await handler(request) if _bears(request, keys.admin) else _error(401, path)
-            # A page in a browser on this machine can reach loopback too; it names its origin.
+            # A web page in a local browser can reach loopback too, but sends its origin.
             if not self._local or "Origin" in request.headers:
                 return _error(403, f"{path} needs an admin key, and this server has none")
             if keys.generate and not _bears(request, keys.generate):
@@ -368,7 +373,7 @@ async def _json(request: web.Request) -> dict[str, Any]:
 async def _stream(
     request: web.Request, answers: AsyncIterator[dict[str, Any]]
 ) -> web.StreamResponse:
-    """Server-sent events; the first answer decides the status."""
+    """Send server-sent events; an error before the first decides the status."""
     first = await anext(answers)
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
     await response.prepare(request)

@@ -1,4 +1,4 @@
-"""A server of the in-process engine over a Hugging Face directory, until it is told to stop."""
+"""Serves a Hugging Face directory with the in-process engine, until it is told to stop."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ async def _listen(front: EngineServer, announce: Callable[[str], None]) -> None:
 
 
 class ServedLocal(LocalEngine):
-    """A `LocalEngine` with the weights of a directory: the `ServedEngine` of our server.
+    """A `LocalEngine` with the weights of a directory; implements `ServedEngine`.
 
     Args:
       path: config.json and safetensors. Raises `UserError` when they are not a Qwen3 checkpoint.
@@ -88,7 +88,7 @@ class ServedLocal(LocalEngine):
         self.set_params(params, version)
 
     def describe(self, path: str) -> dict[str, Any]:
-        """What `/model_info` says beside the version."""
+        """The fields of `/model_info` other than the version."""
         return {
             "model_path": path,
             "tokenizer_path": path,

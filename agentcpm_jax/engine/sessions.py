@@ -1,13 +1,13 @@
-"""Requests on their way through an engine: chunk by chunk, so that they can be held and cut.
+"""Runs requests through an engine chunk by chunk, so that they can be held, ended and streamed.
 
 An engine behind `ServedEngine` samples a whole request at once. A session asks it for `chunk`
 tokens at a time, with what was sampled so far as part of the prompt (the engine's prefix cache
-makes that cheap). Between two chunks a session can be held (pause), ended (abort), streamed, and
-stop strings are looked for. Tokens carry the version under which the engine sampled them.
+makes that cheap). Between two chunks a request can be held (pause), ended (abort) or streamed, and
+stop strings are detected. Tokens carry the version under which the engine sampled them.
 
 Deviations from SGLang 0.5:
-1. `in_place` and `retract` are one thing here: this engine never keeps keys and values across a
-   weight update, so no token comes from a mixture of two models;
+1. `in_place` does the same as `retract`: this engine never keeps keys and values across a weight
+   update, so no token comes from a mixture of two models;
 2. an update without a pause takes effect between two chunks instead of waiting for all requests;
 3. log-probabilities are those of temperature 1, as with SGLANG_RETURN_ORIGINAL_LOGPROB=1.
 """
@@ -29,7 +29,7 @@ from agentcpm_jax.types import UserError
 
 
 class ServedEngine(Protocol):
-    """What a server needs of an engine. Versions are small integers of the server's own."""
+    """What a server needs of an engine. Versions are integers that the server counts itself."""
 
     capacity: int  # tokens, prompt and completion
     vocab_size: int
@@ -37,7 +37,7 @@ class ServedEngine(Protocol):
     async def sample(self, request: SampleRequest) -> Completion: ...
 
     def load(self, path: str, version: int) -> None:
-        """Weights from a directory, from now on; raises `UserError` and keeps the old ones."""
+        """Sample with the weights in `path` from now on; on `UserError` the old ones stay."""
         ...
 
     def flush(self) -> bool:
@@ -53,7 +53,7 @@ class EngineFailure(Exception):
 
 @dataclass
 class GenerationJob:
-    """One request and what became of it so far; `versions` holds the names of the weights."""
+    """A request and its tokens so far; `versions` has the name of the weights of each token."""
 
     rid: str
     prompt: np.ndarray  # i32[P]
@@ -63,15 +63,15 @@ class GenerationJob:
     stop_strings: tuple[str, ...] = ()
     seed: int | None = None
     options: dict[str, Any] = field(default_factory=dict)  # further SamplingParams, e.g. top_p
-    keep_stop: bool = False  # the text of the answer ends with what stopped it
+    keep_stop: bool = False  # the text of the answer includes the stop string or id
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     versions: list[str] = field(default_factory=list)
     finish: dict[str, Any] | None = None  # SGLang's finish_reason
     retractions: int = 0
     cached: int = 0  # tokens of the prompt that the engine had in its prefix cache
-    aborted: str = ""  # the reason, once somebody wants the request to end
-    wake: asyncio.Event = field(default_factory=asyncio.Event)  # a held request looks again
+    aborted: str = ""  # the reason, once the request has been aborted
+    wake: asyncio.Event = field(default_factory=asyncio.Event)  # a held request checks again
 
 
 _TOTALS = ("requests", "aborted", "prompt_tokens", "cached_tokens", "generated_tokens")
@@ -90,9 +90,9 @@ class Sessions:
     ) -> None:
         self.engine, self.chunk, self.decode = engine, chunk, decode
         self.version = version  # name of the weights for what is sampled next
-        self._names = [version]  # by the engine's version
+        self._names = [version]  # indexed by the engine's version
         self._jobs: dict[str, GenerationJob] = {}
-        self._sampling = 0  # chunks that are with the engine
+        self._sampling = 0  # chunks that the engine is sampling
         self._open, self._quiet, self._none = asyncio.Event(), asyncio.Event(), asyncio.Event()
         for event in (self._open, self._quiet, self._none):
             event.set()
@@ -112,12 +112,12 @@ class Sessions:
         """Yields the job after every chunk; the last time with `finish` set.
 
         Raises:
-          UserError: a request of the same rid is running.
+          UserError: a request with the same rid is running.
           EngineFailure: the engine failed.
         """
         if job.rid in self._jobs:
             raise UserError(f"duplicate request id {job.rid!r}; give each request its own")
-        await self._open.wait()  # while paused, new requests wait at the door
+        await self._open.wait()  # while paused, new requests wait here
         if job.rid in self._jobs:
             raise UserError(f"duplicate request id {job.rid!r}; give each request its own")
         self._jobs[job.rid] = job
@@ -148,7 +148,7 @@ class Sessions:
                 job.wake.set()
 
     async def pause(self, mode: str) -> None:
-        """Returns when nothing is sampled any more: requests are ended (`abort`) or held."""
+        """End all requests (`abort`) or hold them; returns once nothing is being sampled."""
         self._open.clear()
         if mode == "abort":
             self.abort("", everything=True)
@@ -159,18 +159,18 @@ class Sessions:
         await self._quiet.wait()
 
     def resume(self) -> None:
-        """Lets held and waiting requests go on."""
+        """Let held and waiting requests go on."""
         self._open.set()
         for job in self._jobs.values():
             job.wake.set()
 
     async def update(self, path: str, version: str | None) -> None:
-        """Weights from `path` for all that is sampled from now on, under the name `version`.
+        """Sample with the weights in `path` from now on, named `version` (None: the old name).
 
         Raises `UserError` when the directory does not hold them; the old ones stay.
         """
         async with self._updating:
-            # Known before it is loaded: the first token may be back before `load` returns.
+            # Name them before loading: their first token may arrive before `load` returns.
             self._names.append(self.version if version is None else version)
             await asyncio.to_thread(self.engine.load, path, len(self._names) - 1)
             self.version = self._names[-1]
@@ -218,7 +218,7 @@ class Sessions:
             job.finish = {"type": "length", "length": len(job.ids)}
 
     def _matched(self, job: GenerationJob, new: int) -> bool:
-        """Cuts the job after the token that completes a stop string."""
+        """Cut the job after a completed stop string; returns whether there was one."""
         if not job.stop_strings or self.decode is None:
             return False
         count, found = cut_at_stop(self.decode, job.ids, new, job.stop_strings)

@@ -2,7 +2,7 @@
 
 Plain book-keeping on the host. A row keeps its text after its request has ended, so the next turn
 of an episode finds its earlier turns; the samples of a group find their common prompt in each
-other's rows. The row that was used longest ago is given up first.
+other's rows. The least recently used row is evicted first.
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ BLOCK = 256  # tokens compared at once
 
 @dataclass(frozen=True)
 class CacheSlot:
-    """A row for a prompt: its first `kept` tokens are there; the first `shared` are, or will be
-    once they have been fed, in row `source` (-1: nowhere)."""
+    """The row chosen for a prompt.
+
+    It holds the first `kept` tokens; row `source` (-1: none) holds the first `shared` tokens, or
+    will once they have been fed.
+    """
 
     slot: int
     kept: int
@@ -28,7 +31,7 @@ class CacheSlot:
 
 
 class Slots:
-    """`text[s, :known[s]]` are ids; keys and values of the first `fed[s]` of them are cached."""
+    """The text of each row: ids `text[s, :known[s]]`, of which the first `fed[s]` are cached."""
 
     def __init__(self, count: int, capacity: int) -> None:
         self.text = np.zeros((count, capacity), np.int32)
@@ -39,14 +42,14 @@ class Slots:
         self._clock = 0
 
     def place(self, prompt: np.ndarray, *, reuse: bool) -> CacheSlot:
-        """The row for a prompt; one must be free. Without `reuse` the first free one, empty."""
+        """Choose a row for a prompt; one must be free. Without `reuse`: the first free, emptied."""
         free = np.flatnonzero(~self.busy)
         if not reuse:
             return CacheSlot(int(free[0]), 0)
         # At least one token must be fed to get logits, so the last is never taken as cached.
         shared = np.minimum(self.shared(prompt), len(prompt) - 1)
         best, own = int(shared.argmax()), free[shared[free].argmax()]
-        # A row whose text is mostly our prefix costs nobody much.
+        # Overwriting a row whose text is mostly our prefix loses little.
         if shared[own] + MIN_COPY > shared[best] and 2 * shared[own] >= self.known[own] > 0:
             return CacheSlot(int(own), int(shared[own]))
         slot = int(free[self._used[free].argmin()])
@@ -70,20 +73,20 @@ class Slots:
         return length
 
     def take(self, place: CacheSlot, prompt: np.ndarray) -> None:
-        """The row belongs to a running request from now on."""
+        """Give the row to a running request with this prompt."""
         self.text[place.slot, : len(prompt)] = prompt
         self.known[place.slot] = len(prompt)
         self.fed[place.slot] = min(place.kept, self.fed[place.slot])
         self.busy[place.slot] = True
 
     def release(self, slot: int) -> None:
-        """The request has ended; what is cached stays until somebody needs the row."""
+        """Free the row of a finished request; its cache stays until the row is needed."""
         self._clock += 1
         self.busy[slot], self._used[slot] = False, self._clock
         self.known[slot] = self.fed[slot]
 
     def append(self, slot: int, ids: np.ndarray) -> None:
-        """Sampled ids; all but the last of them have been fed, and so has the one before them."""
+        """Append sampled ids; all but the last have been fed, and so has the token before them."""
         known = self.known[slot]
         self.text[slot, known : known + len(ids)] = ids
         self.known[slot] += len(ids)
@@ -95,7 +98,7 @@ class Slots:
         return self.known[slot] >= n and bool((self.text[slot, :n] == prefix).all())
 
     def replace(self, busy: Sequence[int]) -> list[CacheSlot]:
-        """Where each of the busy rows, after `forget`, finds its text among those before it."""
+        """After `forget`: for each busy row, the earlier busy row that shares the most text."""
         known, self.known = self.known, np.zeros_like(self.known)
         places = []
         for slot in busy:
@@ -106,6 +109,6 @@ class Slots:
         return places
 
     def forget(self) -> None:
-        """Nothing is cached any more: the weights have changed."""
+        """Drop everything cached, because the weights have changed."""
         self.fed[:] = 0
         self.known[~self.busy] = 0

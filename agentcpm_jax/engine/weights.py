@@ -18,9 +18,9 @@ from agentcpm_jax.types import UserError
 
 
 def make_mesh_of(tensor: int) -> Mesh | None:
-    """The first `tensor` devices of this process; None for one: arrays stay where they are.
+    """A mesh of the first `tensor` devices of this process; None for one device.
 
-    Raises `UserError`: there are fewer.
+    Raises `UserError` when there are fewer.
     """
     devices = jax.local_devices()
     if tensor < 1 or tensor > len(devices):
@@ -34,7 +34,7 @@ def make_mesh_of(tensor: int) -> Mesh | None:
 
 
 def own_copy(params: dict, cfg: ModelConfig, mesh: Mesh | None) -> dict:
-    """A copy that shares no buffer with `params`, adapters merged into them, ready."""
+    """A finished copy that shares no buffer with `params`, with the adapters merged."""
     if "adapters" in params:
         params = merge(
             {k: v for k, v in params.items() if k != "adapters"}, params["adapters"], cfg
@@ -53,8 +53,11 @@ def _apart(layers: dict) -> tuple:
 
 
 def _layers_apart() -> bool:
-    """There a scan copies each layer's weights out of the stack, in every step; accelerators read
-    them in place, and a scan compiles faster."""
+    """Whether to unstack the layers.
+
+    On CPUs a scan copies each layer's weights out of the stack in every step; accelerators read
+    them in place, and a scan compiles faster.
+    """
     return jax.default_backend() == "cpu"
 
 

@@ -12,6 +12,7 @@ from agentcpm_jax.types import Task, Trajectory, Verdict
 
 #: (task, issue_id, sample, attempt) -> a graded trajectory
 RunSample = Callable[[Task, int, int, int], Awaitable[Trajectory]]
+ATTEMPTS = 4  # at a sample, as long as its verdict is unknown
 
 
 async def evaluate(
@@ -22,10 +23,9 @@ async def evaluate(
     *,
     samples: int,
     concurrency: int,
-    retries: int = 3,
     on_task: Callable[[], None] = lambda: None,
 ) -> list[TaskScore]:
-    """Score every task with `samples` samples, `concurrency` episodes at a time.
+    """Score every task by `samples` graded episodes, at most `concurrency` of them at a time.
 
     Tasks are written to the log as kind 'eval' of `stage` in their order; a task that is done
     there is not run again. A sample of unknown verdict is retried with the next attempt.
@@ -35,9 +35,9 @@ async def evaluate(
 
     async def one(task: Task, issue_id: int, sample: int) -> None:
         async with slots:
-            for attempt in range(retries + 1):
+            for attempt in range(ATTEMPTS):
                 trajectory = await run_sample(task, issue_id, sample, attempt)
-                if trajectory.verdict != Verdict.UNKNOWN or attempt == retries:
+                if trajectory.verdict != Verdict.UNKNOWN or attempt == ATTEMPTS - 1:
                     log.record_trajectory(trajectory)
                     return
 

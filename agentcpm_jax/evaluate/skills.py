@@ -13,7 +13,7 @@ from agentcpm_jax.world.skills import REPORTED, Document, SkillMix, skill_docume
 
 
 def skill_documents(per_kind: int, seed: int = 0, split: str = "test") -> list[Document]:
-    """Held-out documents of each reported skill; names come from the pairs of `split`."""
+    """`per_kind` documents of each reported skill, made of the names that `split` reserves."""
     rng = random.Random(f"skills/{split}/{seed}")
     mix = SkillMix(recall_drills=0)
     return [skill_document(rng, kind, mix, split) for kind in REPORTED for _ in range(per_kind)]
@@ -24,7 +24,7 @@ async def skill_scores(
     encode: Callable[[str], np.ndarray],
     documents: Sequence[Document],
 ) -> dict[str, list[bool]]:
-    """kind -> for each document of that kind, whether the greedy completion is the answer."""
+    """For each kind of document: whether the greedy completion of each one is its answer."""
 
     async def one(number: int, doc: Document) -> bool:
         answer = encode(doc.answer)

@@ -36,7 +36,7 @@ FLOATS = {
 }
 CODES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 LONGEST_HEADER = 100_000_000  # bytes; what the format allows
-BLOCK = (128, 512)  # rows and columns of a transposing copy
+BLOCK = (128, 1024)  # rows and columns of a transposing copy
 APART = 32  # numbers between its rows
 
 

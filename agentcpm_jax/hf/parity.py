@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,8 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from agentcpm_jax.hf.files import read_json
 from agentcpm_jax.hf.load import load_hf
 from agentcpm_jax.hf.locate import find_model
+from agentcpm_jax.hf.names import CONFIG
+from agentcpm_jax.model.config import from_hf_config
 from agentcpm_jax.model.qwen3 import forward
 from agentcpm_jax.types import UserError
 
@@ -48,24 +50,19 @@ def compare_logits(directory: str | Path) -> Parity:
       UserError: transformers or torch is missing, or the directory is not one of a Qwen3 model.
     """
     path = find_model(directory)
-    params, cfg = load_hf(path, param_dtype="float32")
-    cfg = replace(cfg, dtype="float32")
+    cfg = from_hf_config(read_json(path / CONFIG))
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, cfg.vocab_size, (1, length)) for length in LENGTHS]
+    theirs = np.concatenate(_reference(path, prompts), axis=1)
+    params, cfg = load_hf(path, replace(cfg, dtype="float32", param_dtype="float32"))
     ours = []
     with jax.default_matmul_precision("highest"):
         for ids in prompts:
             positions = jnp.arange(ids.shape[1])[None]
             segments = jnp.ones_like(positions)
             ours.append(np.asarray(forward(params, cfg, jnp.asarray(ids), positions, segments)))
-    del params
-    gc.collect()
-    theirs = _reference(path, prompts)
-    pairs = list(zip(ours, theirs, strict=True))
-    return Parity(
-        difference=max(float(np.abs(a - b).max()) for a, b in pairs),
-        largest=max(float(np.abs(b).max()) for _, b in pairs),
-    )
+    difference = np.abs(np.concatenate(ours, axis=1) - theirs)
+    return Parity(float(difference.max()), float(np.abs(theirs).max()))
 
 
 def _reference(path: Path, prompts: list[np.ndarray]) -> list[np.ndarray]:

@@ -54,6 +54,7 @@ from agentcpm_jax.types import UserError
 MAX_FILE_BYTES = 4 << 30  # of weights; a new file is begun before one grows beyond this
 PIECE_BYTES = 32 << 20  # of a tensor, on its way through the host
 AHEAD = 3  # pieces that are ready before they are written
+Describe = Callable[[Mapping[str, str]], Mapping[str, str]]
 
 
 def save_hf(
@@ -63,7 +64,7 @@ def save_hf(
     *,
     dtype: str = "",
     tokenizer_from: str | os.PathLike[str] | None = None,
-    describe: Callable[[Mapping[str, str]], Mapping[str, str]] = lambda hashes: {},
+    describe: Describe = lambda hashes: {},
 ) -> None:
     """Writes a directory that `load_hf` and `transformers.AutoModelForCausalLM` read.
 
@@ -140,12 +141,17 @@ def directory_contents(
 
 
 def save_peft(
-    directory: str | os.PathLike[str], adapters: Mapping[str, Any], cfg: ModelConfig, base: str
+    directory: str | os.PathLike[str],
+    adapters: Mapping[str, Any],
+    cfg: ModelConfig,
+    base: str,
+    describe: Describe = lambda hashes: {},
 ) -> None:
     """Writes a directory that `peft.PeftModel.from_pretrained(model, directory)` reads.
 
     Args:
       base: name or path of the base model, recorded in its config.
+      describe: as of `save_hf`.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -154,7 +160,7 @@ def save_peft(
         for path, spec in tree.flatten(adapter_specs(cfg)).items()
     }
     (content,) = _weight_files(tree.flatten(adapters), specs, "float32", sys.maxsize)
-    write_file(directory / PEFT_WEIGHTS, content[1])
+    hashes = {PEFT_WEIGHTS: write_file(directory / PEFT_WEIGHTS, content[1])}
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -167,7 +173,8 @@ def save_peft(
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    (directory / PEFT_CONFIG).write_text(json_text(config))
+    for name, text in {PEFT_CONFIG: json_text(config), **describe(hashes)}.items():
+        (directory / name).write_text(text)
 
 
 def _check_params(flat: Mapping[str, Any], specs: Mapping[str, ParamSpec]) -> None:

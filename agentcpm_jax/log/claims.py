@@ -1,9 +1,9 @@
-"""Claims: issues in flight that any worker may take, for as long as it shows signs of life.
+"""Claims: issues in flight that any worker may take, and holds while it renews its lease.
 
 The trainer offers an issue; a worker claims it for a lease, renews the lease while it samples, and
-delivers the issue when all its samples are recorded. A claim whose lease ran out belongs to
-whoever takes it next; its late holder is refused (`ClaimLost`) at its next write. Leases are
-measured by the database's clock. The row goes when the trainer settles the group.
+delivers the issue when all its samples are recorded. After the lease another worker may take the
+issue; the former holder then gets `ClaimLost` at its next write. Leases are measured by the
+database's clock. The row is deleted when the trainer settles the group.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Claims:
         self._read, self._write = read, write
 
     def offer(self, stage: str, issue_id: int, version: int) -> None:
-        """Lets workers take an issue in flight; offered before, it stays as it is."""
+        """Lets workers claim an issue in flight; a repeated offer changes nothing."""
         c = db.claim.c
         row = {"issue_id": issue_id, "stage": stage, "version": version}
         row |= {"worker": "", "until": 0.0, "delivered": 0}
@@ -76,7 +76,7 @@ class Claims:
         return found
 
     def renew(self, worker: str, lease: float) -> set[int]:
-        """Extends every claim of a worker by `lease` seconds from now; returns what it holds."""
+        """Extends a worker's claims to `lease` seconds from now; returns the issues it holds."""
         c = db.claim.c
         mine = [c.worker == worker, c.delivered == 0]
         with self._write() as conn:
@@ -84,7 +84,7 @@ class Claims:
             return set(conn.scalars(sa.select(c.issue_id).where(*mine)))
 
     def release(self, worker: str, issue_ids: Iterable[int] | None = None) -> None:
-        """Gives claims back at once: those of `issue_ids`, all when None."""
+        """Gives a worker's claims on `issue_ids` (None: all) back at once."""
         c = db.claim.c
         mine = [c.worker == worker, c.delivered == 0]
         if issue_ids is not None:
@@ -93,7 +93,7 @@ class Claims:
             conn.execute(sa.update(db.claim).where(*mine).values(worker="", until=0.0))
 
     def deliver(self, issue_id: int, worker: str) -> None:
-        """Hands a group in: all its samples are recorded. Raises ClaimLost."""
+        """Hands in a group whose samples are all recorded. Raises ClaimLost."""
         with self._write(announces=("delivered",)) as conn:
             check_holds(conn, issue_id, worker)
             done = sa.update(db.claim).where(db.claim.c.issue_id == issue_id)
@@ -107,7 +107,7 @@ class Claims:
             return set(conn.scalars(query))
 
     def live(self, stage: str) -> dict[int, str]:
-        """issue_id -> worker of what is claimed, not handed in, and within its lease."""
+        """issue_id -> worker, for claims within their lease that are not handed in."""
         c = db.claim.c
         with self._read() as conn:
             query = sa.select(c.issue_id, c.worker).where(

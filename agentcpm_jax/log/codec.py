@@ -3,11 +3,10 @@
 Format 2: the byte 0x02, then sections, each [u8 method][u32 length][bytes]: the header (JSON), then
 the byte planes of each array. Plane k of an array holds byte k of every entry: high planes of
 token ids and log-probabilities compress well, low planes of log-probabilities are noise and are
-kept as they are. Of three ways to store a section the shortest is taken: as it is, deflated, or
-entropy-coded alone (deflate that looks for no repeats). What provenance says is not stored again:
-log-probabilities and versions are kept for sampled tokens alone, and a segment that forks from
-another keeps only what its shared prefix does not already say, so storage is linear in unique
-tokens. Format 1 is still read.
+kept as they are. Each section is stored in the shortest of three forms: raw, deflated, or only
+entropy-coded (deflate that looks for no repeats). Log-probabilities and versions are stored for
+sampled tokens only, and a forked segment does not store the prefix it shares with its parent again,
+so storage is linear in unique tokens. Format 1 is still read.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ def encode_credit(advantage: np.ndarray, keep: np.ndarray) -> bytes:
     """Advantage f32[T] and keep bool[T] as one blob; inverse: `decode_credit`."""
     if len(advantage) != len(keep):
         raise ValueError(f"credit: {len(advantage)} advantages, {len(keep)} keeps")
-    # Few different advantages in long runs: one stream finds the repeats of all planes.
+    # Advantages are few values in long runs: one stream finds the repeats in all planes.
     arrays = [np.asarray(advantage, "<f4"), np.asarray(keep, bool).view("u1")]
     return b"\x01" + zlib.compress(b"".join(map(_regroup, arrays)), 1)
 
@@ -53,7 +52,7 @@ def decode_credit(blob: bytes) -> Credit:
     return Credit(_ungroup(raw[: 4 * n], "<f4"), raw[4 * n :].astype(bool))
 
 
-#: (name, dtype, what fills a prefix that only shows older tokens again, and unsampled tokens)
+#: (name, dtype, fill value of unsampled tokens and of a prefix that only repeats older tokens)
 _ARRAYS = (
     ("provenance", "u1", 0),
     ("ids", "<i4", 0),
@@ -82,7 +81,7 @@ def encode_trajectory(traj: Trajectory) -> bytes:
     header = json.dumps(_scalars(traj, rows), separators=(",", ":"), default=lambda v: v.item())
     sections = [_pack(header.encode())]
     for name, dtype, _ in _ARRAYS:
-        # One array per name over all segments: alike compresses best beside alike.
+        # One array per name over all segments: similar values compress best together.
         sections += _pack_array(np.concatenate([np.empty(0, dtype), *parts[name]]))
     return b"\x02" + b"".join(sections)
 
@@ -151,7 +150,7 @@ _LONG = {"f": "fill", "h": "history", "p": "parent"}
 def _shorten(
     seg: Segment, parent: Segment | None, name: str, dtype: str, fill: float
 ) -> tuple[str, str, np.ndarray]:
-    """(how the prefix, how the rest is stored, the values that must be)."""
+    """(how the prefix is stored, how the rest is stored, the values to store)."""
     values, how, cut = np.asarray(getattr(seg, name)).astype(dtype, copy=False), "whole", 0
     if parent is not None:
         for kind, prefix in _prefixes(
@@ -172,7 +171,7 @@ def _shorten(
 def _prefixes(
     parent: np.ndarray, name: str, dtype: str, fill: float, cut: int
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """What the shared prefix of a fork usually is: its parent's, as history, or nothing."""
+    """Candidates for the shared prefix of a fork: the parent's, fill values, or history."""
     same = parent[:cut].astype(dtype, copy=False)
     yield "parent", same
     yield "fill", np.full(cut, fill, dtype)
@@ -188,7 +187,7 @@ def _read_format_2(blob: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 
 def _read_format_1(blob: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """[u32 header length][header][arrays] in one stream; prefixes as in format 2, rests whole."""
+    """[u32 header length][header][arrays] in one stream; only prefixes are shortened."""
     data = zlib.decompress(blob[1:])
     (size,) = struct.unpack_from("<I", data)
     header, raw, at = json.loads(data[4 : 4 + size]), np.frombuffer(data, "u1"), 4 + size
@@ -234,7 +233,7 @@ _HEAD = struct.Struct("<BI")
 
 
 def _pack(data: bytes) -> bytes:
-    """One section."""
+    """One section, in the shortest form."""
     method, best = _STORED, data
     if _is_noise(data):
         return _HEAD.pack(method, len(best)) + best
@@ -253,7 +252,7 @@ def _pack_array(values: np.ndarray) -> list[bytes]:
 
 
 def _is_noise(data: bytes) -> bool:
-    """Whether the bytes are all but uniform: nothing can be gained, so nothing is tried.
+    """Whether the bytes are nearly uniform, so that compressing them gains nothing.
 
     The chi-square statistic per byte is 255 / n for uniform ones; 0.15 is about 0.1 bit a byte.
     """

@@ -44,7 +44,10 @@ from agentcpm_jax.types import (
 
 
 class ExperienceLog:
-    """See the module's text. Make one with `open`; `close` it or use it as a context manager."""
+    """The log of a run. Make one with `open`; `close` it or use it as a context manager.
+
+    Every method raises `LogUnavailable` when the database cannot be reached or written.
+    """
 
     def __init__(self, engine: sa.Engine, durable: sa.Engine, where: str) -> None:
         self.where = where
@@ -93,12 +96,12 @@ class ExperienceLog:
         return self.signals.wait(kind, timeout, after)
 
     def announce(self, kind: str) -> None:
-        """Wakes those who wait for `kind`, in every process: for changes outside the log."""
+        """Wakes the waiters for `kind` in every process, after a change outside the log."""
         with self._write(announces=(kind,)):
             pass
 
     def snapshot(self, target: Path) -> bool:
-        """A consistent copy in the file `target`; False for a server, which is backed up itself."""
+        """Writes a consistent copy to `target`; False for PostgreSQL, which has its own backups."""
         if self.shared:
             return False
         take_snapshot(Path(self.where), target)
@@ -117,7 +120,7 @@ class ExperienceLog:
         tasks: Sequence[tuple[Task, int, int]],
         batch: int | None = None,
     ) -> list[int]:
-        """Hands out (task, epoch, ordinal)s, all or none; returns their ids, ascending."""
+        """Hands out (task, epoch, ordinal) triples, all or none; returns their ids, ascending."""
         now = time.time()
         with self._write() as conn:
             db.lock_issuing(conn)
@@ -145,9 +148,9 @@ class ExperienceLog:
     # ---- recording
 
     def record_trajectory(self, traj: Trajectory, worker: str = "") -> None:
-        """Stores one attempt. Later attempts of an earlier run of the same sample are forgotten.
+        """Stores one attempt; deletes this and later attempts of the sample by an earlier run.
 
-        worker: who must hold the claim on its issue; "": the process that issued it.
+        worker: the worker that must hold the claim; "": the process that issued the issue.
 
         Raises:
             ValueError: its issue is not in flight.
@@ -175,7 +178,7 @@ class ExperienceLog:
         with self._write() as conn:
             if worker:
                 check_holds(conn, traj.issue_id, worker)
-            # Shared lock: nobody settles the group between this look and the commit.
+            # Shared lock: nobody settles the group between this read and the commit.
             query = sa.select(db.issue.c.state).where(db.issue.c.issue_id == traj.issue_id)
             state = conn.scalar(query.with_for_update(read=True))
             if state != "issued":
@@ -190,7 +193,7 @@ class ExperienceLog:
         reason: str = "",
         decisions: Iterable[Decision] = (),
     ) -> None:
-        """An issue in flight becomes `ready`, `dropped` or `done`, with its decisions.
+        """Sets an issue in flight to `ready`, `dropped` or `done` and stores its decisions.
 
         One transaction: recorded samples do not count until it commits. Raises ValueError when
         the issue is not in flight.
@@ -296,7 +299,7 @@ class ExperienceLog:
         return [codec.decode_trajectory(row.payload) for row in self._all(query)]
 
     def decisions(self, issue_id: int) -> list[Decision]:
-        """What the filters decided about a group, in the order in which they did."""
+        """The filters' decisions about a group, in the order in which they were made."""
         c = db.decision.c
         query = sa.select(c.sample, c.filter, c.reason).where(c.issue_id == issue_id)
         return [Decision(*row) for row in self._all(query.order_by(c.decision_id))]
@@ -328,7 +331,7 @@ class ExperienceLog:
         ]
 
     def credits(self, issue_id: int) -> dict[tuple[int, int], ShippedCredit]:
-        """(sample, segment) -> credit of what was shipped of an issue, in the batch's order."""
+        """(sample, segment) -> credit, for each shipped segment of an issue, in batch order."""
         c = db.shipped.c
         query = sa.select(db.shipped).where(c.issue_id == issue_id).order_by(c.ordinal)
         return {
@@ -364,8 +367,8 @@ class ExperienceLog:
     ) -> list[tuple[int, bool]]:
         """(tokens, lost) of every sample of the groups that were shipped or dropped for `reason`.
 
-        Lost are the samples of the dropped groups, and those about which the filter `reason`
-        decided when their group was shipped. `recent`: of that many issues only, the newest.
+        A sample is lost if its group was dropped, or if the filter `reason` decided about it when
+        its group was shipped. `recent`: only the newest `recent` issues.
         """
         i, t, d = db.issue.c, db.trajectory.c, db.decision.c
         fate = sa.or_(i.state == "shipped", sa.and_(i.state == "dropped", i.reason == reason))
@@ -383,7 +386,7 @@ class ExperienceLog:
     def rows(self, table: str) -> Iterator[dict[str, Any]]:
         """Every row of a table of the schema as it is stored, in the order of its primary key.
 
-        A few at a time are in memory. Other methods may be called between two of them.
+        Rows are read in portions. Other methods may be called between two rows.
         """
         found = db.metadata.tables[table]
         query = sa.select(found).order_by(*found.primary_key)
@@ -419,7 +422,7 @@ class ExperienceLog:
         return {int(ordinal): (int(dropped), int(issued)) for ordinal, dropped, issued in rows}
 
     def position(self) -> dict[str, int]:
-        """How far the log has come, in issues and recorded segments: neither ever shrinks."""
+        """The numbers of issues and of shipped segments: neither ever decreases."""
         last = self._scalar(sa.select(sa.func.max(db.issue.c.issue_id)))
         segments = self._scalar(sa.select(sa.func.count()).select_from(db.shipped))
         return {"issues": int(last or 0), "segments": int(segments)}
@@ -446,7 +449,7 @@ class ExperienceLog:
     def _write(
         self, durable: bool = False, announces: tuple[str, ...] = ()
     ) -> Iterator[sa.Connection]:
-        """A transaction; `announces` the kinds of `signals` that change with its commit."""
+        """A write transaction; its commit announces the signals `announces`."""
         engine = self._durable if durable else self._engine
         with (
             self._available(),

@@ -18,7 +18,7 @@ SCHEMA_VERSION = 2
 _ISSUING = 0x61677063
 
 metadata = sa.MetaData()
-_Id = sa.BigInteger().with_variant(sa.Integer, "sqlite")  # SQLite numbers only INTEGER keys itself
+_Id = sa.BigInteger().with_variant(sa.Integer, "sqlite")  # SQLite assigns only INTEGER keys
 
 meta = sa.Table(
     "meta",
@@ -63,14 +63,14 @@ trajectory = sa.Table(
     sa.Column("seconds", sa.Double, nullable=False),
     sa.Column("payload", sa.LargeBinary, nullable=False),
 )
-claim = sa.Table(  # issues that are given to workers; the row goes when the issue leaves `issued`
+claim = sa.Table(  # issues offered to workers; deleted when they leave `issued`
     "claim",
     metadata,
     sa.Column("issue_id", _Id, sa.ForeignKey("issue.issue_id"), primary_key=True),
     sa.Column("stage", sa.String, nullable=False),
     sa.Column("version", sa.Integer, nullable=False),  # the oldest weights it may be sampled with
     sa.Column("worker", sa.String, nullable=False),  # "": nobody holds it
-    sa.Column("until", sa.Double, nullable=False),  # end of the lease, the database's seconds
+    sa.Column("until", sa.Double, nullable=False),  # end of the lease, by the database's clock
     sa.Column("delivered", sa.Integer, nullable=False),  # 1: all its samples are recorded
     sa.Index("claim_by_stage", "stage", "delivered", "until"),
 )
@@ -115,7 +115,7 @@ class Issue:
 
 @dataclass(frozen=True)
 class ShipEntry:
-    """One segment of a batch, with its credit; issue_id, sample and segment name it."""
+    """One segment of a batch, with its credit; issue_id, sample and segment identify it."""
 
     issue_id: int
     sample: int
@@ -179,13 +179,13 @@ def create_or_check(engine: sa.Engine, where: str) -> None:
 
 
 def lock_issuing(conn: sa.Connection) -> None:
-    """Until the transaction ends, nobody else allocates ids."""
+    """Keeps other transactions from allocating ids until this one ends."""
     if conn.dialect.name == "postgresql":
         conn.execute(sa.select(sa.func.pg_advisory_xact_lock(_ISSUING)))
 
 
 def is_last() -> sa.ColumnElement[bool]:
-    """Holds for the trajectory row with the highest attempt of its sample."""
+    """The SQL condition that a trajectory row has the highest attempt of its sample."""
     other = trajectory.alias()
     same = [
         other.c.issue_id == trajectory.c.issue_id,
@@ -203,5 +203,5 @@ def issue_from_row(row: sa.Row[Any]) -> Issue:
 
 
 def plain(text: str) -> str:
-    """Text any database stores: no NUL, no lone surrogates (the payload keeps the original)."""
+    """`text` without what a database refuses: NUL, lone surrogates (the payload keeps them)."""
     return text.encode("utf-8", "replace").decode().replace("\0", "\ufffd")

@@ -1,7 +1,7 @@
 """Waiting for changes of the experience log without polling it.
 
 Within a process a condition wakes the waiters; between processes PostgreSQL's LISTEN/NOTIFY does.
-A lost notification costs at most `POLL` seconds: then every waiter looks again by itself.
+A lost notification costs at most `POLL` seconds: then every waiter is woken anyway.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ POLL = 1.0
 
 
 class Signals:
-    """Counts changes by kind. `listen`, if given, runs in a thread as soon as someone waits."""
+    """Counts changes by kind. `listen`, if given, runs in a thread from the first `wait` on."""
 
     def __init__(self, listen: Callable[[Signals], None] | None = None) -> None:
         self._changed = threading.Condition()
@@ -42,10 +42,10 @@ class Signals:
             return self._counts[kind]
 
     def wait(self, kind: str, timeout: float, after: int | None = None) -> int:
-        """Returns the count of changes as soon as it exceeds `after`, or when time is up (s).
+        """Returns the count of changes once it exceeds `after`, or after `timeout` seconds.
 
-        after: an earlier result; None: the count now. With it no change is missed between two
-        calls. A return says that something may have changed: look, and wait again.
+        after: the result of the last call, so that no change in between is missed; None: the count
+        now. A return means that something may have changed: check, and wait again.
         """
         _check(kind)
         if self._listen is not None and self._thread is None:
@@ -59,12 +59,12 @@ class Signals:
             return self._counts[kind]
 
     def closes_within(self, timeout: float) -> bool:
-        """Sleeps (s), at most until `close`; whether that was called."""
+        """Sleeps until `close`, at most `timeout` s; returns whether it was closed."""
         with self._changed:
             return self._changed.wait_for(lambda: self.closed, timeout)
 
     def close(self) -> None:
-        """Wakes everybody for the last time and ends the listener."""
+        """Wakes all waiters for the last time and ends the listener."""
         with self._changed:
             self.closed = True
             self._changed.notify_all()
@@ -82,12 +82,12 @@ def notify(conn: sa.Connection, kinds: tuple[str, ...]) -> None:
 def listen_postgres(engine: sa.Engine, signals: Signals) -> None:
     """Turns notifications into `announce`, for as long as `signals` is open.
 
-    Without a connection it only wakes everybody every `POLL` seconds, and tries again.
+    While disconnected it wakes all waiters every `POLL` seconds and tries to reconnect.
     """
     while not signals.closed:
         try:
             _listen(engine, signals)
-        except Exception:  # the server went away; those who wait meet it in their own queries
+        except Exception:  # the server went away; waiters get the error in their own queries
             if signals.closed:
                 return
             signals.announce(*KINDS)
@@ -107,7 +107,7 @@ def _listen(engine: sa.Engine, signals: Signals) -> None:
                 if signals.closed:
                     return
     finally:
-        holder.invalidate()  # it listens and commits by itself: nothing for the pool
+        holder.invalidate()  # it is in LISTEN and autocommit mode: not for the pool
         holder.close()
 
 

@@ -2,7 +2,7 @@
 
 SQLite's locks and its WAL need a local file system. A workdir on a network, FUSE or bucket mount
 keeps everything but the live database, which goes to a local directory; each checkpoint carries a
-snapshot of it, from which a machine without that directory goes on.
+snapshot of it, from which a machine without that directory resumes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-#: File systems of other machines, or of programs that play one (gcsfuse, s3fs, sshfs: `fuse.*`).
+#: Network file systems, and those of user-space programs (gcsfuse, s3fs, sshfs: `fuse.*`).
 REMOTE = re.compile(
     r"nfs\d?|cifs|smb\w*|9p|afs|ceph|lustre|gpfs|beegfs\w*|glusterfs|virtiofs|fuse(\..+)?"
 )
@@ -67,8 +67,8 @@ def filesystem(path: Path, mounts: Path = MOUNTS) -> str:
 def take_snapshot(database: Path, target: Path) -> None:
     """A consistent copy of a database in use; `target` may lie on any file system.
 
-    Writers go on meanwhile. The copy is made beside the database, since SQLite writes back and
-    forth, and then moved in one stream.
+    Writers are not blocked. The copy is made next to the database, since SQLite writes at random
+    offsets, and then copied to `target` in one stream.
     """
     with tempfile.TemporaryDirectory(dir=database.parent, prefix=".snapshot-") as scratch:
         copy = Path(scratch) / database.name
@@ -77,12 +77,12 @@ def take_snapshot(database: Path, target: Path) -> None:
             closing(sqlite3.connect(copy)) as sink,
         ):
             source.backup(sink)
-            sink.execute("PRAGMA journal_mode = DELETE")  # one file, without a WAL beside it
+            sink.execute("PRAGMA journal_mode = DELETE")  # one file, without a WAL
         _copy_durably(copy, target)
 
 
 def restore_snapshot(snapshot: Path, database: Path) -> None:
-    """Puts a snapshot where the live database was; whole or not at all."""
+    """Replaces the live database with a snapshot, atomically."""
     database.parent.mkdir(parents=True, exist_ok=True)
     arriving = database.with_name(f".{database.name}.arriving")
     _copy_durably(snapshot, arriving)

@@ -1,11 +1,11 @@
 """Incremental decoding: a key/value cache and the functions that read and write it.
 
-`attend` runs the model on new tokens that see keys and values of the past without changing them;
-`extend` also writes the new ones into a cache, with its own number of tokens in each row.
-Einsum letters as in `attention.py`; C (as keys: J) new tokens per row, S past ones.
+`attend` runs the model on new tokens that attend to past keys and values without changing them;
+`extend` also writes the new ones into a cache, with a different number of tokens in each row.
+Einsum letters as in `attention/reference.py`; C (as keys: J) new tokens per row, S past ones.
 
-Parameters and caches come stacked, L first, and are scanned; or with the layers apart (`unstack`),
-one part of the program per layer, which on CPUs saves a copy of every weight in every step.
+Parameters and caches are either stacked, L first, and scanned, or unstacked (`unstack`): the layers
+are then unrolled, which on CPUs saves a copy of every weight in every step.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class KVCache:
 
 @flax.struct.dataclass
 class Past:
-    """Keys and values that new tokens may look at, as in `KVCache`; seen: bool [B, S]."""
+    """Keys and values that new tokens may attend to, as in `KVCache`; seen: bool [B, S]."""
 
     k: Any
     v: Any
@@ -55,8 +55,11 @@ class Past:
 
 @flax.struct.dataclass
 class Recent:
-    """Buffers, as in `KVCache`, whose `column` (i32 scalar) takes the one new token of each row;
-    the columns before it hold the tokens before it."""
+    """Buffers shaped as in `KVCache`.
+
+    The new token of each row goes into time column `column` (i32 scalar); the columns before it
+    hold the tokens before it.
+    """
 
     k: Any
     v: Any
@@ -91,17 +94,17 @@ def extend(
 ) -> tuple[Float[Array, "B V"], KVCache]:
     """Appends tokens[b, :counts[b]] to row b, at positions lengths[b] onward.
 
-    Jit it with the cache donated: it is read first and written once after, in place.
+    Jit it with the cache donated: the cache is read first, then written once, in place.
 
     Args:
       params: the tree of `params.init`, or `unstack` of it.
       cfg: its configuration.
-      cache: lengths[b] + counts[b] must not exceed its capacity (tokens past it would be lost;
-        the caller knows the lengths).
+      cache: lengths[b] + counts[b] must not exceed its capacity (tokens beyond it are lost; the
+        caller has to check).
       tokens: ids; those at or after counts[b] are ignored.
       counts: 0 leaves the row as it is.
-      filled: a static bound on `cache.lengths`; the slots behind it are not read, and reading is
-        most of the time of a long, nearly empty cache. Default: the capacity.
+      filled: a static bound on `cache.lengths`. Slots beyond it are not read, which saves most of
+        the time with a long, nearly empty cache. Default: the capacity.
 
     Returns:
       Float32 logits after each row's last new token (undefined where counts is 0), and the cache.
@@ -133,12 +136,14 @@ def attend(
     *,
     recent: Recent | None = None,
 ) -> tuple[Float[Array, "B C D"], Any, Any]:
-    """The model on tokens at positions start[b] onward, which see `past` and each other causally;
-    with `recent` one token, which sees the buffers up to its own column.
+    """Run the model on tokens at positions start[b] onward.
+
+    They attend to `past` and causally to each other; with `recent` it is one token per row, which
+    attends to the buffers up to its column.
 
     Returns:
-      What `qwen3.unembed` reads, and the new keys [(L) B, K, H, C] and values [(L) B, K, C, H], or
-      the updated buffers.
+      The input of `qwen3.unembed`, and the new keys [(L) B, K, H, C] and values [(L) B, K, C, H],
+      or the updated buffers.
     """
     offsets = jnp.arange(tokens.shape[1], dtype=jnp.int32)
     rope = qwen3.rope_tables(start[:, None] + offsets, cfg)
@@ -182,8 +187,10 @@ def write(
     k_new: Any,
     v_new: Any,
 ) -> KVCache:
-    """Puts the first counts[b] new keys and values, as `attend` returns them, into row rows[b] from
-    start[b] on; rows and slots outside the cache are dropped. `lengths` stay as they are."""
+    """Puts the first counts[b] new keys and values of `attend` into row rows[b] from start[b] on.
+
+    Rows and slots outside the cache are dropped. `lengths` is not changed.
+    """
     offsets = jnp.arange(jax.tree.leaves(k_new)[0].shape[-1], dtype=jnp.int32)
     # Ignored tokens get an index past the end, which mode='drop' does not write.
     slots = jnp.where(offsets < counts[:, None], start[:, None] + offsets, cache.capacity)
@@ -203,7 +210,7 @@ def write(
 def _over_layers(
     body: Callable[[jax.Array, Any], tuple[jax.Array, Any]], x: jax.Array, xs: Any
 ) -> tuple[jax.Array, Any]:
-    """`lax.scan` of `body` over stacked layers, or a loop over layers that are apart."""
+    """`lax.scan` of `body` over stacked layers, or a loop over unstacked ones."""
     if not isinstance(xs[0], tuple):
         return jax.lax.scan(body, x, xs)
     found = []
@@ -216,8 +223,11 @@ def _over_layers(
 def _softmax_sum(
     q: Float[Array, "B C K G H"], parts: Sequence[tuple[jax.Array, jax.Array, jax.Array]]
 ) -> Float[Array, "B C K G H"]:
-    """Attention with one softmax over parts that are not joined: keys [B, K, H, S], values
-    [B, K, S, H], seen [B, C, S]. A query must see something of the last one."""
+    """Attention with one softmax over several parts, without concatenating them.
+
+    A part: keys [B, K, H, S], values [B, K, S, H], seen [B, C, S]. Every query must see a key of
+    the last part.
+    """
     scores = [jnp.where(seen[:, None, None], _scores(q, k), MASKED) for k, _, seen in parts]
     top = scores[-1].max(axis=-1, keepdims=True)
     for part in scores[:-1]:
@@ -229,8 +239,11 @@ def _softmax_sum(
 
 
 def _scores(q: Float[Array, "B C K G H"], k: Float[Array, "B K H S"]) -> jax.Array:
-    """float32 [B, K, G, C, S]. One query is a product and a sum, which fuses: several times faster
-    on CPUs than a batch of tiny matrix products, and bound by memory elsewhere."""
+    """Scores, float32 [B, K, G, C, S].
+
+    For one query they are a product and a sum, which XLA fuses: several times faster on CPUs than
+    a batch of tiny matrix products, and memory-bound elsewhere.
+    """
     if q.shape[1] > 1:
         return jnp.einsum("BCKGH,BKHS->BKGCS", q, k, preferred_element_type=jnp.float32)
     products = q[:, 0, :, :, :, None].astype(jnp.float32) * k[:, :, None].astype(jnp.float32)
@@ -238,7 +251,7 @@ def _scores(q: Float[Array, "B C K G H"], k: Float[Array, "B K H S"]) -> jax.Arr
 
 
 def _values(w: Float[Array, "B K G C S"], v: Float[Array, "B K S H"]) -> jax.Array:
-    """float32 [B, C, K, G, H]; as `_scores`."""
+    """float32 [B, C, K, G, H]; for one query as in `_scores`."""
     if w.shape[3] > 1:
         return jnp.einsum("BKGCS,BKSH->BCKGH", w, v, preferred_element_type=jnp.float32)
     products = w[:, :, :, 0, :, None].astype(jnp.float32) * v[:, :, None].astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""The backbone as a Linen module, for those who compose in Flax."""
+"""The backbone as a Linen module, for use inside Flax models."""
 
 from __future__ import annotations
 

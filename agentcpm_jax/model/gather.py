@@ -1,7 +1,7 @@
-"""Weights on their way into a product: cast, then gathered over the axes that split tokens.
+"""Weights as a product takes them: cast, then gathered over the mesh axes that split tokens.
 
-Stated here rather than left to the partitioner, so that the cast comes before the gather (half the
-bytes in bfloat16) and the gradient is summed in the parameter's own dtype as it is split again.
+Written out rather than left to the partitioner, so that the cast precedes the gather (half the
+bytes in bfloat16) and the gradient is reduce-scattered in the parameter's own dtype.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def gather_layer(
 
 
 def gather(w: jax.Array, dtype: str, mesh: Mesh | None, axes: tuple[str, ...]) -> jax.Array:
-    """`w` of logical `axes` in `dtype`, whole along those that split tokens."""
+    """`w` (logical `axes`) in `dtype`, gathered over the mesh axes that split tokens."""
     if mesh is None or mesh.size == 1:
         return w.astype(dtype)
     return _gather(str(w.dtype), dtype, mesh, axes, w)
@@ -60,8 +60,8 @@ _gather.defvjp(_forward, _backward)
 def embedding_rows(w: jax.Array, tokens: jax.Array, dtype: str, mesh: Mesh) -> jax.Array:
     """w[tokens] in `dtype` on a mesh of several devices: [B,T,D], split like the tokens.
 
-    Each device looks up its own tokens in the gathered table, and adds up their gradients in a
-    float32 table of its own before the devices' sums are reduced and split again.
+    Each device looks up its own tokens in the gathered table and sums their gradients in its own
+    float32 table; the tables are then reduce-scattered.
     """
     return _rows(jax.ShapeDtypeStruct(w.shape, w.dtype), dtype, mesh, w, tokens)
 

@@ -1,16 +1,16 @@
-"""Log-probabilities and entropies aligned with the tokens they speak of; temperature 1, float32.
+"""Log-probabilities and entropies, each at the index of its token; temperature 1, float32.
 
 The logits of all positions never exist at once. With z = W h the logits of a position, y its
 token and p = softmax z:
     l = z_y - logsumexp z              dl/dz_i = [i = y] - p_i
     H = logsumexp z - sum_i p_i z_i    dH/dz_i = -p_i (log p_i + H)
-Positions are taken a chunk at a time; the backward pass computes a chunk's logits again from the
-hidden states. Of size [chunk, V] are only the logits and their gradient; a one-hot label exists
-only inside a fused comparison.
+Positions are processed in chunks; the backward pass recomputes a chunk's logits from the hidden
+states. Only the logits and their gradient have size [chunk, V]; a one-hot label exists only inside
+a fused comparison.
 
-On a mesh every device goes through its own tokens with the whole matrix in hand (the tensor axis
-still splits the vocabulary), so that no chunk waits for another device, and the gradient of the
-matrix is reduced once.
+On a mesh every device processes its own tokens with the whole output matrix (the tensor axis still
+splits the vocabulary), so that no chunk waits for another device, and the gradient of the matrix is
+reduced once.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from agentcpm_jax.model.config import ModelConfig
 from agentcpm_jax.sharding import RULES, TOKEN_AXES, WIDTH_AXES
 
 F32 = jnp.float32
-#: Logits of an automatic chunk, and the fewest tokens in one (a matrix unit wants many rows).
+#: Logits in an automatic chunk, and its least number of tokens (matrix units need many rows).
 CHUNK_LOGITS, CHUNK_TOKENS = 1 << 22, 512
 
 
@@ -111,7 +111,7 @@ def _of_labels(
 
 
 def _align(values: Float[Array, "B T"], valid: Bool[Array, "B T"]) -> Float[Array, "B T"]:
-    # What stands at t speaks of token t + 1.
+    # The value at t belongs to token t + 1.
     return jnp.where(valid, jnp.roll(values, 1, axis=1), 0.0)
 
 
@@ -128,10 +128,10 @@ def label_logprobs(
 
     Args:
       hidden: the residual stream after the final norm; each chunk is cast to matrix.dtype.
-      matrix: rows of the vocabulary; products of float32 are taken at full precision.
-      labels: ids; what they are at positions that do not matter does not matter.
-      chunk: tokens on a device at a time; 0: `chunk_tokens`.
-      entropy: whether it is computed (it is differentiable too).
+      matrix: one row per id; float32 products are computed at full precision.
+      labels: ids; any valid id where the result is not used.
+      chunk: tokens per device at a time; 0: `chunk_tokens`.
+      entropy: whether to compute the entropy (it is differentiable too).
       mesh: of the arrays; None: one device.
     """
     with jax.named_scope("label_logprobs"):
@@ -139,7 +139,7 @@ def label_logprobs(
 
 
 def chunk_tokens(vocab_size: int) -> int:
-    """Tokens of an automatic chunk."""
+    """Number of tokens in an automatic chunk."""
     return max(CHUNK_TOKENS, CHUNK_LOGITS // vocab_size)
 
 
@@ -210,7 +210,7 @@ _head.defvjp(_head_forward, _head_backward)
 
 
 def _on_devices(local: Any, mesh: Mesh | None, inputs: str, outputs: str) -> Any:
-    """`local` on every device's part. T: split like tokens; M: whole; S: split along the width.
+    """`local` on each device's part. T: split like tokens; M: not split; S: split along the width.
 
     The tensor axis is left to the partitioner: it splits the vocabulary.
     """
@@ -227,7 +227,7 @@ def _on_devices(local: Any, mesh: Mesh | None, inputs: str, outputs: str) -> Any
         in_specs=tuple(specs[x] for x in inputs),
         out_specs=tuple(specs[x] for x in outputs),
         axis_names=set(TOKEN_AXES),
-        check_vma=False,  # what is summed over the devices is summed here, not by differentiation
+        check_vma=False,  # sums over devices are written out here, not left to autodiff
     )
 
 

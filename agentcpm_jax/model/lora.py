@@ -1,12 +1,12 @@
 """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685): W' = W + (alpha / r) A B, A and B trained.
 
-Adapters are a tree of their own, stacked like the layers: {"attn": {"q": {"a", "b"}}}. Where
-`params["adapters"]` is there, the layer scan adds them to the frozen matrices one layer at a time,
-so that neither a second copy of the weights nor their gradient ever exists whole.
+Adapters are a separate tree, stacked like the layers: {"attn": {"q": {"a", "b"}}}. The layer scan
+adds `params["adapters"]`, if present, to the frozen matrices one layer at a time, so that neither a
+second copy of all weights nor their whole gradient ever exists.
 
 Deviations:
-1. A B is added to the matrix instead of being applied beside it: the same function; the gradient of
-   one layer's matrix is formed while that layer is differentiated.
+1. A B is added to the matrix instead of being applied as a separate product: the same function, but
+   the gradient of one layer's matrix is formed while that layer is differentiated.
 2. A starts normal with the variance of PEFT's uniform, 1 / (3 inputs); B starts at 0.
 """
 
@@ -44,12 +44,12 @@ def adapter_specs(cfg: ModelConfig) -> dict[str, Any]:
 
 
 def init_adapters(rng: jax.Array, cfg: ModelConfig) -> Params:
-    """Fresh adapters in float32; the adapted model is the base model."""
+    """Fresh adapters in float32; with them the model still equals the base model."""
     return draw(rng, adapter_specs(cfg), "float32")
 
 
 def adapted(layer: Mapping[str, Any], adapters: Mapping[str, Any], cfg: ModelConfig) -> Params:
-    """One layer (no L) with its adapters added, in the dtype of its matrices."""
+    """One layer (no L axis) with its adapters added, in the dtype of its matrices."""
     flat, pairs = tree.flatten(layer), tree.flatten(adapters)
     for path in {p.rpartition("/")[0] for p in pairs}:
         flat[path] = _added(flat[path], pairs[f"{path}/a"], pairs[f"{path}/b"], cfg)
@@ -57,7 +57,7 @@ def adapted(layer: Mapping[str, Any], adapters: Mapping[str, Any], cfg: ModelCon
 
 
 def merge(params: Mapping[str, Any], adapters: Mapping[str, Any], cfg: ModelConfig) -> Params:
-    """The parameters of a plain model that computes what the adapted one does."""
+    """Parameters of a plain model that computes the same as the adapted one."""
     one = jax.vmap(lambda layer, pair: adapted(layer, pair, cfg))
     return {**params, "layers": one(params["layers"], adapters)}
 

@@ -19,15 +19,15 @@ Params = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class ParamSpec:
-    """What one parameter is.
+    """The description of one parameter.
 
     Attributes:
       shape: sizes; parameters of layers are stacked, L first.
       axes: the logical name of each axis; `sharding.py` maps names to the mesh.
       init: 'ones', or the standard deviation of a normal.
       hf_key: key in Hugging Face files; '{}' is the layer number.
-      hf_inputs: the file holds a matrix [outputs, inputs]; so many axes (after L) of ours are its
-        inputs, the rest its outputs. 0: stored as it is.
+      hf_inputs: number of input axes (after L), which are the inputs of the file's matrix
+        [outputs, inputs]; the other axes are its outputs. 0: stored unchanged.
     """
 
     shape: tuple[int, ...]
@@ -40,8 +40,8 @@ class ParamSpec:
 def param_specs(cfg: ModelConfig) -> dict[str, Any]:
     """The nested dict of ParamSpec that `init` fills with arrays.
 
-    Matrices start at fan_in ** -0.5; those that write into the residual stream are divided by
-    sqrt(2 L), so that its variance does not grow with depth.
+    Matrices have standard deviation fan_in ** -0.5, divided by sqrt(2 L) where they write into the
+    residual stream, so that its variance does not grow with depth.
     """
     d, n, k, h, f = cfg.width, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, cfg.ffw
     residual = (2 * cfg.num_layers) ** -0.5
@@ -89,12 +89,12 @@ def param_specs(cfg: ModelConfig) -> dict[str, Any]:
 
 
 def init(rng: jax.Array, cfg: ModelConfig) -> Params:
-    """Fresh parameters in `cfg.param_dtype`; each depends on `rng` and its own path alone."""
+    """Fresh parameters in `cfg.param_dtype`; each depends only on `rng` and its own path."""
     return draw(rng, param_specs(cfg), cfg.param_dtype)
 
 
 def draw(rng: jax.Array, specs: Mapping[str, Any], dtype: str) -> Params:
-    """`init` for some top-level entries of `param_specs`."""
+    """`init` for only some top-level entries of `param_specs`."""
 
     def leaf(path: str, spec: ParamSpec) -> jax.Array:
         if spec.init == "ones":

@@ -41,7 +41,7 @@ def forward(
     """Next-token logits, float32.
 
     Args:
-      params: the tree of `params.init`; "adapters" beside it are added (`lora.py`).
+      params: the tree of `params.init`; adapters in its entry "adapters" are added (`lora.py`).
       cfg: its configuration.
       tokens: ids; any valid id at padding.
       positions: rotary positions, from 0 within each segment.
@@ -64,10 +64,10 @@ def hidden_states(
     attention: Attention | None = None,
     mesh: Mesh | None = None,
 ) -> Float[Array, "B T D"]:
-    """What `unembed` reads: the residual stream after the final norm, in `cfg.dtype`.
+    """The input of `unembed`: the residual stream after the final norm, in `cfg.dtype`.
 
-    As `forward`, but with time in the order of the attention: on a mesh with a context axis that
-    is `attention.context.time_order`, in and out.
+    Arguments as in `forward`, but time is in the order of the attention: on a mesh with a context
+    axis inputs and output are in `attention.context.time_order`.
     """
     attention = attention or make_attention(cfg, mesh)
     rope = rope_tables(positions, cfg)
@@ -107,7 +107,7 @@ def unembed(
 def output_matrix(
     params: Mapping[str, Any], cfg: ModelConfig, mesh: Mesh | None = None
 ) -> Float[Array, "V D"]:
-    """What `unembed` multiplies by, in the dtype of that product, gathered over the token axes."""
+    """The matrix of `unembed`, in the dtype of its product, gathered over the token axes."""
     dtype = "float32" if cfg.lm_head_fp32 else cfg.dtype
     if cfg.tied_embeddings:
         return gather(params["embed"], dtype, mesh, ("vocab", "width"))
@@ -120,7 +120,7 @@ def embed(
     tokens: Int[Array, "B T"],
     mesh: Mesh | None = None,
 ) -> Float[Array, "B T D"]:
-    """Rows of the embedding in `cfg.dtype`."""
+    """The embeddings of `tokens`, in `cfg.dtype`."""
     with jax.named_scope("embed"):
         if mesh is None or mesh.size == 1:
             return params["embed"][tokens].astype(cfg.dtype)
@@ -135,14 +135,14 @@ def block(
     attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
     mesh: Mesh | None = None,
 ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]]:
-    """One layer (parameters without L) around `attend(q, k, v)`; also its new keys and values."""
+    """One layer (parameters without L) with `attend(q, k, v)`; also returns its keys and values."""
     with jax.named_scope("attention"):
         h = rms_norm(x, layer["attn_norm"], cfg.norm_eps)
         q, k, v = qkv(layer["attn"], cfg, h, rope)
         q = constrain(q, mesh, "batch", "time", "heads", None)
         k, v = (constrain(y, mesh, "batch", "time", "kv_heads", None) for y in (k, v))
         out = named(attend(q, k, v), ATTENTION_OUT)
-        # Not an einsum: that contracts H before N, for which XLA transposes the matrix every time.
+        # Not an einsum: it contracts H before N, for which XLA transposes the matrix every time.
         x = x + jnp.tensordot(out, layer["attn"]["o"].astype(x.dtype), 2)
     with jax.named_scope("mlp"):
         h = rms_norm(x, layer["mlp_norm"], cfg.norm_eps)

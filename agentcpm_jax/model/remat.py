@@ -1,9 +1,9 @@
-"""Which activations of a layer are kept for the backward pass; the rest is computed again.
+"""Which activations of a layer are kept for the backward pass; the rest is recomputed.
 
-Every policy is a name. Per token and layer, in numbers of `cfg.dtype` (D width, N query and K
+Every policy has a name. Elements of `cfg.dtype` kept per token and layer (D width, N query and K
 key/value heads of size H, F ffw):
 
-    full        D                       the layer's input alone
+    full        D                       only the layer's input
     attention   D + N H                 also attention's output: its kernel runs once
     matmuls     D + (2 N + 2 K) H + 2 F + D   also the products with weights
     none        everything the backward pass reads
@@ -18,7 +18,7 @@ from typing import Any
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-#: Names that `qwen3.block` gives to what a policy may keep.
+#: Names that `qwen3` gives to the activations that a policy may keep.
 RESIDUAL, ATTENTION_OUT = "residual", "attention_out"
 
 _policies = jax.checkpoint_policies
@@ -44,10 +44,10 @@ def rematerialise(body: Callable[..., Any], name: str) -> Callable[..., Any]:
     """The body of a layer scan under the policy `name`."""
     if name == "none":
         return body
-    # The scan is a barrier already: nothing can be merged across it.
+    # Inside a scan nothing can be merged with the forward pass anyway.
     return jax.checkpoint(body, policy=POLICIES[name], prevent_cse=False)
 
 
 def named(x: jax.Array, name: str) -> jax.Array:
-    """`x`, which a policy can tell from others."""
+    """`x` under a name by which a policy can select it."""
     return checkpoint_name(x, name)

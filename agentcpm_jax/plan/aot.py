@@ -27,7 +27,7 @@ from agentcpm_jax.train.placement import abstract_base, abstract_inputs, step_sh
 from agentcpm_jax.train.step import Frozen, make_rl_step, make_sft_step, needs_reference
 from agentcpm_jax.types import UserError
 
-#: Slices by the name they are rented under (v5p counts cores, two a chip) -> libtpu's grid.
+#: Cloud name of a slice (v5p counts cores, two per chip) -> libtpu's name of its topology.
 TOPOLOGIES = {
     "v5e-1": "v5e:1x1",
     "v5e-8": "v5e:2x4",
@@ -37,13 +37,13 @@ TOPOLOGIES = {
     "v5p-64": "v5p:2x4x4",
     "v5p-128": "v5p:4x4x4",
 }
-#: Accelerators that are only estimated: their compiler wants the device itself. A count follows.
+#: GPUs, named '<kind>-<count>': only estimated, because their compiler needs the device itself.
 GPUS = ("t4", "h200")
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 
 class Compiled(NamedTuple):
-    """What the compiler said; bytes are of one device."""
+    """The compiler's figures for a step; bytes are per device."""
 
     argument_bytes: int
     output_bytes: int
@@ -54,7 +54,7 @@ class Compiled(NamedTuple):
 
     @property
     def hbm_bytes(self) -> int:
-        """Held while the step runs; donated arguments are counted once."""
+        """Memory held while the step runs; donated arguments count once."""
         return self.argument_bytes + self.output_bytes - self.alias_bytes + self.temp_bytes
 
 
@@ -78,7 +78,7 @@ def topology_devices(name: str, slices: int = 1) -> Sequence[Any]:
         raise UserError(
             f"{name!r} cannot be compiled for from here; use one of {', '.join(TOPOLOGIES)}"
         )
-    # libtpu would look for the metadata server of a TPU host, and for other users of the chips.
+    # Else libtpu looks for the metadata server of a TPU host and for other users of the chips.
     for key, value in (
         ("TPU_SKIP_MDS_QUERY", "1"),
         ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
@@ -90,7 +90,7 @@ def topology_devices(name: str, slices: int = 1) -> Sequence[Any]:
 
     kind = TOPOLOGIES[name].split(":")[0]
     options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
-    if TOPOLOGIES[name] == "v5e:1x1":  # a host has four chips unless it is told otherwise
+    if TOPOLOGIES[name] == "v5e:1x1":  # libtpu assumes four chips per host
         options["chips_per_host_bounds"] = (1, 1, 1)
     try:
         description = topologies.get_topology_desc(
@@ -117,7 +117,7 @@ def compile_step(
     loss: LossConfig | None = None,
     schedule: Schedule | None = None,
 ) -> Compiled:
-    """Compiles the step of SFT, or with a `loss` that of RL, over rows x row_length tokens.
+    """Compile the SFT step, or with `loss` the RL step, for batches of rows x row_length tokens.
 
     Raises:
       UserError: the mesh does not divide model or rows, or the step does not fit a device.
@@ -141,7 +141,7 @@ def compile_ahead(step: Any, *arguments: Any, estimate: MemoryEstimate | None = 
     """Compiles a jitted step for abstract arguments (`placement.abstract_inputs`).
 
     Raises:
-      UserError: it does not fit the device, see `raise_if_too_large`.
+      UserError: the step does not fit the device, see `raise_if_too_large`.
     """
     try:
         compiled = step.lower(*arguments).compile()
@@ -162,8 +162,8 @@ def compile_ahead(step: Any, *arguments: Any, estimate: MemoryEstimate | None = 
 def raise_if_too_large(error: Exception, estimate: MemoryEstimate | None = None) -> None:
     """Turns RESOURCE_EXHAUSTED of a compiler or a device into a `UserError` of one line.
 
-    It says what is needed, what `estimate` expected and its biggest parts (the compiler names no
-    buffers), and three things to change.
+    It gives the memory needed, the estimate and its biggest parts (the compiler names no buffers),
+    and three things to change. Other errors pass.
     """
     text = str(error)
     if "RESOURCE_EXHAUSTED" not in text:

@@ -1,7 +1,7 @@
 """What a configuration will take, before anything is started: memory, time, traffic, cost.
 
 Every figure says where it comes from: `exact` is arithmetic on shapes, `estimate` a formula whose
-assumptions stand beside it, `AOT` the compiler's own figure for the target slice, `measured` a
+assumptions are printed with it, `AOT` the compiler's figure for the target slice, `measured` a
 figure of a run that is committed under experiments/results. No accelerator is needed.
 """
 
@@ -47,17 +47,17 @@ from agentcpm_jax.train.placement import (
 )
 from agentcpm_jax.types import UserError
 
-#: Bytes of a recorded token in the experience log: a third of them sampled, and all of them.
+#: Bytes per token in the experience log: where a third of the tokens are sampled, where all are.
 LOG_BYTES = (2.99, 5.24)
 
 _size = partial(size_text, binary=True)
 MFU = 0.5
-#: What a GPU can do, by the first part of a slice's name (CUDA's compute capability).
+#: CUDA compute capability by the first part of a slice's name.
 CAPABILITY = {"t4": 7.5, "h200": 9.0}
 
 
 class Step(NamedTuple):
-    """One compiled step of a stage; loss: of RL."""
+    """One compiled step of a stage; `loss` is None except in RL."""
 
     name: str
     shape: TrainShape
@@ -74,16 +74,16 @@ def explain(
     arrays: bool = False,
     prices: str = "",
 ) -> str:
-    """A page of text.
+    """The plan of a run as a page of text.
 
     Args:
-      slice_name: a TPU slice (a key of `aot.TOPOLOGIES`) or GPUs ('t4-1'); with `mesh.slices`, one
-        of them. Empty: the smallest slice that the estimate says will do.
-      compiled: also compile every step for it (minutes; needs libtpu).
-      arrays: also list where every array of the state and the batch lies.
+      slice_name: a TPU slice (a key of `aot.TOPOLOGIES`) or GPUs ('t4-1'), used `mesh.slices`
+        times. Empty: the smallest slice that the estimate fits.
+      compiled: also compile every step for the slice (minutes; needs libtpu).
+      arrays: also list the sharding of every array of the state and the batch.
       prices: a JSON file of {"v5p": [low, high]}, per chip and hour, in any currency.
     Raises:
-      UserError: unknown slice, a mesh that does not divide, a step that does not fit.
+      UserError: unknown slice, a mesh that does not divide it, a step that does not fit.
     """
     slice_name = slice_name or smallest_slice(cfg)
     kind = slice_name.split("-")[0]
@@ -118,10 +118,10 @@ def explain(
 
 
 def smallest_slice(cfg: ExperimentConfig) -> str:
-    """The slice of least memory that the mesh divides and every step is estimated to fit.
+    """The slice of least memory that the mesh divides and every step fits, by estimate.
 
     Raises:
-      UserError: there is none; says why for the largest that the mesh divides.
+      UserError: there is none; names the largest slice that the mesh divides.
     """
     why: UserError | None = None
     for name in sorted(TOPOLOGIES, key=lambda name: device_count(name) * _chip(name).hbm_bytes):
@@ -141,7 +141,7 @@ def smallest_slice(cfg: ExperimentConfig) -> str:
 
 
 def steps_of(stage: Stage) -> Iterator[Step]:
-    """What a stage compiles and trains with."""
+    """The steps of a stage: one per phase of pretraining, one for SFT or RL."""
     if stage.pretrain is not None:
         for number, phase in enumerate(stage.pretrain.phases):
             yield Step(f"{stage.name} {number + 1}", phase.shape, phase.optimizer)
@@ -153,7 +153,7 @@ def steps_of(stage: Stage) -> Iterator[Step]:
 
 @contextmanager
 def naming_what_is_too_large(cfg: ExperimentConfig, stage: Stage, mesh: Mesh) -> Iterator[None]:
-    """Within it an exhausted device becomes a `UserError` that says how much was expected."""
+    """Turns running out of device memory inside it into a `UserError` with the estimate."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -163,7 +163,7 @@ def naming_what_is_too_large(cfg: ExperimentConfig, stage: Stage, mesh: Mesh) ->
 
 
 def compile_for(cfg: ExperimentConfig, step: Step, slice_name: str) -> Compiled:
-    """The step, compiled for the slice; raises `UserError` when it does not fit."""
+    """Compile the step for the slice; raises `UserError` when it does not fit."""
     mesh = make_mesh(cfg.mesh, topology_devices(slice_name, cfg.mesh.slices))
     shape = step.shape
     return compile_step(
@@ -258,6 +258,7 @@ def _mesh_sizes(cfg: ExperimentConfig, slice_name: str) -> tuple[int, ...]:
 
 
 def as_run_on(model: ModelConfig, kind: str) -> tuple[ModelConfig, list[str]]:
+    """`fit_to` for an accelerator of `kind`."""
     return fit_to(model, "gpu" if kind in CAPABILITY else "tpu", CAPABILITY.get(kind, 0.0))
 
 

@@ -1,12 +1,12 @@
 """Arithmetic of a train step, counted as the field does for model FLOP/s utilisation.
 
     FLOPs of a token = 6 N + 6 L N_q H T
-N parameters that multiply (a tied embedding once), N_q query heads of size H, T the row's length:
-causal scores and values are half of 12 L N_q H T. With adapters the frozen matrices get no
-gradient: 4 N instead of 6 N, and 6 N_a for the N_a numbers of the adapters.
+N parameters in matrix products (a tied embedding once), N_q query heads of size H, T the row's
+length: causal attention is half of 12 L N_q H T. With adapters the frozen matrices get no
+gradient: 4 N instead of 6 N, and 6 N_a for the N_a parameters of the adapters.
 
-The roofline is another count: what is computed, at the peak rate of its precision. Layers under
-full remat go forward twice, logits always do; adapters are added to their matrices, so a layer's
+The roofline counts what is really computed, at the peak rate of its precision. Layers under full
+remat run forward twice, logits always do; adapters are merged into their matrices, so a layer's
 matrices do get a gradient; an output matrix in float32 runs at the float32 rate.
 
 Peak figures are the vendors' dense numbers per chip. TPUs have no float32 units: six bfloat16
@@ -25,7 +25,7 @@ from agentcpm_jax.model.lora import adapter_specs
 
 
 class Chip(NamedTuple):
-    """flops: bf16 per second; flops32: float32; hbm_bytes: a program may use; bytes per second."""
+    """Peak bf16 FLOP/s, peak float32 FLOP/s, HBM bytes usable by a program, HBM bytes/s."""
 
     flops: float
     flops32: float
@@ -34,7 +34,7 @@ class Chip(NamedTuple):
 
 
 GIB = 2**30
-#: By the first part of a slice's name, and the GPUs that configs are made for.
+#: By the first part of a slice's name; for GPUs, by their kind.
 CHIPS = {
     "v5e": Chip(197e12, 197e12 / 6, 15.75 * GIB, 819e9),
     "v5p": Chip(459e12, 459e12 / 6, 95.74 * GIB, 2765e9),
@@ -55,7 +55,7 @@ def train_flops(model: ModelConfig, rows: int, row_length: int) -> float:
 def roofline_seconds(
     model: ModelConfig, rows: int, row_length: int, chip: Chip, devices: int
 ) -> float:
-    """Time of what a step computes at the peak rates of `devices` chips."""
+    """Seconds for all that a step computes, at the peak rates of `devices` chips."""
     head = model.vocab_size * model.width
     layers = params.count(model) - head * (1 if model.tied_embeddings else 2)
     attention = _attention(model, row_length)
@@ -71,7 +71,7 @@ def roofline_seconds(
 
 
 def count_adapters(model: ModelConfig) -> int:
-    """Numbers in the adapters; 0 without them."""
+    """Number of adapter parameters; 0 without adapters."""
     if not model.lora_rank:
         return 0
     return sum(math.prod(spec.shape) for spec in tree.flatten(adapter_specs(model)).values())
@@ -80,7 +80,7 @@ def count_adapters(model: ModelConfig) -> int:
 def seconds(
     flops: float, model: ModelConfig, chip: Chip, devices: int, utilisation: float
 ) -> float:
-    """Time of `flops` in the model's dtype on `devices` chips at a share of their peak."""
+    """Seconds for `flops` in the model's dtype on `devices` chips at `utilisation` of peak."""
     rate = chip.flops if model.dtype == "bfloat16" else chip.flops32
     return flops / (rate * devices * utilisation)
 

@@ -2,14 +2,14 @@
 
     arguments + saved + gradients + weights + max(layer, head)
 arguments  parameters, moments and batch, exactly, from their shardings
-saved      what the remat policy keeps of the forward pass
-gradients  of all trained parameters; with micro-batches their sum and those of one
-weights    the layers' matrices in the dtype (or the layout) of their products
+saved      activations that the remat policy keeps of the forward pass
+gradients  of all trained parameters; with micro-batches the running sum and those of one
+weights    copies of the layers' matrices in the dtype (or the layout) of their products
 layer      one layer while it is differentiated: its gathered matrices, activations, their gradients
 head       the output matrix and its gradient, the embedding's gradient, the logits of a chunk
-Counted in numbers per token of a device: D width, F ffw, N query and K key heads of size H. What
-is kept of a layer beyond the policy (`LAYER_WIDTHS`, `LAYER_INNER`) is fitted to the compiler's own
-figures (`experiments/aot.py`), which the whole is held against; the rest is read off its programs.
+Activations are counted in floats per token: D width, F ffw, N query, K key heads of size H. Those
+of a layer beyond the remat policy (`LAYER_WIDTHS`, `LAYER_INNER`) are fitted to the compiler's own
+figures (`experiments/aot.py`), which check the total; the rest is read off the compiled programs.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from agentcpm_jax.train.placement import (
 )
 
 BYTES = {"float32": 4, "bfloat16": 2}
-#: Numbers of a token in the layer that is differentiated: so many times D, and (N + 2 K) H + F.
+#: Floats per token of the layer being differentiated: 37 D + 6 ((N + 2 K) H + F).
 LAYER_WIDTHS, LAYER_INNER = 37, 6
 
 
 class MemoryEstimate(NamedTuple):
-    """Bytes of one device."""
+    """Bytes on one device, by the parts above."""
 
     arguments: float
     saved: float
@@ -46,7 +46,7 @@ class MemoryEstimate(NamedTuple):
 
     @property
     def parts(self) -> dict[str, float]:
-        """By what a reader calls them."""
+        """Bytes by the name that users are shown."""
         return {
             "state and batch": self.arguments,
             "saved activations": self.saved,
@@ -58,7 +58,7 @@ class MemoryEstimate(NamedTuple):
 
     @property
     def total(self) -> float:
-        """What is held at the larger of two moments: in the layers, and at the output matrix."""
+        """The peak: the larger of the memory in the layers and that at the output matrix."""
         always = self.arguments + self.saved + self.gradients + self.weights
         return always + max(self.layer, self.head)
 
@@ -71,7 +71,7 @@ def estimate(
     row_length: int,
     micro_rows: int = 0,
 ) -> MemoryEstimate:
-    """Memory of a step over rows x row_length tokens, `micro_rows` of them at a time (0: all).
+    """Memory of a step over rows x row_length tokens, `micro_rows` rows at a time (0: all).
 
     Raises `UserError` when the mesh does not divide the model or the rows.
     """
@@ -112,12 +112,15 @@ def _saved(model: ModelConfig, tensor: int) -> float:
 
 
 def _weights(model: ModelConfig, devices: int) -> float:
-    """The scan's matrices are cast before it; in their own dtype those of q, k and v are laid out
-    anew, heads first."""
+    """Bytes of the copies of the layers' matrices.
+
+    All are cast before the scan to a smaller dtype; with equal dtypes only those of q, k and v are
+    copied, to heads first.
+    """
     heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     if BYTES[model.dtype] < BYTES[model.param_dtype]:
         heads += model.num_heads * model.head_dim + 3 * model.ffw
-    elif model.dtype != model.param_dtype:  # cast one layer at a time: whole, it would be larger
+    elif model.dtype != model.param_dtype:  # cast one layer at a time: all at once would take more
         return 0.0
     return float(BYTES[model.dtype] * model.num_layers * model.width * heads / devices)
 
@@ -134,8 +137,11 @@ def _layer(model: ModelConfig, tokens: float, mesh: Mesh | AbstractMesh) -> floa
 
 
 def _head(model: ModelConfig, tokens: float, mesh: Mesh | AbstractMesh) -> float:
-    """On a mesh the embedding is gathered twice (rows, output matrix), and both gradients of it,
-    in float32, are there before and after they are summed over the devices."""
+    """Bytes held at the output matrix.
+
+    On a mesh the embedding is gathered twice (rows, output matrix), and its two float32 gradients
+    are held before and after their sum over the devices.
+    """
     vocab, several = model.vocab_size / mesh.shape["tensor"], mesh.size > 1
     chunk = min(model.logits_chunk or chunk_tokens(model.vocab_size), tokens)
     e = 4 if model.lm_head_fp32 else BYTES[model.dtype]

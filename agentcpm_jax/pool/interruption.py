@@ -5,15 +5,15 @@
         chunk = generate(prompt + kept, budget - len(kept))      under a rid of its own
         kept += chunk                                            ids, log-probabilities, versions
 
-A weight update that aborts generation, a worker that dies and a server that is busy are all the
-same here: what was answered is kept, the prefix is sent again. The prefix is computed anew under
-the weights of the new chunk, so each token's log-probability is that of the version stamped on it.
+A weight update that aborts generation, a worker that dies and a busy server are handled alike: the
+tokens received are kept and the prefix is sent again. The prefix is recomputed under the weights of
+the new chunk, so each token's log-probability is that of the version stamped on it.
 After AReaL (arXiv 2505.24298, section 4.1, interruptible rollout workers). Deviations:
 1. versions are those that the server reports for each token, not the client's belief on arrival;
-2. a stop string whose beginning is in one chunk and whose end is in the next, which no server sees,
-   is found over the joined text: what was sampled after it is cut off;
-3. the budget shrinks by what is kept; a remainder of zero is a completion of finish `length`;
-4. chunks that bring no token are bounded, so a server that only aborts is an error and not a loop.
+2. a stop string split over two chunks, which no server sees, is found in the joined text; tokens
+   sampled after it are cut off;
+3. the token budget shrinks by the tokens kept; at zero the completion finishes with `length`;
+4. chunks in a row without a token are bounded: a server that only aborts is an error, not a loop.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class RetryLimits:
 
 @dataclass
 class PoolCounters:
-    """What happened below the agents, for metrics."""
+    """Counts of chunks, tokens and errors, for metrics."""
 
     chunks: int = 0
     aborted: int = 0  # chunks that ended by an interruption
@@ -65,10 +65,10 @@ async def complete(
     counters: PoolCounters,
     decode: Decode | None = None,
 ) -> Completion:
-    """The whole completion. Failure is data: `finish` is `error` or `abort`, `error` says why.
+    """Sample the whole completion; on failure `finish` is `error` or `abort`, `error` says why.
 
-    What was kept before a failure is returned with it. Only cancellation raises. Without `decode`
-    stop strings are left to the server.
+    Tokens received before a failure are returned. Only cancellation raises. Without `decode` only
+    the server looks for stop strings.
     """
     kept = _Kept()
     reason = "no worker took the request"
@@ -127,7 +127,7 @@ class _Kept:
         counters.uncertain_tokens += len(chunk.ids) * chunk.uncertain
 
     def cut(self, strings: Sequence[str], decode: Decode) -> bool:
-        """Ends with the id that completes one of `strings`, if any does."""
+        """Cut after the id that completes one of `strings`, if any; returns whether it did."""
 
         def complete(count: int) -> bool:
             text = decode(self.ids[:count])

@@ -1,7 +1,7 @@
 """The workers of a pool: how they join, take weights, get lost and come back.
 
-Everything here belongs to the pool's own event loop. A worker is `ready` only while it verifiably
-holds the weights that were published last; late joiners and lost ones catch up first.
+Everything here runs in the pool's own event loop. A worker is `ready` only while it is verified to
+hold the weights published last; workers that join late or were lost catch up first.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Weights:
 
     @property
     def run(self) -> str:
-        """The name without its version: that of the directory which holds all of them."""
+        """The run's name: `name` without the version, and the directory of all its versions."""
         return self.name.rpartition("-")[0]
 
 
@@ -81,7 +81,7 @@ class Members:
         self._wake = asyncio.Event()
 
     def add(self, url: str) -> None:
-        """A further worker; it is looked for from now on."""
+        """Add a worker; the pool tries to reach it from now on."""
         url = check_url(url)
         if url not in self.workers:
             assert self.client is not None
@@ -90,7 +90,7 @@ class Members:
             self._wake.set()
 
     def lost(self, worker: Worker, reason: str) -> None:
-        """Take a worker out until it has been looked at again."""
+        """Take a worker out until it has passed its checks again."""
         if worker.state is State.READY:
             self._set(worker, State.JOINING, reason)
             self._wake.set()
@@ -105,9 +105,9 @@ class Members:
         return "; ".join(f"{w.url} is {w.state}: {w.reason}" for w in absent) or "none is named"
 
     async def start(self) -> None:
-        """Until one worker is ready and none is still being looked at for the first time.
+        """Wait until one worker is ready and every worker has been tried once.
 
-        Raises `UserError`: a worker is not what the trainer needs, or none could be reached.
+        Raises `UserError`: a worker does not match the trainer, or none was ready in time.
         """
         deadline = asyncio.get_running_loop().time() + self.cfg.start_timeout
         for url in self.cfg.urls:
@@ -120,7 +120,7 @@ class Members:
             if refused:
                 raise UserError(refused[0])
             if State.READY in states:
-                self._logprobs = None  # the trainer's parameters go on; the fingerprint stays
+                self._logprobs = None  # training changes the parameters; the fingerprint stays
                 return
             if asyncio.get_running_loop().time() > deadline:
                 raise UserError(
@@ -130,10 +130,10 @@ class Members:
             await asyncio.sleep(min(1.0, self.cfg.start_timeout / 10))
 
     async def watch(self) -> None:
-        """Health checks and late joiners, until cancelled."""
+        """Check workers' health and admit late joiners, until cancelled."""
         try:
             while True:
-                # Not `wait_for`: on Python 3.11 it swallows a cancellation that meets the event.
+                # Not `wait_for`: on Python 3.11 it swallows a cancellation that coincides.
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(self.cfg.health_every):
                         await self._wake.wait()
@@ -149,9 +149,9 @@ class Members:
             await asyncio.gather(*self._checks.values(), return_exceptions=True)
 
     async def update(self, weights: Weights, logprobs: Logprobs | None) -> Mapping[str, str]:
-        """Every ready worker to `weights`, each in its own time; url -> '' or what went wrong.
+        """Load `weights` on every ready worker; returns url -> '' or what went wrong.
 
-        Workers that fail are out of the pool until they have caught up.
+        Workers that fail leave the pool until they have caught up.
         """
         self.target = weights
         self.names[weights.name] = weights.version
@@ -159,7 +159,7 @@ class Members:
         asked = [w for w in self.workers.values() if w.state is State.READY]
         await asyncio.gather(*(self._prefetch(w) for w in asked))  # while they generate
         ready = [w for w in asked if w.state is State.READY]
-        for worker in ready:  # all gates close first, or aborted requests would hop to the next
+        for worker in ready:  # all at once: else aborted requests go to the next one to load
             self._set(worker, State.UPDATING, f"loading {weights.name}")
         await asyncio.gather(*(self._update_ready(w) for w in ready))
         self._logprobs = None
@@ -172,7 +172,7 @@ class Members:
     # --- one worker -------------------------------------------------------------------------
 
     async def _prefetch(self, worker: Worker) -> None:
-        """The weights onto the worker's host; without them it is out until it has caught up."""
+        """Copy the weights to the worker's host; if that fails the worker leaves the pool."""
         try:
             await self._path(worker, self.target)
         except PoolError as error:
@@ -203,15 +203,15 @@ class Members:
                 worker.drop_requests()
 
     async def _join(self, worker: Worker) -> None:
-        """Bring a worker to the published weights and let it in; else `reason` says why not."""
+        """Load the published weights on a worker and let it in; else `reason` says why not."""
         if worker.state is not State.JOINING:
             return
         try:
             while True:
                 target = self.target
                 await self._inform(worker)
-                # Text first: real servers do not survive an id beyond their vocabulary, and only
-                # one that took the run's weights surely has the trainer's ids.
+                # Compare text first: SGLang crashes on an id beyond its vocabulary, and only a
+                # server that took the run's weights surely has the trainer's ids.
                 if self.trainer.chat is not None and not worker.probed:
                     worker.info["template"] = await check_text(worker.server, self.trainer.chat)
                 if str(worker.info.get("weight_version")) != target.name:
@@ -250,20 +250,20 @@ class Members:
         worker.seeded = bool(arguments.get("enable_deterministic_inference"))
 
     async def _load(self, worker: Worker, target: Weights) -> None:
-        """Pause, load, and continue whatever happened."""
+        """Pause, load, and resume the server even after a failure."""
         server, mode = worker.server, self.cfg.pause
         path = await self._path(worker, target)
         try:
             await server.pause(mode)
             await server.update_from_disk(path, target.name, flush=mode != "in_place")
         except BaseException:
-            with contextlib.suppress(PoolError):  # the first trouble says more
+            with contextlib.suppress(PoolError):  # the first error says more
                 await server.resume()
             raise
         await server.resume()
 
     async def _path(self, worker: Worker, target: Weights) -> str:
-        """Where the worker's host has the weights; waits while its agent copies them."""
+        """Directory of the weights on the worker's host; waits while its agent copies them."""
         if not self.cfg.agent_port:
             return target.path
         assert self.client is not None
@@ -284,7 +284,7 @@ class Members:
         return str(found["path"])
 
     async def _verify(self, worker: Worker, target: Weights) -> None:
-        """It announces the version, and its answers are those of the weights."""
+        """Check that the server announces the version and that its answers match the weights."""
         info = await worker.server.model_info()
         announced = str(info.get("weight_version"))
         if announced != target.name:
@@ -307,7 +307,7 @@ class Members:
         worker.version = target.version
 
     async def _probe(self, worker: Worker) -> None:
-        """What log-probabilities mean at the run's temperature."""
+        """Compare log-probabilities at the run's temperature with the trainer's."""
         trainer = self.trainer
         if self._logprobs is not None:
             prompts = probe_prompts(trainer.vocab_size)

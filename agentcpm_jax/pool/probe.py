@@ -1,7 +1,7 @@
-"""Is this server what the trainer thinks it is? Questions that only the right answer passes.
+"""Checks that a server's model, tokenizer and log-probabilities are those the trainer expects.
 
-Asked of every worker before it gets a request: does it speak the trainer's vocabulary and chat
-template, does it hold the run's weights, and do its log-probabilities mean what the trainer's mean?
+Every worker must pass them before it gets a request: same vocabulary and chat template, the run's
+weights, and log-probabilities under the trainer's convention.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from agentcpm_jax.chat.format import ChatFormat
 from agentcpm_jax.pool.protocol import Chunk
 from agentcpm_jax.pool.worker import Server
 
-PROMPTS, TOKENS = 4, 8  # of a fingerprint: prompts, and greedy tokens of each
+PROMPTS, TOKENS = 4, 8  # of a fingerprint: number of prompts, greedy tokens per prompt
 CONVENTION_TEMPERATURE = 0.7
 
 # Without tools: SGLang 0.5.23 writes a key of its own into each schema before it renders them.
@@ -30,7 +30,7 @@ _MESSAGES = (
     {"role": "user", "content": "Look again."},
 )
 
-#: What two models have to share, or the weights of one do not fit into the other.
+#: Keys of config.json that must be equal for the run's weights to fit the served model.
 _SHAPE = (
     *("architectures", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
     *("num_attention_heads", "num_key_value_heads", "head_dim", "tie_word_embeddings"),
@@ -42,9 +42,9 @@ Logprobs = Callable[[np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class Trainer:
-    """What the workers are held against. Without `chat` no text is compared."""
+    """What the workers are compared with. Without `chat` no text is compared."""
 
-    vocab_size: int  # ids that the trainer has rows for
+    vocab_size: int  # rows of the trainer's embedding
     chat: ChatFormat | None = None
     logprobs: Logprobs | None = None  # of the weights that the pool starts with
     temperature: float = 1.0  # at which the run samples
@@ -57,14 +57,14 @@ class Mismatch(Exception):
 
 @dataclass(frozen=True)
 class Answer:
-    """A probe prompt and what a server made of it."""
+    """A probe prompt and a server's completion of it."""
 
     prompt: np.ndarray  # i32[P]
     chunk: Chunk
 
 
 def probe_prompts(vocab_size: int) -> list[np.ndarray]:
-    """Fixed random prompts; the last one ends with the highest id there is."""
+    """Fixed random prompts, i32[12] each; the last one ends with the highest id."""
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, vocab_size, 12).astype(np.int32) for _ in range(PROMPTS)]
     prompts[-1][-1] = vocab_size - 1
@@ -84,9 +84,9 @@ def gap_to_trainer(answers: Sequence[Answer], logprobs: Logprobs) -> float:
 
 
 def gap_between(first: Sequence[Answer], second: Sequence[Answer]) -> float:
-    """The same between two servers, over the ids that both sampled greedily.
+    """Mean |log-prob difference| of two servers over their common greedy ids (nats).
 
-    Two right servers may part at a near-tie; if less than a quarter is common, it is another model.
+    Equal models may diverge at a near-tie; with less than a quarter in common the gap is infinite.
     """
     gaps, total = [], 0
     for a, b in zip(first, second, strict=True):
@@ -100,10 +100,10 @@ def gap_between(first: Sequence[Answer], second: Sequence[Answer]) -> float:
 
 
 def check_model(server: Server, info: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    """Before any weights are sent: SGLang 0.5 does not survive those of another shape.
+    """Compare the served model's shape with the run's `config`; raises `Mismatch`.
 
-    Compares what `/model_info` says, and the served directory's config.json where this machine
-    sees it, with the run's own. Raises `Mismatch`.
+    Run it before sending weights: SGLang 0.5 exits on weights of another shape. The served shape
+    is from `/model_info`, and from the served config.json where this machine can read it.
     """
     served = {key: info[key] for key in _SHAPE if info.get(key)}
     file = Path(str(info.get("model_path"))) / "config.json"
@@ -118,9 +118,9 @@ def check_model(server: Server, info: Mapping[str, Any], config: Mapping[str, An
 
 
 async def check_text(server: Server, chat: ChatFormat) -> str:
-    """The server's tokenizer and template against the trainer's; the template's hash.
+    """Compare the server's tokenizer and template with the trainer's; returns the template's hash.
 
-    'unverified' where the server has no /tokenize route. Raises `Mismatch`.
+    Returns 'unverified' where the server has no /tokenize route. Raises `Mismatch`.
     """
     for message in _MESSAGES:
         text = message["content"]
@@ -144,8 +144,8 @@ async def check_text(server: Server, chat: ChatFormat) -> str:
 
 
 def check_gap(server: Server, gap: float, allowed: float, against: str) -> None:
-    """Raises `Mismatch` when the weights of a server are not those expected."""
-    if not gap <= allowed:  # also when it is not a number
+    """Raises `Mismatch` when `gap` (nats) exceeds `allowed`: the server holds other weights."""
+    if not gap <= allowed:  # also when it is NaN
         raise Mismatch(
             f"version mismatch: {server.url} holds other weights than it says: its log-probs are "
             f"{gap:.3g} nats from {against} (pool.max_gap={allowed:g})"

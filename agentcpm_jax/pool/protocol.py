@@ -1,12 +1,12 @@
-"""SGLang's `/generate` on the wire: the request body, the answer read with suspicion, the errors.
+"""SGLang's `/generate` on the wire: the request body, validation of the answer, the errors.
 
-Nothing here does input or output. An answer is read body first, status second: SGLang reports a
-manual abort as 200 in some releases and as 500 in others, with the same body.
+Nothing here does input or output. The body of an answer is read before its status: SGLang reports
+a manual abort as 200 in some releases and as 500 in others, with the same body.
 
-Versions of tokens come in tiers, by what the server says:
+How the version of a token is determined depends on the fields that the server sends:
   A  `weight_versions` spans over the output: exact;
-  B  `weight_version_start` / `weight_version_end`: equal = exact, else the older, marked uncertain;
-  C  `weight_version`, the newest: equal to the version at send = exact, else that one, uncertain;
+  B  `weight_version_start` / `weight_version_end`: exact if equal, else the older, uncertain;
+  C  `weight_version`, the newest: exact if it is the version at send, else the latter, uncertain;
   D  nothing: refused, unless unversioned answers are allowed (then the version at send, uncertain).
 """
 
@@ -25,7 +25,7 @@ from agentcpm_jax.rollout.policy import Finish, SamplingParams
 
 
 class PoolErrorKind(enum.StrEnum):
-    """Why an attempt failed; the key of every count and message."""
+    """Why an attempt failed; the name in metrics and messages."""
 
     UNREACHABLE = "unreachable"  # no connection, or it broke
     TIMEOUT = "timeout"
@@ -42,7 +42,7 @@ class PoolErrorKind(enum.StrEnum):
     NO_WEIGHTS = "no_weights"  # the host's agent could not copy them
 
 
-#: Repeating these changes nothing: a human has to.
+#: Errors that a retry cannot fix: the user has to.
 FINAL = frozenset({PoolErrorKind.BAD_REQUEST, PoolErrorKind.FORBIDDEN, PoolErrorKind.VOCABULARY})
 
 
@@ -89,8 +89,8 @@ def generate_body(
     extra_key: str = "",
 ) -> dict[str, Any]:
     """The JSON body of one chunk. `seed`: sent only to servers that honour it."""
-    # Defaults are said, too: servers have defaults of their own (--preferred-sampling-params), and
-    # a sample from a distribution that was cut off is not what the trainer computes.
+    # Defaults are sent too: servers have their own (--preferred-sampling-params), and the trainer
+    # does not compute the log-probabilities of a truncated distribution.
     sampling: dict[str, Any] = {
         "max_new_tokens": int(budget),
         "temperature": float(params.temperature),
@@ -102,7 +102,7 @@ def generate_body(
         "repetition_penalty": 1.0,
         "stop": list(params.stop_strings),
         "stop_token_ids": [int(i) for i in params.stop_ids],
-        # `ignore_eos` would switch `stop_token_ids` off as well, so it goes with their absence.
+        # `ignore_eos` also disables `stop_token_ids`, so it is set only when there are none.
         "ignore_eos": not params.stop_ids,
         "skip_special_tokens": False,
         "spaces_between_special_tokens": False,
@@ -122,10 +122,10 @@ def generate_body(
 
 
 def read_generate(status: int, payload: bytes, expected: Expected) -> Chunk:
-    """The chunk in an answer to `/generate`.
+    """Parse and validate an answer to `/generate`.
 
     Raises:
-      PoolError: whatever makes the answer unusable; nothing of it may be trained on.
+      PoolError: the answer is unusable; no token of it may be trained on.
     """
     url = expected.url
     body = read_body(status, payload, url)
@@ -156,10 +156,10 @@ def read_generate(status: int, payload: bytes, expected: Expected) -> Chunk:
 
 
 def read_body(status: int, payload: bytes, url: str) -> Any:
-    """The JSON of any answer; the caller looks into it before it believes the status.
+    """The JSON body of any answer; with `meta_info` it is returned whatever the status.
 
     Raises:
-      PoolError: no JSON where JSON was due, or a status that the body does not explain away.
+      PoolError: status 200 without valid JSON, an error in the body, or any other status.
     """
     try:
         body = json.loads(payload) if payload else None
@@ -209,7 +209,7 @@ def _message(body: Any) -> str:
 def _tokens(
     body: Mapping[str, Any], meta: Mapping[str, Any], expected: Expected
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and log-probabilities come from the same rows; `output_ids` must agree with them."""
+    """Ids i32[N] and log-probabilities f32[N] of the same rows; `output_ids` must agree."""
     url = expected.url
     rows = meta.get("output_token_logprobs") or []  # absent when aborted before the prefill
     try:
@@ -258,7 +258,7 @@ def _versions(meta: Mapping[str, Any], count: int, expected: Expected) -> tuple[
 
 
 def _from_spans(spans: Any, count: int, expected: Expected) -> np.ndarray:
-    """Half-open spans, contiguous from 0 to the number of tokens."""
+    """Versions i32[count] from half-open spans, contiguous from 0 to `count`."""
     versions, end = np.full(count, -1, np.int32), 0
     try:
         for span in spans:
@@ -277,7 +277,7 @@ def _from_spans(spans: Any, count: int, expected: Expected) -> np.ndarray:
 
 
 def _known(name: Any, expected: Expected) -> int:
-    """The published version behind a name; older than at send means that weights were lost."""
+    """The version of a published name; raises `PoolError` if unknown or older than at send."""
     version = expected.versions.get(str(name), -1)
     if version < max(expected.oldest, 0):
         at_send = next((n for n, v in expected.versions.items() if v == expected.oldest), "any")

@@ -13,9 +13,9 @@ from agentcpm_jax.pool.worker import Server
 
 
 class State(enum.StrEnum):
-    """Of a worker; only `READY` ones get requests."""
+    """State of a worker; only `READY` workers get requests."""
 
-    JOINING = "joining"  # not seen yet, or lost: it is looked for
+    JOINING = "joining"  # not reached yet, or lost: the pool keeps trying
     UPDATING = "updating"
     READY = "ready"
     REFUSED = "refused"  # it answers, but must not be used: `reason` says why
@@ -23,7 +23,7 @@ class State(enum.StrEnum):
 
 @dataclass(eq=False)
 class Worker:
-    """A server and what the pool knows of it."""
+    """A server and what the pool knows about it."""
 
     server: Server
     state: State = State.JOINING
@@ -32,7 +32,7 @@ class Worker:
     context: int = 0  # tokens, prompt and completion; 0: the server does not say
     seeded: bool = False  # honours sampling_seed
     probed: bool = False
-    missed: int = 0  # health checks in a row
+    missed: int = 0  # failed health checks in a row
     info: dict[str, Any] = field(default_factory=dict)
     in_flight: set[asyncio.Task[Any]] = field(default_factory=set)  # requests it has not answered
 
@@ -41,13 +41,13 @@ class Worker:
         return self.server.url
 
     def drop_requests(self) -> None:
-        """End the requests that wait for a worker which will not answer; they go elsewhere."""
+        """Cancel the requests that wait for this worker; the pool sends them to another."""
         for request in list(self.in_flight):
             request.cancel()
 
 
 def trajectory_key(rid: str) -> str:
-    """Requests of one trajectory share what stands before the first slash of their rid."""
+    """The part of a rid before its first slash, which all requests of a trajectory share."""
     return rid.partition("/")[0]
 
 
@@ -57,7 +57,7 @@ SLACK = 8
 
 
 class Routes:
-    """Least loaded, with affinity: a trajectory stays while its worker is not much busier."""
+    """Least-loaded routing; a trajectory stays on its worker up to `slack` more requests there."""
 
     def __init__(self, slack: int = SLACK, remembered: int = 65536) -> None:
         self._slack, self._remembered = slack, remembered

@@ -35,12 +35,12 @@ from agentcpm_jax.types import UserError
 __all__ = ["PoolConfig", "PoolError", "PoolErrorKind", "SGLangPool", "Trainer"]
 
 T = TypeVar("T")
-#: Answers that cannot be used; a worker that gives several in a row is taken out.
+#: Unusable answers; a worker that gives `_STRIKES` of them in a row is refused.
 _UNUSABLE = frozenset(
     {PoolErrorKind.BAD_ANSWER, PoolErrorKind.NON_FINITE, PoolErrorKind.VOCABULARY}
 )
 _STRIKES = 3
-#: Reasons to look at a worker again, from its version up, before it gets another request.
+#: Errors after which a worker is checked again, its version too, before it gets another request.
 _SUSPECT = frozenset(
     {
         PoolErrorKind.UNREACHABLE,
@@ -52,12 +52,15 @@ _SUSPECT = frozenset(
 
 
 class SGLangPool:
-    """Open with `start`, close with `close`; everything between is safe from any thread.
+    """A `TokenPolicy` over SGLang servers; call `start` first and `close` last, from any thread.
 
     Args:
       run: names this run's weights: servers announce version v as `{run}-{v:06d}`. Two runs must
         not share it, or one would take the other's weights for its own.
       keys: bearer keys; by default from the environment.
+
+    Raises:
+      UserError: a URL of the config is invalid or contains credentials.
     """
 
     def __init__(self, cfg: PoolConfig, run: str, *, keys: Keys | None = None) -> None:
@@ -90,7 +93,7 @@ class SGLangPool:
         self._call(self._start(trainer, Weights(version, self.name(version), path)))
 
     async def sample(self, request: SampleRequest) -> Completion:
-        """One completion, however often it is interrupted; failure is data, as everywhere."""
+        """One completion, however often it is interrupted; a failure is in `finish` and `error`."""
         if self._closing or self._members is None:
             return _closed()
         work = self._until_closed(self._sample(request))
@@ -102,13 +105,13 @@ class SGLangPool:
     ) -> Mapping[str, str]:
         """Publish `version`: pause, load, verify and continue on every ready worker.
 
-        Blocks until each has taken it or failed (`update_timeout`). Those that fail are out of the
-        pool until they caught up; requests go on as soon as one worker is ready.
+        Blocks until each worker has loaded it or failed (`update_timeout`). Workers that fail leave
+        the pool until they have caught up; requests go on as soon as one worker is ready.
 
         Args:
           path: a Hugging Face directory that every worker can read; with agents, the URL of one
-            below `pool.weights_dir/<run>`, which they copy from.
-          logprobs: of the trainer under the new weights; else workers are compared to each other.
+            below `pool.weights_dir/<run>`, from which they copy it.
+          logprobs: the trainer's, under the new weights; None compares workers with each other.
 
         Returns:
           url -> '' where the worker has the weights, else what went wrong.
@@ -162,8 +165,8 @@ class SGLangPool:
         self._tasks.add(asyncio.create_task(members.watch()))
 
     async def _stop(self) -> None:
-        # Only what this class began: a library's own tasks must not be cancelled over its head.
-        # Again and again: on Python 3.11 `wait_for` loses a cancellation that meets its result.
+        # Cancel only the tasks that this class started, not those of libraries. In a loop: on
+        # Python 3.11 `wait_for` loses a cancellation that coincides with its result.
         while tasks := {task for task in self._tasks if not task.done()}:
             for task in tasks:
                 task.cancel()
@@ -172,7 +175,7 @@ class SGLangPool:
             await self._members.client.aclose()
 
     async def _until_closed(self, work: Coroutine[Any, Any, T]) -> T:
-        """`work`, in a task that `close` cancels."""
+        """Await `work` so that `close` can cancel it."""
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
@@ -207,7 +210,7 @@ class SGLangPool:
     async def _send(
         self, request: SampleRequest, prefix: np.ndarray, budget: int, number: int, avoid: str
     ) -> Chunk:
-        """One chunk on one worker, its answer checked; the worker bears what went wrong."""
+        """Sample one chunk on one worker and validate it; an error counts against the worker."""
         members = self._get()
         if len(prefix) and not 0 <= prefix.min() <= prefix.max() < members.trainer.vocab_size:
             last = members.trainer.vocab_size - 1
@@ -249,7 +252,7 @@ class SGLangPool:
         return answer
 
     async def _post(self, worker: Worker, body: Mapping[str, Any], key: str) -> tuple[int, bytes]:
-        """The request as a task that ends with its worker."""
+        """Send the request; it is cancelled when its worker is lost."""
         server = self._router or worker.server
         headers = {"X-SMG-Routing-Key": key} if self._router else None
         post = asyncio.create_task(server.generate(body, self.cfg.attempt_timeout, headers))
@@ -268,7 +271,7 @@ class SGLangPool:
             worker.in_flight.discard(post)
 
     async def _ready(self, key: str, avoid: str) -> Worker:
-        """The worker for a chunk; waits while weights are loaded, and a while for lost workers."""
+        """Choose a worker; waits while weights load, and `control_timeout` for lost workers."""
         members = self._get()
         clock = asyncio.get_running_loop().time
         patience = clock() + self.cfg.control_timeout
@@ -294,7 +297,7 @@ class SGLangPool:
     def _blame(self, worker: Worker, error: PoolError) -> None:
         members = self._get()
         if self._router is not None and error.kind is not PoolErrorKind.WRONG_VERSION:
-            return  # it is not known which worker it was
+            return  # the router does not say which worker it was
         if error.kind in _SUSPECT:
             members.lost(worker, str(error))
         elif error.kind in _UNUSABLE:
@@ -312,7 +315,7 @@ class SGLangPool:
 
 
 def _seed(request: SampleRequest, position: int) -> int:
-    """63 bits of the request's seed and where in the text the chunk begins."""
+    """A 63-bit seed from the request's seed and the chunk's position in the text."""
     words = [s % 2**32 for s in (*request.params.seed, position)]
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)
 

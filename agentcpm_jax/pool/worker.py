@@ -1,4 +1,4 @@
-"""One server of the pool over HTTP: generate, information, control. No policy, no memory."""
+"""The HTTP client of one server of the pool: generate, information, control. It keeps no state."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def open_client() -> httpx.AsyncClient:
     """
     verify = ssl.create_default_context()
     # A connection idle for longer than the server keeps it (uvicorn: 5 s) would break on its next
-    # use, and a broken POST may not be repeated blindly.
+    # use, and a broken POST cannot be retried safely.
     limits = httpx.Limits(
         max_connections=None, max_keepalive_connections=None, keepalive_expiry=2.0
     )
@@ -46,11 +46,11 @@ class Server:
     async def generate(
         self, body: Mapping[str, Any], timeout: float, headers: Mapping[str, str] | None = None
     ) -> tuple[int, bytes]:
-        """Status and body of `/generate`, unread: `protocol.read_generate` judges them."""
+        """Status and raw body of `/generate`, for `protocol.read_generate` to validate."""
         return await self._send("POST", "/generate", body, timeout, headers or {})
 
     async def model_info(self) -> dict[str, Any]:
-        """`/model_info`, under its older name where that is all there is."""
+        """The answer of `/model_info`, or of its older name `/get_model_info`."""
         return await self._info("/model_info", "/get_model_info")
 
     async def server_info(self) -> dict[str, Any]:
@@ -58,7 +58,7 @@ class Server:
         return await self._info("/server_info", "/get_server_info")
 
     async def healthy(self) -> bool:
-        """Whether `/health` says 200 in time. A paused server does not: do not ask it."""
+        """Whether `/health` answers 200 in time. A paused server does not: do not ask it."""
         try:
             status, _ = await self._send("GET", "/health", None, HEALTH_TIMEOUT)
         except PoolError:
@@ -86,7 +86,7 @@ class Server:
     async def update_from_disk(self, path: str, version: str, *, flush: bool) -> None:
         """Load the weights in `path` and announce them as `version`.
 
-        SGLang 0.5 ends itself when their shapes are not those that it serves: `DIED_LOADING`.
+        SGLang 0.5 exits when their shapes differ from the served model's: `DIED_LOADING`.
         """
         body = {"model_path": path, "weight_version": version, "flush_cache": flush}
         try:
@@ -97,7 +97,7 @@ class Server:
             raise
 
     async def pull(self, run: str, version: int) -> dict[str, Any]:
-        """An agent's word on its copy of the weights; it begins one when it has none."""
+        """The state of the agent's copy of the weights; the first call starts the copy."""
         body = {"name": run, "version": version}
         found = await self._control("/pull", body, self._cfg.control_timeout)
         if not isinstance(found, dict) or "state" not in found:

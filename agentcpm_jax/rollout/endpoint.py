@@ -1,6 +1,6 @@
 """A `ChatPolicy` over any OpenAI-compatible server: judges, summarisers, evaluation.
 
-One try per call and typed failures: who calls decides about retries, so that they do not multiply.
+One attempt per call, with typed failures: the caller decides about retries, so none multiply.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class ChatEndpoint:
 
 
 def may_retry(error: str) -> bool:
-    """Whether a failure of this text may pass: all but a refusal."""
+    """Whether a retry may help after this error: after all but a refusal."""
     return not error.startswith("refused")
 
 
@@ -110,8 +110,10 @@ def _may_pass(status: int) -> bool:
 
 
 def _message(reply: Mapping[str, Any]) -> AssistantMessage:
-    """The first choice of a chat completion; raises when it is none (some servers report errors
-    with status 200)."""
+    """The first choice of a chat completion.
+
+    Raises when there is none: some servers report errors with status 200.
+    """
     choice = reply["choices"][0]
     content = choice["message"].get("content") or ""
     if not isinstance(content, str):
@@ -123,5 +125,5 @@ def _message(reply: Mapping[str, Any]) -> AssistantMessage:
 
 @cache
 def _certificates() -> ssl.SSLContext:
-    """Loaded once: reading the store takes longer than a request."""
+    """Loaded once: reading the certificates takes longer than a request."""
     return ssl.create_default_context()

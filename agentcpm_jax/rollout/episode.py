@@ -2,11 +2,11 @@
 
 The loop of AgentCPM-Explore's sampler with the following deviations:
 1. one segment grows by sampled ids, verbatim, and by template deltas; nothing is rendered twice;
-2. the context limit is checked before a generation is paid for, and no observation that does not
-   fit is appended;
+2. the context limit is checked before each generation, and no observation that does not fit is
+   appended;
 3. a turn with neither call nor answer gets a short nudge; an unclosed call is a typed error;
-4. every malformed call gets its own error observation and its own token span, its good neighbours
-   run, and flags of a turn add up instead of overwriting one another;
+4. every malformed call gets its own error observation and its own token span, the valid calls of
+   the turn run, and flags of a turn add up instead of overwriting one another;
 5. a turn cut at its token budget is kept and flagged but never acted on;
 6. a failing engine or tool server ends the episode as unknown, never as a wrong answer.
 """
@@ -74,7 +74,7 @@ async def run_episode(
     attempt: int,
     seed: int,
 ) -> Trajectory:
-    """Play one task to its end; the answer is filled, verdict and reward are the grader's.
+    """Play one task to its end; sets the answer, and leaves verdict and reward to the grader.
 
     The caller opens and closes `toolbox`. Cancellation propagates.
     Raises UserError when the system prompt and the tools alone do not fit into `max_context`.
@@ -132,7 +132,7 @@ class _Episode:
         self.error = ""
 
     def open(self, question: str) -> StopReason | None:
-        """Render the prompt; a stop when it leaves no room to say anything."""
+        """Render the prompt; returns a stop reason when it leaves no room to generate."""
         cfg = self._cfg
         prompt = self._chat.prompt_ids(_messages(cfg, question), self._schemas)
         self._pending = (prompt, np.full(len(prompt), Provenance.TEMPLATE, np.uint8))
@@ -143,7 +143,7 @@ class _Episode:
         return StopReason.MAX_CONTEXT
 
     async def step(self) -> StopReason | None:
-        """One turn: show what is pending, sample, act, and prepare what comes next."""
+        """One turn: append the pending tokens, sample, act, and prepare the next tokens."""
         cfg, start = self._cfg, len(self.tokens)
         self.tokens.append(*self._pending)
         shown = len(self.tokens)
@@ -189,7 +189,7 @@ class _Episode:
         return StopReason.MAX_CONTEXT if by_context else StopReason.TRUNCATED, []
 
     async def _act(self, completion: Completion) -> _Next:
-        """Read a whole turn: the answer wins, then the repetition stop, then the calls run."""
+        """Act on a whole turn: an answer ends the episode, else repetition does, else calls run."""
         cfg, chat = self._cfg, self._chat
         text = chat.decode(completion.ids[:-1] if _ended(completion, chat) else completion.ids)
         parsed = parse_completion(text, self._names, in_thought=chat.in_thought)
@@ -221,7 +221,7 @@ class _Episode:
         return None, [{"role": "tool", "content": result.content} for result in results]
 
     def _delta(self, completion: Completion, appended: Sequence[Message]) -> _Tokens:
-        """The environment's tokens; it closes a message that the policy left open."""
+        """The environment's tokens; they first close a message that the policy left open."""
         ids, provenance = self._chat.delta_tokens(appended)
         if len(completion.ids) and int(completion.ids[-1]) == self._chat.im_end_id:
             return ids, provenance
@@ -235,7 +235,7 @@ class _Episode:
 
 
 class TokenBuffer:
-    """The growing segment, in buffers that double: appending a turn costs its own length."""
+    """The growing segment, in buffers that double: appending costs time linear in the turn."""
 
     def __init__(self) -> None:
         self._length = 0
@@ -304,7 +304,7 @@ def _located(
 async def _run_calls(
     toolbox: Toolbox, calls: Sequence[ToolCall], max_chars: int
 ) -> tuple[ToolResult, ...]:
-    """Results in the order of the calls, one after the other; the first infra error is the last."""
+    """Run the calls one after another and return their results, up to the first infra error."""
     results: list[ToolResult] = []
     for call in calls:
         if call.error is not None or call.arguments is None:
@@ -327,5 +327,5 @@ def _shortened(result: ToolResult, max_chars: int) -> ToolResult:
 
 
 def _name_of(schema: Message) -> str:
-    """OpenAI's form {type, function: {name}} or the bare function."""
+    """A tool's name; OpenAI's form {type, function: {name}} or the bare function."""
     return str(schema.get("function", schema).get("name", ""))

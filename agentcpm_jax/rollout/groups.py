@@ -1,4 +1,4 @@
-"""Groups: all samples of an issue, run in this process or by whoever claims them."""
+"""Groups: all samples of an issue, run in this process or by the workers that claim them."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ RETRY_DELAY = 0.5
 
 
 class Groups(Protocol):
-    """Who runs the groups of a stage.
+    """Runs the groups of a stage.
 
-    stopping: set it before cancelling: an episode that turns its cancellation into a result is then
-        not taken for a finished one.
+    stopping: set it before cancelling, so that an episode which turns its cancellation into a
+        result does not count as finished.
     progress: monotonic seconds of the last sign of life.
     unknown_samples: attempts so far that ended without a verdict.
     """
@@ -42,9 +42,9 @@ class Groups(Protocol):
     unknown_samples: int
 
     async def group(self, issue: Issue, finished: Mapping[int, Trajectory]) -> TrajectoryGroup:
-        """All samples of an issue, every attempt recorded.
+        """Sample a whole group and record every attempt.
 
-        finished: by sample, those in the log that need not be run again.
+        finished: sample -> trajectory, for the samples in the log that need not be run again.
         """
         ...
 
@@ -56,7 +56,7 @@ class Records(Protocol):
 
 
 class StreamError(RuntimeError):
-    """The stream cannot deliver."""
+    """The stream cannot produce a batch."""
 
 
 class BreakerOpen(StreamError):
@@ -68,16 +68,16 @@ class StreamStalled(StreamError):
 
 
 def is_known(traj: Trajectory) -> bool:
-    """Whether the sample says something about the policy."""
+    """Whether the sample has a verdict and no failure outside the policy."""
     return traj.verdict is not Verdict.UNKNOWN and traj.stop not in UNKNOWN_STOPS
 
 
 class OwnGroups:
-    """Groups whose samples are run here, and repaired: one that failed is tried again alone.
+    """Runs groups in this process; a failed sample is retried without its group.
 
     A failed sample says nothing about the policy. Each attempt is one fresh call of `run_sample` (a
-    fresh environment). What cannot be repaired stays `unknown` in its group; N unknown attempts in
-    a row open a breaker. `progress` is when the last attempt ended.
+    fresh environment). After `cfg.retries` the sample stays `unknown` in its group; `cfg.breaker`
+    unknown attempts in a row raise `BreakerOpen`. `progress` is when the last attempt ended.
     """
 
     def __init__(self, records: Records, run_sample: RunSample, cfg: StreamConfig) -> None:
@@ -88,9 +88,9 @@ class OwnGroups:
         self._unknown_row = 0
 
     async def group(self, issue: Issue, finished: Mapping[int, Trajectory]) -> TrajectoryGroup:
-        """All samples of an issue, those of `finished` not run again; every attempt is recorded.
+        """Run the samples of an issue that are not in `finished`, recording every attempt.
 
-        Raises `BreakerOpen`, and whatever the log raises; then no sample is left running.
+        Raises `BreakerOpen` and the log's errors; no sample is left running then.
         """
         missing = [s for s in range(self._cfg.group_size) if s not in finished]
         try:
@@ -146,7 +146,7 @@ class OwnGroups:
 
 
 class ClaimedGroups:
-    """Groups of one stage that are run by whoever claims them (`worker`), in any process.
+    """Groups of one stage that are run by the workers that claim them, in any process.
 
     Issuing, admission, staleness, filters and shipping stay with the trainer; sampling and the
     repair of failed samples move to workers, one of which usually lives in the trainer's process.
@@ -154,7 +154,7 @@ class ClaimedGroups:
 
     Args:
         log: shared by several processes.
-        version: the weights that an issue offered now must at least be sampled with.
+        version: the oldest weights that an issue offered now may be sampled with.
         on_sample: called with every sample of a group that was handed in.
     """
 
@@ -172,13 +172,13 @@ class ClaimedGroups:
         self.stopping = False
         self.progress = time.monotonic()
         self.unknown_samples = 0
-        self.error: BaseException | None = None  # of the worker in this process: it fails everyone
+        self.error: BaseException | None = None  # of this process's worker: fails all groups
 
     async def group(self, issue: Issue, finished: Mapping[int, Trajectory]) -> TrajectoryGroup:
-        """Offers an issue and returns its group once a worker handed it in.
+        """Offers an issue and returns its group once a worker has handed it in.
 
-        The worker finds `finished` in the log by itself. Cancelled, it leaves the claim as it is:
-        the next run of the trainer finds it there.
+        The worker reads `finished` from the log itself. Cancellation leaves the claim in the log
+        for the next run of the trainer.
         """
         self._log.claims.offer(self._stage, issue.issue_id, self._version())
         done = self._awaited[issue.issue_id] = asyncio.get_running_loop().create_future()
@@ -199,12 +199,12 @@ class ClaimedGroups:
         return group
 
     def fail(self, error: BaseException) -> None:
-        """Whoever waits gets `error`; from any thread."""
+        """Fail all waiting groups with `error`; from any thread."""
         self.error = error
         self._log.signals.announce("delivered")
 
     async def _wake(self) -> None:
-        """Resolves what was handed in. A failure of the log fails everybody who waits."""
+        """Resolve the groups that were handed in; a failure of the log fails all waiting ones."""
         mark = 0
         while True:
             try:

@@ -1,8 +1,8 @@
-"""The protocols behind which every model hides, and the scripted policy.
+"""The protocols that policies implement, and the scripted policy.
 
 `TokenPolicy` takes ids and returns ids with log-probabilities and versions: only its output can be
-trained on. `Engine` is one whose weights the trainer replaces. `ChatPolicy` takes messages and
-returns a message: evaluation, judges and summarisers.
+trained on. `Engine` is a `TokenPolicy` whose weights the trainer replaces. `ChatPolicy` takes
+messages and returns a message: it serves evaluation, judges and summarisers.
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ class Finish(enum.StrEnum):
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to sample. `temperature=0` is greedy. Log-probabilities are those of the full
-    distribution at temperature 1, whatever the sampling was restricted to; train on samples
-    without `top_p`, `top_k` and `min_p`."""
+    """How to sample; `temperature=0` is greedy.
+
+    Log-probabilities are those of the full distribution at temperature 1, whatever the parameters;
+    train on samples without `top_p`, `top_k` and `min_p`.
+    """
 
     temperature: float = 1.0
     stop_ids: tuple[int, ...] = ()
@@ -36,12 +38,12 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = 0  # 0 (and SGLang's -1): all
     min_p: float = 0.0  # relative to the most likely id
-    stop_strings: tuple[str, ...] = ()  # the id that completes one is the last
+    stop_strings: tuple[str, ...] = ()  # sampling ends with the id that completes one
 
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """One completion wanted. `rid` ends with a delimiter: engines abort by prefix."""
+    """A request for one completion. `rid` ends with a delimiter: engines abort by prefix."""
 
     rid: str
     prompt_ids: np.ndarray  # i32[P]
@@ -70,7 +72,7 @@ class TokenPolicy(Protocol):
 
 @runtime_checkable
 class Engine(TokenPolicy, Protocol):
-    """A `TokenPolicy` that a trainer feeds with weights.
+    """A `TokenPolicy` whose weights the trainer replaces.
 
     Three implementations: the engine in this process (`engine.local.LocalEngine`), the pool of
     servers (`run.engines.PoolEngine`) and the engine behind our own server
@@ -79,7 +81,7 @@ class Engine(TokenPolicy, Protocol):
 
     @property
     def version(self) -> int:
-        """Of the weights that the next token is sampled with."""
+        """Version of the weights that the next token is sampled with."""
         ...
 
     @property
@@ -87,7 +89,7 @@ class Engine(TokenPolicy, Protocol):
 
     @property
     def tokens_prefilled(self) -> int:
-        """Prompt tokens computed; 0 where nobody tells."""
+        """Prompt tokens computed; 0 where they are not reported."""
         ...
 
     def set_params(self, params: Any, version: int) -> None:
@@ -95,7 +97,7 @@ class Engine(TokenPolicy, Protocol):
         ...
 
     def close(self) -> None:
-        """End what runs; nothing is sampled afterwards."""
+        """End running requests; nothing is sampled afterwards."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""The producer: everything of the stream that lives in its event loop.
+"""The producer: the part of the stream that runs in its event loop.
 
 It issues tasks, keeps groups running, settles them and forms batches. Two ways to produce: freely,
 as admission allows (asynchronous), or batch after batch at the exact version `max(0, n - eta)`
@@ -35,12 +35,12 @@ OVER_AGE = "over_age"
 
 
 class NoSignal(StreamError):
-    """Group after group is dropped: there is nothing to learn from."""
+    """Too many groups in a row were dropped: there is nothing to learn from."""
 
 
 @dataclass(frozen=True)
 class GroupOutcome:
-    """What filters and credit say about a group.
+    """The result of filters and credit assignment for a group.
 
     credits: (sample, segment) -> credit; segments without one are not shipped. `reason` says why
     a group is not kept, e.g. "zero_variance".
@@ -53,7 +53,7 @@ class GroupOutcome:
 
 
 class Producer:
-    """One run of a stage's rollouts; see `Stream`. All methods belong to one event loop."""
+    """One run of a stage's rollouts; see `Stream`. Call all methods in one event loop."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class Producer:
         self.ready: dict[int, ReadyGroup] = {}
         self._waiting: deque[Issue] = deque()  # in flight when the last run ended
         self._failures: Counter[int] = Counter()  # ordinal -> drops as TOO_FEW
-        self._again: set[int] = set()  # ordinals of these that will be issued again
+        self._again: set[int] = set()  # ordinals of failed tasks to issue again
         self._next_ordinal = 0
         self._step = 0  # the next step to ship
         self._wanted: tuple[int, concurrent.futures.Future[None]] | None = None
@@ -110,7 +110,7 @@ class Producer:
             self._main_task.cancel()
 
     def set_version(self, version: int) -> None:
-        """`version` batches are completed."""
+        """Tells admission that `version` batches are completed."""
         self.admission.version = version
         self._wake()
 
@@ -154,7 +154,7 @@ class Producer:
         self.admission.recover(version, accepted=shipped + len(self.ready))
 
     def _wake(self) -> None:
-        """Something changed: see whether a batch can go, then let the producer look."""
+        """After a change: ship the wanted batch if it is complete, then wake the producer."""
         if self._wanted is not None and not self.groups.stopping:
             try:
                 self._try_ship(*self._wanted)
@@ -187,8 +187,8 @@ class Producer:
         while True:
             version = max(0, batch - self._cfg.max_staleness)
             await self._until(lambda v=version: self.admission.version >= v)
-            # An earlier run may have left issues of this batch, and of the next one too: when the
-            # trainer had not yet asked for a complete batch.
+            # An earlier run may have left issues of this batch, and of the next one too if the
+            # trainer had not yet asked for this one when it was complete.
             resumed = [issue for issue in self._waiting if issue.batch == batch]
             self._waiting = deque(issue for issue in self._waiting if issue.batch != batch)
             while todo := resumed or self._issue(self._missing(batch), batch):
@@ -202,8 +202,8 @@ class Producer:
             batch += 1
 
     def _missing(self, batch: int) -> int:
-        """Groups a batch still lacks. Rounds are issued whole: a restart repeats the same ids."""
-        if batch < self._step:  # it was shipped the moment it was complete
+        """Number of groups a batch lacks. Rounds are issued whole: a restart repeats the ids."""
+        if batch < self._step:  # it was shipped as soon as it was complete
             return 0
         return self._cfg.batch_groups - len(self._of_batch(batch))
 
@@ -232,7 +232,7 @@ class Producer:
     # ---- one group
 
     def _launch(self, issue: Issue, resumed: bool = False) -> None:
-        """Takes a slot; `_returned` gives it back on every way out, cancellation included."""
+        """Start a group in a slot; `_returned` frees it in any case, cancellation included."""
         finished = self._reusable(issue) if resumed else {}
         self.admission.submit()
         start = min([self.admission.version, *(t.versions[0] for t in finished.values())])
@@ -259,7 +259,7 @@ class Producer:
         self._wake()
 
     def _reusable(self, issue: Issue) -> dict[int, Trajectory]:
-        """Samples that an earlier run finished and that are young enough to be trained."""
+        """Samples that an earlier run finished and that are recent enough to be trained."""
         limit = max(0, self.admission.version - self._cfg.max_staleness)
         return {
             t.sample: t
@@ -270,7 +270,7 @@ class Producer:
         }
 
     async def _group(self, issue: Issue, finished: dict[int, Trajectory]) -> ReadyGroup | None:
-        """Runs and settles one group; None when it is dropped."""
+        """Run and settle one group; returns None when it is dropped."""
         group = await self.groups.group(issue, finished)
         if sum(map(is_known, group.trajectories)) < min(MIN_VALID, self._cfg.group_size):
             outcome = GroupOutcome(False, TOO_FEW)
@@ -304,12 +304,12 @@ class Producer:
     # ---- shipping
 
     def _try_ship(self, step: int, future: concurrent.futures.Future[None]) -> None:
-        """Answers the trainer when batch `step` can be formed: age check, commit, hand over."""
+        """Resolve `future` if batch `step` can be shipped or already was."""
         if step > self._step:
             self._wanted = None
             future.set_exception(ValueError(f"step {step} was asked for, {self._step} is next"))
             return
-        if step < self._step or self._ship(step):  # shipped before: for a caller that went away
+        if step < self._step or self._ship(step):  # shipped before, to a caller that went away
             self._wanted = None
             future.set_result(None)
 
@@ -354,7 +354,7 @@ class Producer:
 
 @dataclass(frozen=True)
 class RunningGroup:
-    """`start`: lower bound of its oldest version; `since`: monotonic seconds."""
+    """`start`: lower bound of its oldest version; `since`: its start in monotonic seconds."""
 
     start: int
     since: float
@@ -370,7 +370,7 @@ class ReadyGroup:
 
     @cached_property
     def versions(self) -> dict[tuple[int, int], int | None]:
-        """(sample, segment) -> version of its oldest trained token, of every credited segment."""
+        """(sample, segment) -> oldest trained version of each credited segment; None: no token."""
         found: dict[tuple[int, int], int | None] = {}
         by_sample = {t.sample: t for t in self.group.trajectories}
         for (sample, index), credit in sorted(self.outcome.credits.items()):
@@ -396,7 +396,7 @@ class ReadyGroup:
         return sum(t.num_tokens for t in self.group.trajectories)
 
     def split(self, limit: int) -> tuple[list[ShipEntry], list[Decision]]:
-        """Entries of the segments not older than version `limit`; a decision for each other."""
+        """Entries of the segments not older than version `limit`, a decision for each older."""
         entries, decisions = [], []
         for (sample, index), version in self.versions.items():
             if version is None or version >= limit:
@@ -410,7 +410,7 @@ class ReadyGroup:
 
 @dataclass
 class StreamStats:
-    """Running figures of this run; the log holds the permanent ones."""
+    """Figures of this run, in memory; the log holds the permanent ones."""
 
     dropped: Counter[str] = field(default_factory=Counter)
     shipped_groups: int = 0

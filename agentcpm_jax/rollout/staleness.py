@@ -102,14 +102,14 @@ def choose(
     max_staleness: int,
     wait: bool,
 ) -> BatchChoice:
-    """Which groups form batch `step`, trained at version v = `step`.
+    """Choose the groups of batch `step`, which is trained at version v = `step`.
 
     ready: issue id -> oldest trained version of each of its segments; running: for each group in
     flight a lower bound of its oldest version. A segment is over-age when step - version >
     max_staleness; a group is when all its segments are. With `wait` the batch is held back until
     the deadlines (version + eta) of everything left over can still be met by later batches of B
-    (earliest deadline first), so that with admission's budget nothing ever grows over-age. Only an
-    engine that lags behind admission's version can make it so; then waiting ends with the last
+    (earliest deadline first), so that with admission's budget nothing ever grows over-age. That can
+    happen only when the engine lags behind admission's version; then waiting ends with the last
     running group, and the age check decides.
     """
     limit = step - max_staleness  # the oldest version still allowed
@@ -119,7 +119,7 @@ def choose(
     if len(order) < batch_size:
         return BatchChoice((), over_age)
     running = list(running)
-    if wait and running:  # else nothing will come that an older group could wait for
+    if wait and running:  # without running groups there is nothing to wait for
         left = sorted([alive[i] for i in order[batch_size:]] + running)
         # The k-th oldest of what is left ships in batch step + 1 + k // B at the earliest.
         if any(v + max_staleness < step + 1 + k // batch_size for k, v in enumerate(left)):

@@ -2,8 +2,8 @@
 
 A thread runs the event loop in which the producer lives; the trainer's thread only posts versions
 and asks for the batch of a step. A restarted stream rebuilds its counts from the experience log,
-keeps finished groups, runs unfinished ones again under the same issue_id and loses or doubles
-nothing.
+keeps finished groups and runs unfinished ones again under the same issue_id: no group is lost or
+duplicated.
 """
 
 from __future__ import annotations
@@ -39,16 +39,19 @@ __all__ = [
 
 
 class Stream:
-    """Produces groups, repairs them, and ships them in batches of `cfg.batch_groups`.
+    """Produces groups, retries their failed samples, and ships batches of `cfg.batch_groups`.
 
     Args:
         tasks: ordinal -> task; endless and deterministic; `Task.meta` JSON-able.
-        run_sample: async (task, issue_id, sample, attempt) -> graded trajectory. Whatever it
-            raises (but its own cancellation) counts as one sample with infra_error.
+        run_sample: async (task, issue_id, sample, attempt) -> graded trajectory. An exception
+            (except its own cancellation) counts as one sample with infra_error.
         finish: filters and credits a complete group; pure, since a restart calls it again.
         use_version: awaited before a round of rollouts, while nothing runs; deterministic mode
             only. After a restart it must still load versions from (first unrecorded step) - eta.
-        groups: who runs the groups; None: this process does, with `run_sample`.
+        groups: runs the groups; None: this process does, with `run_sample`.
+
+    Raises:
+        ValueError: `cfg.deterministic` without `use_version`.
     """
 
     def __init__(
@@ -107,9 +110,9 @@ class Stream:
         A recorded step is returned as recorded, bit for bit.
 
         Raises:
-            StreamError: the breaker opened, nothing is kept, nothing moves, or it was stopped.
+            StreamError: `BreakerOpen`, `NoSignal`, `StreamStalled`, or the stream was stopped.
             ValueError: `step` is neither recorded nor the next one.
-            Exception: whatever else ended the producer.
+            Exception: any other error that ended the producer.
         """
         if recorded := self._log.shipped(self._stage, step):
             return recorded
@@ -123,7 +126,7 @@ class Stream:
         return self._log.shipped(self._stage, step)
 
     def snapshot(self) -> dict[str, float]:
-        """`stream/...` figures: counts now, and of this run ages, latencies (s), drop rates."""
+        """`stream/...` metrics: current counts; ages, latencies (s), drop rates of this run."""
         p = self._producer
         accepted, running, rejected, _ = p.admission.stats()
         now: dict[str, float] = {"running": running, "ready": len(p.ready), "accepted": accepted}
@@ -143,7 +146,7 @@ class Stream:
             )
 
     def _post(self, call: Callable[[], None]) -> None:
-        """Runs `call` in the loop; one that has ended is noticed by whoever waits."""
+        """Run `call` in the loop; does nothing once that has ended, which waiting calls check."""
         if self._loop is None or self._over.is_set():
             return
         try:

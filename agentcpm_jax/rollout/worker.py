@@ -1,8 +1,8 @@
 """A worker: claims issues of a stage, runs their groups with its own policy and hands them in.
 
 Its lease is renewed only while samples keep ending, so a worker that hangs loses its claims like
-one that died. It keeps nothing: what it has recorded is in the log, and whoever takes the issue
-next goes on from there.
+one that died. It keeps no state: recorded samples are in the log, and the next worker that takes
+the issue continues from them.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from agentcpm_jax.types import Trajectory
 
 
 class ClaimWorker:
-    """Runs at most `groups` groups at a time.
+    """Claims issues and runs at most `groups` groups at a time.
 
     Args:
         run_sample: as for `Stream`.
-        cfg: group size, retries, breaker, staleness and stall time-out are read.
-        have_version: awaited before a group is begun: returns when the policy samples with weights
+        cfg: only group size, retries, breaker, staleness and stall time-out are used.
+        lease: seconds after which a claim that is not renewed is lost.
+        have_version: awaited before a group begins; returns once the policy samples with weights
             of at least that version.
     """
 
@@ -53,11 +54,11 @@ class ClaimWorker:
         self._woken = asyncio.Event()
 
     def wake(self) -> None:
-        """Makes `run` look round at once; from any thread."""
+        """Makes `run` check for changes at once; from any thread."""
         self._log.signals.announce("offered")
 
     async def run(self, over: Callable[[], bool] = lambda: False) -> None:
-        """Works until `over()`, asked at least once a second, or until it is cancelled.
+        """Works until `over()`, checked at least once a second, or until it is cancelled.
 
         Raises:
             BreakerOpen, StreamStalled: engine or tools are down; LogUnavailable: the database is.
@@ -99,7 +100,7 @@ class ClaimWorker:
             self._woken.set()
 
     def _reusable(self, claim: Claim) -> dict[int, Trajectory]:
-        """Samples that an earlier holder finished and that are young enough to be trained."""
+        """Samples that an earlier holder finished and that are recent enough to be trained."""
         limit = claim.version - self._cfg.max_staleness
         return {
             t.sample: t
@@ -130,7 +131,7 @@ class ClaimWorker:
 
 
 class _WorkerRecords:
-    """Records in the name of a worker, for as long as it holds the claim."""
+    """Records attempts under a worker's name; raises ClaimLost when it has lost the claim."""
 
     def __init__(self, log: ExperienceLog, worker: str) -> None:
         self._log, self._worker = log, worker

@@ -19,7 +19,7 @@ from agentcpm_jax.config import ExperimentConfig, from_config_dict
 from agentcpm_jax.types import UserError
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-#: What `--explain=` may say; without a value it is the first.
+#: Values of `--explain=`; without a value it is the first.
 EXPLAINED = ("estimate", "aot", "arrays")
 
 
@@ -29,13 +29,13 @@ class Command(NamedTuple):
     config: ExperimentConfig
     workdir: Path
     doctor: bool | None = None  # True: examine only, False: do not examine, None: examine first
-    explain: str = ""  # 'estimate', 'aot' or 'arrays': say what the run takes, and stop
-    slice: str = ""  # the TPU slice (or GPUs) that is explained; empty: the smallest that will do
+    explain: str = ""  # 'estimate', 'aot' or 'arrays': announce the plan, and stop
+    slice: str = ""  # the TPU slice (or GPUs) of the plan; empty: the smallest that fits
     prices: str = ""  # JSON file of its prices
 
 
 def parse(argv: Sequence[str]) -> Command:
-    """Raises `UserError` for a missing file, an unknown flag or key, or a wrong type."""
+    """Parse the flags; raises `UserError` for a missing file, unknown flag or key, wrong type."""
     first, rest = _config_first(argv)
     rest = ["--explain=estimate" if flag.lstrip("-") == "explain" else flag for flag in rest]
     ordered = ["train", first, *rest]
@@ -70,7 +70,7 @@ def parse(argv: Sequence[str]) -> Command:
 
 
 def explained(command: Command, announce: Callable[[str], None]) -> bool:
-    """Says what the run takes, when that was asked for; whether it was."""
+    """Announces the plan if `--explain` was given; returns whether it was."""
     if not command.explain:
         return False
     from agentcpm_jax.plan.explain import explain  # only then: it imports the train step
@@ -81,7 +81,7 @@ def explained(command: Command, announce: Callable[[str], None]) -> bool:
 
 
 def find_config(path: str) -> Path:
-    """A config file: relative paths are tried against the working directory, then the checkout."""
+    """Find a config file: a relative path is tried in the working directory, then the checkout."""
     tried = [Path(path)] if Path(path).is_absolute() else [Path.cwd() / path, CHECKOUT / path]
     for candidate in tried:
         if candidate.is_file():
@@ -92,7 +92,7 @@ def find_config(path: str) -> Path:
 
 
 def _config_first(argv: Sequence[str]) -> tuple[str, list[str]]:
-    """(--config=<absolute path>[:variant], the other flags): overrides may stand before it."""
+    """(--config=<absolute path>[:variant], the other flags); overrides may precede --config."""
     given = [a for a in argv if a.startswith(("--config=", "-config="))]
     rest = [a for a in argv if a not in given]
     if len(given) != 1:

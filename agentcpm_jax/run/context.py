@@ -19,10 +19,10 @@ from agentcpm_jax.chat.format import ChatFormat, template_text
 from agentcpm_jax.checkpoint import newest_snapshot
 from agentcpm_jax.config import ExperimentConfig, Stage, read_config, to_json
 from agentcpm_jax.files import write_atomically
-from agentcpm_jax.hf.files import read_json, sha256_of
+from agentcpm_jax.hf.files import read_json
 from agentcpm_jax.hf.load import load_hf
 from agentcpm_jax.hf.locate import find_model
-from agentcpm_jax.hf.names import CONFIG, PEFT_WEIGHTS
+from agentcpm_jax.hf.names import CONFIG
 from agentcpm_jax.hf.save import save_hf, save_peft
 from agentcpm_jax.hf.tokenizer import load_chat
 from agentcpm_jax.log.experience import ExperienceLog
@@ -38,13 +38,13 @@ from agentcpm_jax.sharding import make_mesh
 from agentcpm_jax.types import UserError
 from agentcpm_jax.world.vocabulary import write_tokenizer
 
-#: Keys that a resume may give anew: they change no result, or (mesh) its last bits alone.
+#: Keys that a resume may change: they change no result, or (mesh) only its last bits.
 FREE = ("workdir", "hang_seconds", "profile", "mesh")
 
 
 @dataclass(frozen=True)
 class RunContext:
-    """Handed down from `run.stages`; stages read it and write below their own directory."""
+    """What `run.stages` passes to every stage; a stage writes only in its own directory."""
 
     cfg: ExperimentConfig
     workdir: Path
@@ -54,7 +54,7 @@ class RunContext:
     progress: Progress
     stop: StopSignal
     mesh: Mesh
-    announce: Callable[[str], None] = lambda line: None  # a line for whoever watches the run
+    announce: Callable[[str], None] = lambda line: None  # shows a line to the user
     watchdog: Watchdog = field(default_factory=Watchdog)
 
     def directory(self, stage: Stage | str) -> Path:
@@ -64,7 +64,8 @@ class RunContext:
     def load_params(self, source: str, shardings: Any = None) -> Any:
         """Parameters of 'random', 'stage:<name>' or what `hf.locate` finds under that name.
 
-        `shardings`: one for every parameter; default: whole, on this process's first device.
+        `shardings`: one for every parameter; default: not split, on this process's first device.
+        Raises `UserError` when there is no model, or one of another vocabulary or width.
         """
         if source == "random" and shardings is None:
             return model_params.init(jax.random.key(self.cfg.seed), self.cfg.model)
@@ -82,17 +83,13 @@ class RunContext:
         return load_hf(path, param_dtype=self.cfg.model.param_dtype, shardings=shardings)[0]
 
     def save_adapters(self, directory: Path, adapters: Any, base: str) -> None:
-        """What a stage trained beside `base`, in PEFT's format."""
+        """Save the adapters that a stage trained on `base`, in PEFT's format."""
         host = gathered(adapters)
         if is_main():
-            save_peft(directory, host, self.cfg.model, base)
-            file = directory / PEFT_WEIGHTS
-            described = self.describe(directory, {file.name: sha256_of(file)})
-            for name, text in described.items():
-                (directory / name).write_text(text)
+            save_peft(directory, host, self.cfg.model, base, partial(self.describe, directory))
 
     def save_model(self, directory: Path, params: Any) -> None:
-        """A Hugging Face directory with the run's tokenizer; replaces an unfinished one."""
+        """Save a Hugging Face directory with the run's tokenizer; replaces an unfinished one."""
         if is_main():
             shutil.rmtree(directory, ignore_errors=True)
         described = partial(self.describe, directory)
@@ -115,7 +112,7 @@ class RunContext:
             return None
 
     def describe(self, directory: Path, weights: Mapping[str, str]) -> dict[str, str]:
-        """The model card of an export of the stage in whose directory it is."""
+        """File name -> text of the model card for an export in a stage's directory."""
         name = directory.relative_to(self.workdir).parts[0]
         stage = next(stage for stage in self.cfg.stages if stage.name == name)
         made_from = [stage.init_from]
@@ -139,7 +136,7 @@ def open_context(
 
     Raises:
       UserError: the workdir belongs to another configuration, the mesh does not fit the devices, or
-        the tokenizer not the model.
+        the tokenizer does not fit the model.
     """
     mesh = make_mesh(cfg.mesh)
     model, fallbacks = fit_to_device(cfg.model, mesh.devices.flat[0])
@@ -159,7 +156,7 @@ def open_context(
             shutil.copytree(scratch, made)
         tokenizer = find_model(cfg.tokenizer or made)
     watchdog = Watchdog(cfg.hang_seconds, announce, workdir)
-    if not is_main():  # it speaks up when it hangs, and has a log that nobody reads
+    if not is_main():  # it announces only a hang, and its log is not used
         progress, announce = silent, lambda line: None
     log = open_log(cfg, workdir, announce) if is_main() else _no_log()
     for line in fallbacks:
@@ -171,7 +168,7 @@ def open_context(
 def open_log(
     cfg: ExperimentConfig, workdir: Path, announce: Callable[[str], None] = lambda line: None
 ) -> ExperienceLog:
-    """The live log; from the newest checkpoint's snapshot when the file is not there.
+    """Open the live log; a missing file is restored from the newest checkpoint's snapshot.
 
     Raises:
       UserError: the log cannot be opened.
@@ -196,7 +193,7 @@ def _no_log() -> ExperienceLog:
 
 
 def check_config(cfg: ExperimentConfig, path: Path) -> None:
-    """One workdir, one configuration: a resume under another one would not be a resume."""
+    """Check that a workdir is resumed under its own configuration; a new one stores `cfg`."""
     if path.exists():
         old = to_json(read_config(path.parent))
         changed = sorted(set(_differences(old, to_json(cfg))))

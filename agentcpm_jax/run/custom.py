@@ -1,4 +1,4 @@
-"""What a config names by a word or as `package.module:function`: rewards, judges and tools."""
+"""Rewards, judges and tools that a config names by a word or as `package.module:function`."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def make_reward(grader: str, judge: JudgeConfig, workdir: Path | None) -> Reward
 def make_tools(names: Sequence[str]) -> tuple[OpenToolbox, tuple[dict[str, Any], ...]]:
     """(how to open the tools of an episode, their schemas): the world's and the named functions.
 
-    With functions, a task that carries no world has the functions alone.
+    With functions, a task that carries no world has only the functions.
 
     Raises:
       UserError: no such function, or one that cannot be a tool.
@@ -66,7 +66,7 @@ def make_tools(names: Sequence[str]) -> tuple[OpenToolbox, tuple[dict[str, Any],
 
 
 def check_custom(cfg: ExperimentConfig) -> None:
-    """Everything the config names exists, before the first stage has run. Raises UserError."""
+    """Check that all that the config names exists, before the first stage. Raises UserError."""
     make_tools(cfg.tools)
     for stage in cfg.stages:
         if (section := stage.rl or stage.eval) is not None:
@@ -81,7 +81,7 @@ def load_function(
     Args:
       key: the config key, for messages.
       arguments: names of the positional arguments it will be called with; None: not checked.
-      words: what else the key may be.
+      words: other valid values of the key, for messages.
 
     Raises:
       UserError: no such module or attribute, the module fails, or it cannot be called like that.

@@ -1,7 +1,7 @@
-"""Does everything outside that a configuration names work? One line each: what is wrong, the fix.
+"""Checks each external part that a configuration names; one line each: what is wrong, the fix.
 
-Every launch asks before its first stage; `--doctor` asks and does nothing else, `--nodoctor` leaves
-it out. A pool is asked with real weights: random ones of the run's shape are published, loaded by
+Every launch runs the checks before its first stage; `--doctor` runs only them, `--nodoctor` skips
+them. A pool is checked with real weights: random ones of the run's shape are published, loaded by
 every worker, announced under their version and compared with the trainer's log-probabilities.
 """
 
@@ -55,7 +55,7 @@ from agentcpm_jax.weights.publish import publish_version
 from agentcpm_jax.weights.store import remove_roots, version_path
 from agentcpm_jax.world.vocabulary import write_tokenizer
 
-LOCK_SECONDS = 5.0  # that another writer may take
+LOCK_SECONDS = 5.0  # that another writer may hold the lock
 MAX_SKEW = 30.0  # s; leases and logs of several machines are compared by their clocks
 PATIENCE = 30.0  # s that --doctor waits for servers to start; a launch waits pool.start_timeout
 QUESTION = Task("How many legs does a spider have?", ("8",))
@@ -63,7 +63,7 @@ QUESTION = Task("How many legs does a spider have?", ("8",))
 
 @dataclass(frozen=True)
 class Finding:
-    """One part. `needed`: a launch without it cannot work; else a run can begin and wait for it."""
+    """The result for one part. `needed`: a launch fails without it; else a run can wait for it."""
 
     part: str
     ok: bool
@@ -75,9 +75,10 @@ class Finding:
 
 
 def check(command: Command, announce: Callable[[str], None]) -> bool:
-    """Examines as the command line asks; True when that was all it asked for.
+    """Runs the checks that the command line asks for; True when it asks for nothing else.
 
-    A launch announces only what is wrong. Raises `UserError` when something is that matters.
+    A launch announces only failures. Raises `UserError` when a check failed that is needed, or with
+    `--doctor` any check.
     """
     if command.doctor is False or (command.doctor is None and not is_main()):
         return False
@@ -100,10 +101,10 @@ def check(command: Command, announce: Callable[[str], None]) -> bool:
 
 
 def examine(cfg: ExperimentConfig, workdir: Path, *, thorough: bool = True) -> Iterator[Finding]:
-    """Every outside part of the stages that are still to run.
+    """Checks every external part of the stages that are still to run.
 
     Args:
-      thorough: also what the first second of a run checks by itself.
+      thorough: also check what a run itself checks in its first second.
     """
     todo = [stage for stage in cfg.stages if not (workdir / stage.name / "DONE").exists()]
     yield _find("disk", lambda: _disk(cfg, todo, workdir))
@@ -131,7 +132,7 @@ def _find(part: str, check: Callable[[], str]) -> Finding:
 
 
 async def _tools(cfg: ExperimentConfig, rl: RLStage) -> str:
-    """One call of the first tool that the first task is given; any observation will do."""
+    """Calls the first tool of the first task once; any observation is accepted."""
     task = task_sequence(rl, cfg.train_tasks, cfg.seed)(0)
     open_tools, _ = make_tools(cfg.tools)
     said = ""
@@ -160,7 +161,7 @@ async def _tools(cfg: ExperimentConfig, rl: RLStage) -> str:
 
 
 def _disk(cfg: ExperimentConfig, todo: list[Stage], workdir: Path) -> str:
-    """Checkpoints (two, and one being written: parameters and two moments) and models to come."""
+    """Space for checkpoints (two, and one being written: parameters, two moments) and models."""
     shapes = tree.flatten(param_specs(cfg.model)).values()
     width = 4 if cfg.model.param_dtype == "float32" else 2
     model = sum(math.prod(spec.shape) for spec in shapes) * width
@@ -193,7 +194,7 @@ def _tokenizer(cfg: ExperimentConfig) -> str:
 
 
 def _database(cfg: ExperimentConfig, workdir: Path) -> str:
-    """A write that is taken back."""
+    """Writes to the database and rolls back."""
     place = locate_log(workdir, cfg.log_url)
     if not cfg.log_url:
         return _sqlite(Path(place.url))
@@ -289,7 +290,7 @@ def _start(cfg: ExperimentConfig, pool: SGLangPool, root: str) -> None:
 
 
 async def _clock(cfg: PoolConfig, url: str) -> str:
-    """The server's own time, from the header of any answer; it counts whole seconds."""
+    """Compares the server's clock with ours, by the Date header (whole seconds) of an answer."""
     key = Keys.from_environment(cfg).generate
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     async with open_client() as client:

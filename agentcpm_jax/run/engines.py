@@ -29,9 +29,10 @@ from agentcpm_jax.weights.store import collect_garbage, open_root, remove_roots,
 
 
 def open_engine(ctx: RunContext, stage: Stage, rl: RLStage, params: Any, version: int) -> Engine:
-    """The stage's engine with `params` as `version`; `pool.urls` chooses which.
+    """The stage's engine with `params` as `version`: a pool with `pool.urls`, else in-process.
 
-    Raises `UserError`: contexts that do not fit, a pool that is unreachable or not the trainer's.
+    Raises `UserError` when the context lengths do not fit, or the pool is unreachable or does not
+    match the trainer.
     """
     if not (rl.pool.urls or rl.pool.urls_file):
         check_capacity(rl.engine, ctx.cfg.episode.max_context)
@@ -51,7 +52,7 @@ def open_engine(ctx: RunContext, stage: Stage, rl: RLStage, params: Any, version
 
 
 def engine_metrics(engine: Engine) -> dict[str, float]:
-    """`engine/...`, and of a pool `pool/...`."""
+    """Metrics `engine/...`, and `pool/...` of a pool."""
     figures = {
         "engine/tokens_sampled": engine.tokens_sampled,
         "engine/tokens_prefilled": engine.tokens_prefilled,
@@ -62,9 +63,9 @@ def engine_metrics(engine: Engine) -> dict[str, float]:
 class PoolEngine:
     """A pool as an `Engine`: `set_params` publishes a Hugging Face directory.
 
-    Every start of the trainer publishes below a name of its own, which the versions that servers
-    announce begin with: no name ever stands for two sets of weights, also when a resumed run
-    computes a step again. The last versions stay, for workers that join late.
+    Every start of the trainer publishes under a new name, with which the versions that servers
+    announce begin: no name ever stands for two sets of weights, even when a resumed run recomputes
+    a step. The last versions are kept for workers that join late.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class PoolEngine:
         where = weights_place(rl.pool, directory / "pool_weights")
         self._root = f"{where}/{name}"
         self.version = version
-        self.tokens_prefilled = 0  # servers do not tell
+        self.tokens_prefilled = 0  # servers do not report it
         self.pool = SGLangPool(rl.pool, name)
         trainer = Trainer(
             vocab_size=self._model.vocab_size,
@@ -127,7 +128,7 @@ class PoolEngine:
 def weights_place(pool: PoolConfig, default: Path) -> str:
     """Where a pool's weights are published: an absolute path, or a URL.
 
-    Raises `UserError`: workers could not read from there.
+    Raises `UserError` when workers could not read from it.
     """
     where = (pool.weights_dir or "").rstrip("/") or str(default)
     place = open_root(where)
@@ -147,7 +148,7 @@ def weights_name(*parts: str) -> str:
 
 
 def probe_logprobs(params: Any, model: ModelConfig, length: int = 32):
-    """The trainer's word on short texts, for the pool's probes: i32[T] -> f32[T], T <= `length`."""
+    """The trainer's log-probabilities, for the pool's probes: i32[T] -> f32[T], T <= `length`."""
     compiled = jax.jit(token_logprobs, static_argnums=1)
     positions = jnp.arange(length, dtype=jnp.int32)[None]
 
@@ -162,7 +163,7 @@ def probe_logprobs(params: Any, model: ModelConfig, length: int = 32):
 
 
 def _run_id(path: Path) -> str:
-    """Made once per stage directory: two runs of one name must not take each other's weights."""
+    """A random id of the stage directory: two runs of one name must not share their weights."""
     if not path.exists():
         write_atomically(path, secrets.token_hex(4))
     return path.read_text().strip()

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from agentcpm_jax.chat.format import ChatFormat
-from agentcpm_jax.config import Stage
+from agentcpm_jax.config import ExperimentConfig, Stage
 from agentcpm_jax.engine.config import check_capacity
 from agentcpm_jax.engine.local import LocalEngine
 from agentcpm_jax.evaluate.passk import TaskScore
@@ -31,7 +31,7 @@ from agentcpm_jax.run.context import RunContext
 from agentcpm_jax.run.custom import make_reward, make_tools
 from agentcpm_jax.run.multihost import Interrupted
 from agentcpm_jax.run.sampling import evaluation_tasks, make_run_sample
-from agentcpm_jax.types import Provenance, Task
+from agentcpm_jax.types import Provenance, Task, UserError
 from agentcpm_jax.world.names import FIRST, RELATIONS, SECOND
 from agentcpm_jax.world.questions import demonstration
 from agentcpm_jax.world.search import search_index
@@ -39,6 +39,19 @@ from agentcpm_jax.world.tools import SCHEMAS, config_of
 
 DECISIONS = ("syntax", "relation", "lookup", "copying")
 DECISION_TASKS = 96
+DECISION_ROWS = 16  # episodes of a forward pass
+
+
+def check_attempts(cfg: ExperimentConfig) -> None:
+    """No eval stage reports on more attempts than it draws; asked before the first stage runs."""
+    for stage in cfg.stages:
+        spec = stage.eval
+        if spec is not None and not all(1 <= k <= spec.samples for k in spec.k):
+            key = f"stage.{stage.name}"
+            raise UserError(
+                f"{key}.k is {spec.k} and {key}.samples is {spec.samples}: "
+                f"pass@k needs k samples per task; keep k from 1 to {spec.samples} or raise samples"
+            )
 
 
 def run_eval(ctx: RunContext, stage: Stage) -> None:
@@ -150,13 +163,12 @@ def decision_accuracy(
     chat: ChatFormat,
     tasks: Sequence[Task],
     system_prompt: str | None,
-    length: int = 512,
-    rows: int = 16,
+    length: int,
 ) -> dict[str, tuple[int, int]]:
-    """decision -> (tokens predicted right by the argmax, tokens).
+    """Decision -> (tokens of that kind whose most likely prediction is right, all of them).
 
-    Teacher-forced, on flawless held-out episodes. End-to-end accuracy hides which part fails; these
-    four name it:
+    Measured with teacher forcing on flawless held-out episodes of at most `length` tokens. The
+    accuracy of whole episodes hides which part fails; these four name it:
 
         syntax     the agent writes well-formed calls and answers (everything that is not below)
         relation   the relation word of the next query or of the answer
@@ -170,15 +182,13 @@ def decision_accuracy(
         if len(ids) <= length:
             tokens.append(np.pad(ids, (0, length - len(ids))))
             labels.append(np.pad(label, (0, length - len(ids)), constant_values=-1))
-    while len(tokens) % rows:
+    while len(tokens) % DECISION_ROWS:
         tokens.append(np.zeros(length, np.int32))
         labels.append(np.full(length, -1))
     counts: dict[str, tuple[int, int]] = dict.fromkeys(DECISIONS, (0, 0))
-    for start in range(0, len(tokens), rows):
-        batch, label = (
-            np.stack(tokens[start : start + rows]),
-            np.stack(labels[start : start + rows]),
-        )
+    for start in range(0, len(tokens), DECISION_ROWS):
+        rows = slice(start, start + DECISION_ROWS)
+        batch, label = np.stack(tokens[rows]), np.stack(labels[rows])
         right = np.asarray(_argmax(params, model, batch))[:, :-1] == batch[:, 1:]
         for code, name in enumerate(DECISIONS):
             here = label[:, 1:] == code

@@ -35,15 +35,18 @@ from agentcpm_jax.types import UserError
 
 
 class Start(NamedTuple):
-    """The state before the first step; with adapters, the frozen parameters beside it."""
+    """The state before the first step; with adapters, also the frozen parameters."""
 
     state: TrainState
     base: Any = None
 
 
 class Learner(NamedTuple):
-    """The state before the first step, (state, batch, version i32[]) -> (state, metrics), and the
-    plain parameters of a state (adapters are merged into them)."""
+    """The training half of a stage.
+
+    The state before the first step, (state, batch, version i32[]) -> (state, metrics), and the
+    plain parameters of a state (adapters are merged into them).
+    """
 
     state: TrainState
     step: Callable[..., tuple[TrainState, dict[str, Any]]]
@@ -54,7 +57,7 @@ def make_learner(ctx: RunContext, stage: Stage, rl: RLStage) -> Learner:
     """Loads the stage's initial parameters and builds its step on the run's mesh.
 
     Raises `UserError` when the parameters are missing or do not fit the configuration, or a batch's
-    rows cannot be shared out.
+    rows cannot be split.
     """
     rows, updates = rl.shape.rows, rl.loss.updates
     if rows % (updates * (rl.shape.micro_rows or 1)):
@@ -76,8 +79,8 @@ def make_learner(ctx: RunContext, stage: Stage, rl: RLStage) -> Learner:
     )
     frozen = Frozen(base)
     if needs_reference(rl.loss):
-        # What kl_coef pulls to: the stage's first parameters, kept apart from the state. Adapters
-        # begin as nothing: there it is their base.
+        # kl_coef pulls to the stage's first parameters, kept apart from the state. Adapters begin
+        # at zero: with them the reference is their base.
         first = shardings and shardings.state.params
         frozen = replace(frozen, reference=load(first) if base is None else base)
 
@@ -91,7 +94,7 @@ def make_learner(ctx: RunContext, stage: Stage, rl: RLStage) -> Learner:
 
 
 def make_cut(shape: TrainShape, mesh: Mesh) -> Callable[[Batch], Batch]:
-    """Cuts a batch to the shortest of `shape.buckets` that holds its rows.
+    """A function that cuts a batch to the shortest of `shape.buckets` that holds its rows.
 
     Raises `UserError` for a bucket that the mesh does not split, or with several processes, each
     of which sees only its own rows.
@@ -108,7 +111,7 @@ def first_state(
     shardings: StepShardings | None,
     cfg: ExperimentConfig,
 ) -> Start:
-    """Every part is made where it lives; `load`: shardings of the parameters or None -> them."""
+    """The first state, created on its devices; `load`: shardings or None -> parameters."""
     if cfg.model.lora_rank:
         base = load(shardings and shardings.base)
         make = jax.jit(init_adapters, static_argnums=1, **_out(shardings, "params"))
@@ -124,7 +127,7 @@ def first_state(
 
 
 def plain(trained: Any, base: Any, model: ModelConfig) -> Any:
-    """The parameters of a model without adapters."""
+    """The parameters of a plain model, adapters merged."""
     if base is None:
         return trained
     return jax.jit(merge, static_argnums=2)(base, trained, model)
@@ -135,7 +138,7 @@ def _out(shardings: StepShardings | None, part: str) -> dict[str, Any]:
 
 
 def make_batches(rl: RLStage, rows: Callable[[int], Sequence[Row]]) -> StepBatches:
-    """The stage's packing of `rows(n)`: those that the log recorded for batch n."""
+    """Batches in the stage's shape; batch n packs `rows(n)`, which the log recorded for it."""
     shape = rl.shape
     micro_rows = shape.micro_rows or 0
     return StepBatches(rows, shape.row_length, row_multiple=shape.rows, micro_rows=micro_rows)

@@ -25,12 +25,12 @@ from agentcpm_jax.train.step import TrainState
 
 
 def train(ctx: RunContext, stage: Stage) -> None:
-    """Asynchronous RL: the sampler works in threads of its own while this one steps.
+    """Asynchronous RL: the sampler works in its own threads while this one takes the steps.
 
     Version v = number of completed batches. Batch n is recorded in the experience log before step
     n runs, so a killed run recomputes its steps bit for bit. Of several processes the first one
     samples; the others take the same steps on the batches that it sends.
-    `experiments/rl_minimal.py` is the same algorithm, one thing after the other.
+    `experiments/rl_minimal.py` is the same algorithm without concurrency.
     """
     rl = _section(stage)
     learner = make_learner(ctx, stage, rl)
@@ -52,7 +52,7 @@ def train(ctx: RunContext, stage: Stage) -> None:
             waited = time.monotonic() - started
             on_phase(step, "train step")
             state, values = learner.step(state, batch, jnp.int32(version))
-            jax.block_until_ready(values)  # so that its time is its own; publishing needs it
+            jax.block_until_ready(values)  # times the step alone; publishing needs it
             on_phase(step, "publishing the weights")
             sampler.publish(step, on_main(learner.plain(state)))
             seconds = time.monotonic() - started
@@ -62,7 +62,7 @@ def train(ctx: RunContext, stage: Stage) -> None:
             if step % rl.shape.checkpoint_every == 0 or last or stopping:
                 on_phase(step, "saving the checkpoint")
                 _save(ctx, checkpoints, step, state, batches)
-                if last or stopping:  # no step is left that it could be written behind
+                if last or stopping:  # no later step overlaps with writing it
                     checkpoints.wait()
                 sampler.forget(checkpoints.latest_step())
             if stopping and not last:
@@ -77,7 +77,7 @@ def train(ctx: RunContext, stage: Stage) -> None:
 def _sampling(
     ctx: RunContext, stage: Stage, rl: RLStage, params: Any, version: int
 ) -> AbstractContextManager[Sampler]:
-    """Tasks become trajectories, trajectories get a reward, groups of them their advantages."""
+    """Process 0 samples: tasks become trajectories with rewards, groups get advantages."""
     if not is_main():
         return nullcontext(NoSampler())
     return open_sampler(
@@ -104,8 +104,8 @@ def _restored(
 def _save(
     ctx: RunContext, checkpoints: Checkpointer, step: int, state: TrainState, batches: StepIterator
 ) -> None:
-    """Starts to write the checkpoint; the one before it is on disk then."""
-    mine = is_main() or not ctx.cfg.log_url  # a shared log is the first process's alone
+    """Starts writing the checkpoint; returns after the previous one is on disk."""
+    mine = is_main() or not ctx.cfg.log_url  # only process 0 has a shared log
     checkpoints.save(
         step,
         state=state,

@@ -2,7 +2,7 @@
 
 Process 0 owns the workdir, the experience log and the stream of rollouts; the others take part in
 every step. What must be the same everywhere (whether a stage is done, when to stop, the batch of a
-step) is decided by process 0 and told, never worked out twice from a disk or a clock.
+step) is decided by process 0 and sent to the others, which never derive it from a disk or a clock.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
-_FOREVER_MS = 1000 * 3600 * 24 * 30  # rollouts and evaluations of process 0 take their time
+_FOREVER_MS = 1000 * 3600 * 24 * 30  # process 0 may be long at rollouts and evaluations
 
 
 class Interrupted(Exception):
@@ -38,7 +38,7 @@ class Interrupted(Exception):
 
 
 class StopSignal:
-    """While entered, the first SIGINT or SIGTERM sets `requested`; a second one acts at once."""
+    """In its context the first SIGINT or SIGTERM sets `requested`; a second one acts as usual."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -73,10 +73,10 @@ class StopSignal:
 def join(
     announce: Callable[[str], None] = lambda line: None, environ: Mapping[str, str] = os.environ
 ) -> None:
-    """Makes this process one of the job that the environment describes; before devices are used.
+    """Joins the job that the environment describes; call it before devices are used.
 
-    Nothing when the environment describes none: this process is a job of its own. Raises
-    `UserError`: the description is incomplete, or the coordinator is not reached.
+    Does nothing when the environment describes none. Raises `UserError` when the description is
+    incomplete or the coordinator cannot be reached.
     """
     found = settings(environ)
     if found is None or jax.distributed.is_initialized():
@@ -99,9 +99,9 @@ def join(
 def settings(environ: Mapping[str, str]) -> dict[str, Any] | None:
     """Arguments of `jax.distributed.initialize`; None for a job of one process.
 
-    Plain environment: `EXPLICIT`, all three. Otherwise JAX asks Slurm (`srun` of several tasks),
-    GKE and multi-slice TPU jobs (TPU_WORKER_HOSTNAMES, MEGASCALE_COORDINATOR_ADDRESS), or the
-    metadata of a TPU machine. Raises `UserError` when the three are not all there or no numbers.
+    They are all three of `EXPLICIT`. Without them JAX asks Slurm (`srun` of several tasks), GKE and
+    multi-slice TPU jobs (TPU_WORKER_HOSTNAMES, MEGASCALE_COORDINATOR_ADDRESS), or the metadata of a
+    TPU machine. Raises `UserError` when only some of the three are set, or they are not numbers.
     """
     several_tasks = all(name in environ for name in SLURM) and environ.get("SLURM_NTASKS") != "1"
     hosts = environ.get("TPU_PROCESS_ADDRESSES", environ.get("TPU_WORKER_HOSTNAMES", ""))
@@ -138,10 +138,10 @@ def is_main() -> bool:
 
 
 def decide(name: str, make: Callable[[], T]) -> T:
-    """`make()` of process 0, which alone calls it, on every process; JSON values.
+    """Call `make` on process 0 only and return its value (JSON) on every process.
 
-    `name` is used once in the life of a job. What `make` raises is raised on process 0; the others
-    raise `Interrupted`.
+    `name` must be used only once in a job. An exception of `make` is raised on process 0; the
+    others raise `Interrupted`.
     """
     if jax.process_count() == 1:
         return make()
@@ -158,7 +158,7 @@ def decide(name: str, make: Callable[[], T]) -> T:
 
 @contextmanager
 def main_first(name: str) -> Iterator[None]:
-    """The body runs on process 0, then on the others; not at all on them when it failed there."""
+    """Run the body on process 0, then on the others; these raise `Interrupted` if it failed."""
     if not is_main():
         _receive(name)
     try:
@@ -174,7 +174,7 @@ def main_first(name: str) -> Iterator[None]:
 def any_process(flag: bool) -> bool:
     """Whether `flag` is set on any process; every process calls it at the same step.
 
-    It waits for the step under way: the price of a common answer, nothing beside seconds of work.
+    It waits for the step under way, which a common answer needs; that costs little.
     """
     if jax.process_count() == 1:
         return flag
@@ -182,13 +182,13 @@ def any_process(flag: bool) -> bool:
 
 
 def local_rows(sharding: Any, shape: tuple[int, int]) -> np.ndarray:
-    """i64[rows]: which rows of a batch of `shape` [B,T] the devices of this process hold."""
+    """i64[rows]: indices of the rows of a batch of `shape` [B,T] on this process's devices."""
     parts = sharding.addressable_devices_indices_map(shape).values()
     return np.unique(np.concatenate([np.arange(shape[0])[index[0]] for index in parts]))
 
 
 def on_devices(batch: Batch, shardings: Any, rows: int) -> Batch:
-    """A batch of host arrays as global ones; they hold all `rows` rows, or those of `local_rows`.
+    """A batch of global arrays from host arrays of all `rows` rows, or of those of `local_rows`.
 
     Args:
       shardings: a `Batch` of shardings; None (one device): `batch` as it is.
@@ -205,7 +205,7 @@ def on_devices(batch: Batch, shardings: Any, rows: int) -> Batch:
 
 
 def share_batch(name: str, make: Callable[[], Batch]) -> Batch:
-    """The batch that process 0 makes, on every process, bit for bit. Failures as in `decide`."""
+    """Process 0 makes the batch, every process returns it, bit for bit; errors as in `decide`."""
     made: list[Batch] = []
 
     def shape() -> tuple[int, ...]:
@@ -217,7 +217,7 @@ def share_batch(name: str, make: Callable[[], Batch]) -> Batch:
         return made[0]
     batch = made[0] if made else Batch.empty(rows, length)
     fields = {k: np.asarray(v) for k, v in vars(batch).items() if v is not None}
-    # As integers: the sum over processes that broadcasts would turn -0.0 into 0.0.
+    # As integers: the broadcast is a sum over processes, which turns -0.0 into 0.0.
     bits = {k: v.view(np.int32) for k, v in fields.items()}
     heard = multihost_utils.broadcast_one_to_all(bits)
     return Batch(**{k: np.asarray(heard[k]).view(v.dtype) for k, v in fields.items()})
@@ -265,7 +265,7 @@ def on_main(arrays: Any) -> Any:
 
 def client() -> Any:
     """The job's key-value store; None in a job of one process."""
-    from jax._src import distributed  # public only by way of what orbax and grain do
+    from jax._src import distributed  # private, but orbax and grain use it too
 
     return distributed.global_state.client
 

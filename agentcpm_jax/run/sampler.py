@@ -1,4 +1,4 @@
-"""What runs beside the trainer, in threads of its own: tasks become credited trajectories."""
+"""The sampling half of an RL stage, in its own threads: tasks become credited trajectories."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Sampler:
     """The stream of credited groups, the engine behind it and the weights that it samples with.
 
     Attributes:
-      last: the segments of the batch that was asked for last.
+      last: the segments of the last batch that was requested.
     """
 
     rl: RLStage
@@ -41,8 +41,8 @@ class Sampler:
     last: list[ShippedSegment] = field(default_factory=list)
 
     def segments(self, batch: int) -> list[ShippedSegment]:
-        """What is trained in batch 0, 1, ..., with its credit, in order; blocks until the log holds
-        it. A batch that the log holds already comes back as it was recorded, bit for bit.
+        """The ordered segments of batch 0, 1, ..., with their credit; blocks until the log holds
+        them. A batch that is already in the log is returned as recorded, bit for bit.
 
         Raises `StreamError` when no more groups come.
         """
@@ -54,7 +54,7 @@ class Sampler:
         self.store.put(version, params)
         if self.log.shared:
             self.log.announce("version")
-        if not self.rl.stream.deterministic:  # there the stream asks for versions itself
+        if not self.rl.stream.deterministic:  # else the stream asks for versions itself
             self.engine.set_params(params, version)
         self.stream.set_version(version)
 
@@ -64,12 +64,12 @@ class Sampler:
             self.store.collect_garbage(resumable - self.rl.stream.max_staleness)
 
     def metrics(self) -> dict[str, float]:
-        """Of the rollouts since the last call, of the stream and the engine now."""
+        """Metrics of the rollouts since the last call, and of the stream and the engine now."""
         return self.meter.drain() | self.stream.snapshot() | engine_metrics(self.engine)
 
 
 class NoSampler(Sampler):
-    """In the processes after the first: batches come from there, and weights go there."""
+    """The sampler of all processes but the first, which makes the batches."""
 
     def __init__(self) -> None:
         self.last = []
@@ -100,16 +100,16 @@ def open_sampler(
     """Starts sampling with `params` as `version`; everything is stopped on every exit path.
 
     Args:
-      tasks: ordinal -> task, without end.
+      tasks: ordinal -> task, endless.
       reward: of each trajectory.
-      advantage: a complete group -> what is kept of it and the credit of its tokens.
+      advantage: a complete group -> whether it is kept, and the credit of its tokens.
     Raises:
       UserError: the prompt does not fit the context; an engine that cannot be opened.
     """
     deterministic = rl.stream.deterministic
     open_tools, schemas = make_tools(ctx.cfg.tools)
     check_prompt(ctx.chat, ctx.cfg.episode, schemas)
-    with ExitStack() as closing:  # whatever fails to close, the rest is closed; last one first
+    with ExitStack() as closing:  # closes in reverse order, all of them even if one fails
         engine = open_engine(ctx, stage, rl, params, version)
         closing.callback(engine.close)
         stored = deterministic or ctx.log.shared

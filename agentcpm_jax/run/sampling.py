@@ -1,4 +1,4 @@
-"""One sample of one task, graded; and what becomes of a finished group."""
+"""Samples and grades one task; filters a finished group and assigns its credit."""
 
 from __future__ import annotations
 
@@ -35,8 +35,10 @@ def make_run_sample(
     reward: Reward | None = None,
     deadline: float = 0.0,
 ) -> RunSample:
-    """An episode in a fresh environment, then its reward (None: `grade_exact` of the answer), for
-    which an async one has `deadline` seconds (0: no limit)."""
+    """A function that plays an episode in a fresh environment and adds its reward.
+
+    reward: None is `grade_exact` of the answer. deadline: seconds of an async one (0: no limit).
+    """
 
     async def run_sample(task: Task, issue_id: int, sample: int, attempt: int) -> Trajectory:
         toolbox = await open_toolbox(task.meta, (issue_id, sample, attempt))
@@ -62,7 +64,7 @@ def make_run_sample(
 def make_finish(
     denoise_cfg: DenoiseConfig, advantages: AdvantageConfig
 ) -> Callable[[TrajectoryGroup], GroupOutcome]:
-    """Filters first, then the baseline over what is left, then the credit of every token."""
+    """A function that filters a group, takes the baseline over the rest, and credits tokens."""
     return partial(_finish, denoise_cfg=denoise_cfg, advantages=advantages)
 
 
@@ -89,10 +91,10 @@ def _finish(
 
 
 def check_held_out(cfg: ExperimentConfig) -> None:
-    """No question of a training file stands in a file that an eval stage reads.
+    """Check that no question of a training file is in a file that an eval stage reads.
 
     Raises:
-      UserError: some do (case, white space and surrounding punctuation ignored).
+      UserError: some are (case, white space and surrounding punctuation ignored).
     """
     # A file that is missing is the business of the stage that reads it: it may be done by now.
     trained = [s.rl for s in cfg.stages if s.rl and _is_file(s.rl.tasks_path)]
@@ -115,7 +117,7 @@ def _is_file(path: str | None) -> bool:
 
 
 def task_sequence(rl: RLStage, world: WorldTasks, seed: int) -> Callable[[int], Task]:
-    """ordinal -> task, without end: every epoch is a new permutation of all tasks."""
+    """ordinal -> task, endlessly: every epoch is a new permutation of all tasks."""
     if rl.tasks_path:
         tasks, _ = load_tasks(rl.tasks_path, skip_bad=rl.skip_bad)
         return _shuffled(len(tasks), tasks.__getitem__, seed)

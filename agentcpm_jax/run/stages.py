@@ -12,7 +12,7 @@ from agentcpm_jax.files import write_atomically
 from agentcpm_jax.plan.explain import naming_what_is_too_large
 from agentcpm_jax.run.context import RunContext, open_context
 from agentcpm_jax.run.custom import check_custom
-from agentcpm_jax.run.evaluation import run_eval
+from agentcpm_jax.run.evaluation import check_attempts, run_eval
 from agentcpm_jax.run.loop import train
 from agentcpm_jax.run.merging import run_merge
 from agentcpm_jax.run.multihost import StopSignal, decide, is_main
@@ -33,13 +33,14 @@ def run_experiment(
     """Run (or resume) every stage; returns the path of the HTML report.
 
     Raises:
-      UserError: what the user can mend.
+      UserError: a mistake that the user can fix.
       Interrupted: a signal asked the run to stop; the same call resumes it.
     """
     if not cfg.stages:
         raise UserError("config.stages is empty; name at least one stage")
     check_custom(cfg)
     check_held_out(cfg)
+    check_attempts(cfg)
     with StopSignal() as stop:
         ctx = open_context(cfg, Path(workdir or cfg.workdir), progress, stop, announce)
         with ctx.log:
@@ -69,7 +70,7 @@ def run_stage(ctx: RunContext, stage: Stage) -> None:
 
 
 def mark_done(ctx: RunContext, stage: Stage, seconds: float) -> None:
-    """The last thing a stage writes."""
+    """Write DONE, which marks a stage as complete."""
     if not is_main():
         return
     content = {"stage": stage.name, "kind": stage.kind, "seconds": round(seconds, 1)}

@@ -47,7 +47,7 @@ WRONG_PICK, STOP_EARLY = 0.1, 0.6
 
 
 class Trained(NamedTuple):
-    """The plain parameters of a finished stage, and what was trained: themselves, or adapters."""
+    """The merged parameters of a finished stage, and the trained ones: the same, or adapters."""
 
     params: Any
     state: Any
@@ -186,7 +186,7 @@ def _train(
     step_fn = make_sft_step(model, tx, schedule, micro_rows=micro_rows, shardings=shardings)
     cut = make_cut(shape, ctx.mesh)
     bar = ctx.progress(name, shape.steps, start)
-    unread: list[tuple[int, Batch, Any]] = []  # steps whose loss nobody has looked at
+    unread: list[tuple[int, Batch, Any]] = []  # steps whose loss is not checked yet
 
     watching = watched(ctx, directory, start, shape.rows, shape.row_length)
     with closing(checkpoints), closing(bar), watching as on_phase:
@@ -197,7 +197,7 @@ def _train(
             placed = on_devices(cut(batch), shardings and shardings.batch, shape.rows)
             state, values = step_fn(state, placed, Frozen(base))
             if ctx.cfg.profile:
-                jax.block_until_ready(values)  # so that its time is its own
+                jax.block_until_ready(values)  # times the step alone
             unread.append((step, batch, values["train/loss"]))
             stopping = any_process(ctx.stop.requested)
             saves = step % shape.checkpoint_every == 0 or step == shape.steps or stopping
@@ -223,12 +223,12 @@ def _train(
 
 
 def _again(params: Any, shardings: Any) -> Any:
-    """Parameters that are in place already."""
+    """A `load` for parameters that are already on their devices."""
     return params
 
 
 def _own_rows(ctx: RunContext, shape: TrainShape) -> Sequence[int] | None:
-    """Of several processes, the rows of a batch that this one makes."""
+    """The rows of a batch that this process builds; None: all."""
     if jax.process_count() == 1:
         return None
     return local_rows(batch_sharding(ctx.mesh), (shape.rows, shape.row_length)).tolist()

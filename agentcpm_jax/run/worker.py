@@ -27,7 +27,7 @@ from agentcpm_jax.types import UserError
 from agentcpm_jax.weights.publish import load_version
 from agentcpm_jax.weights.store import versions
 
-PATIENCE = 120  # times POLL seconds that a worker waits for a database that went away
+PATIENCE = 120  # times POLL seconds: how long a worker waits for an unreachable database
 
 
 def run_worker(
@@ -37,7 +37,7 @@ def run_worker(
     groups: int = 0,
     announce: Callable[[str], None] = lambda line: None,
 ) -> int:
-    """Works for the run in `workdir` until its RL stages are done; returns the groups handed in.
+    """Works for the run in `workdir` until its RL stages are done; returns the number of groups.
 
     Args:
       workdir: the trainer's, on a file system that both see (weights are read from it).
@@ -82,7 +82,7 @@ def _check(cfg: ExperimentConfig, workdir: Path) -> None:
 
 
 def _first_weights(ctx: RunContext, stage: Stage) -> bool:
-    """Waits until the stage has weights; False when it ends, or the worker, without."""
+    """Waits until the stage has weights; False when the stage or the worker ends before."""
     mark = 0
     while not versions(ctx.directory(stage)):
         if ctx.stop.requested or (ctx.directory(stage) / "DONE").exists():
@@ -106,7 +106,7 @@ def _work(ctx: RunContext, stage: Stage, rl: RLStage, groups: int) -> int:
                 asyncio.run(_until_over(ctx, stage, worker, weights.follow(engine)))
                 return delivered + worker.delivered
             except LogUnavailable as gone:
-                # Whatever was claimed belongs to others by now, or to our next life.
+                # The claimed issues go to other workers, or to this one after it reconnects.
                 patience = patience - 1 if not worker.delivered else PATIENCE
                 delivered += worker.delivered
                 if not patience:
@@ -120,7 +120,7 @@ def _work(ctx: RunContext, stage: Stage, rl: RLStage, groups: int) -> int:
 def make_worker(
     ctx: RunContext, stage: Stage, rl: RLStage, engine: Engine, groups: int, run: RunSample
 ) -> ClaimWorker:
-    """A worker around an engine whose weights someone else keeps up to date."""
+    """A worker that samples with `engine`, whose weights the caller keeps up to date."""
 
     async def have_version(version: int) -> None:
         while engine.version < version:
@@ -178,7 +178,7 @@ class WorkerThread:
         self._thread.start()
 
     def stop(self) -> None:
-        """Cancels what it runs, gives its claims back, and waits for it."""
+        """Cancels its groups, gives its claims back, and waits for the thread."""
         self._stopped.set()
         self._worker.wake()
         if self._thread.ident is not None:
@@ -203,12 +203,12 @@ class PublishedWeights:
             version = versions(self._directory)[-1]
             try:
                 return version, load_version(self._directory, version)
-            except (UserError, OSError):  # collected while it was read: then there is a newer one
+            except (UserError, OSError):  # removed while it was read: then there is a newer one
                 if versions(self._directory)[-1] == version:
                     raise
 
     async def follow(self, engine: Engine) -> None:
-        """Loads every new version into the engine, for ever."""
+        """Loads every new version into the engine, until cancelled."""
         loaded, mark = engine.version, 0
         while True:
             if versions(self._directory)[-1] > loaded:

@@ -1,6 +1,6 @@
 """Sequence-length buckets: a batch of short rows is cut to a shorter compiled shape.
 
-Rows are packed to one length, so usually nothing is cut. It pays where rows may not be packed
+Rows are packed to one length, so usually nothing is cut. Buckets help where rows are not packed
 full: the last batch of an epoch, or RL batches early in training, when trajectories are short.
 """
 
@@ -16,9 +16,9 @@ from agentcpm_jax.types import UserError
 
 
 def trim(batch: Batch, lengths: Sequence[int]) -> Batch:
-    """The batch (numpy) without the padding behind the shortest of `lengths` that holds its rows.
+    """Cut a numpy batch to the shortest of `lengths` that holds its rows.
 
-    The row length itself always counts as one of them: each is a shape that is compiled once.
+    The row length itself always counts as one of them; each length is compiled once.
     """
     row_length = batch.segment_ids.shape[1]
     used = np.flatnonzero(np.any(batch.segment_ids > 0, axis=0))

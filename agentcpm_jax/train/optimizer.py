@@ -1,7 +1,7 @@
 """Optimisers and learning-rate schedules, all from optax.
 
 Weight decay follows Hugging Face's Trainer: matrices (embeddings included) decay, norm scales and
-biases do not. A stacked norm is a matrix to look at ([L,D]), so leaves are told apart by name.
+biases do not. A stacked norm has the shape of a matrix, [L,D], so leaves are recognised by name.
 
 Bytes of state for each parameter: adamw 8, with `moments="bfloat16"` 6 (the second moment stays
 float32: at b2 = 0.999 an update changes it by less than bfloat16 can hold), adafactor (Shazeer and
@@ -10,8 +10,8 @@ of a matrix is an outer product of its row and column means.
 
 Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon) orthogonalises the update of each
 layer's matrices; embeddings, the lm_head and norms take Adam at `adam_lr` (with Nesterov's
-look-ahead, as in optax) and do not decay. The matrices of all layers are stacked on axis 0, a
-batch axis here.
+look-ahead, as in optax) and do not decay. The matrices of all layers are stacked on axis 0, which
+Muon treats as a batch axis.
 """
 
 from __future__ import annotations

@@ -26,8 +26,8 @@ def step_shardings(
 ) -> StepShardings | None:
     """Shardings of (state, batch) on the mesh; None on one device.
 
-    Optimiser moments are split like their parameters; what has another shape than its parameter
-    (Adafactor's factors) is small and replicated. Raises `UserError` when `rows` of a
+    Optimiser moments are split like their parameters; optimiser state of another shape than its
+    parameter (Adafactor's factors) is small and replicated. Raises `UserError` when `rows` of a
     (micro-)batch cannot be split over the data and fsdp axes.
     """
     if mesh.size == 1 and _platform(mesh) == jax.default_backend():
@@ -49,7 +49,7 @@ def step_shardings(
 
     def of_parameter(path: Any, leaf: Any) -> Any:
         keys = _keys(path)
-        for start in range(len(keys)):  # below what the optimiser's own parts are called
+        for start in range(len(keys)):  # skips the optimiser's own keys before it
             if sizes.get(keys[start:]) == leaf.shape:
                 return known[keys[start:]]
         return everywhere
@@ -81,7 +81,7 @@ def trained_shapes(model: ModelConfig) -> Any:
 
 
 def abstract_base(model: ModelConfig, shardings: StepShardings | None = None) -> Any:
-    """The frozen parameters beside adapters, as jax.ShapeDtypeStruct."""
+    """The frozen parameters that adapters are added to, as jax.ShapeDtypeStruct."""
     shapes = abstract_params(model)
     if shardings is None:
         return shapes
@@ -93,7 +93,7 @@ def abstract_base(model: ModelConfig, shardings: StepShardings | None = None) ->
 
 
 def place(state: Any, shardings: StepShardings | None) -> Any:
-    """The state on its devices."""
+    """Move the state to its devices."""
     return state if shardings is None else jax.device_put(state, shardings.state)
 
 
@@ -104,7 +104,7 @@ def abstract_inputs(
     row_length: int,
     shardings: StepShardings | None = None,
 ) -> tuple[TrainState, Batch]:
-    """What a step takes, as jax.ShapeDtypeStruct: for compiling ahead of time."""
+    """(state, batch) of a step as jax.ShapeDtypeStruct, for compiling ahead of time."""
     state = jax.eval_shape(lambda p: TrainState.create(p, tx), trained_shapes(model))
     batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, Batch.empty(rows, row_length)))
     if shardings is None:
@@ -127,7 +127,7 @@ class Placed(NamedTuple):
 
 
 def sharding_report(arrays: Any) -> list[Placed]:
-    """Every leaf of a tree of (abstract or real) arrays: its place and its bytes on one device."""
+    """The sharding and the bytes on one device of every leaf of a tree of (abstract) arrays."""
 
     def one(path: tuple, leaf: Any) -> Placed:
         sharding = getattr(leaf, "sharding", None)
@@ -146,7 +146,7 @@ def sharding_report(arrays: Any) -> list[Placed]:
 
 
 def report_text(rows: list[Placed]) -> str:
-    """A table: path, shape, dtype, spec, MiB a device; largest first, the total at the end."""
+    """A table: path, shape, dtype, spec, MiB per device; largest first, the total at the end."""
     rows = sorted(rows, key=lambda row: (-row.device_bytes, row.path))
     cells = [
         (r.path, "x".join(map(str, r.shape)) or "-", r.dtype, r.spec, _mib(r.device_bytes))

@@ -63,7 +63,7 @@ class TrainState:
 
 @flax.struct.dataclass
 class Frozen:
-    """Parameters that a step reads and never changes; None where it has no use for them.
+    """Parameters that a step reads and never changes; None where it does not need them.
 
     base: what trained adapters are added to (`model.lora_rank`). reference: the policy that
     `kl_coef` pulls to (`needs_reference`), laid out like the parameters of a model.
@@ -116,8 +116,10 @@ def make_sft_step(
       shardings: of the state and the batch on a mesh; None: one device.
       attention: the kernel; None: that of `model.attention` on the mesh.
     Returns:
-      A jitted (state, batch, frozen) -> (state, metrics). The state is donated. A non-finite loss
-      or gradient changes nothing but `step` and `skipped`.
+      A jitted (state, batch, frozen) -> (state, metrics), metrics f32[] by name. The state is
+      donated. A non-finite loss or gradient changes nothing but `step` and `skipped`.
+    Raises (when it is traced):
+      ValueError: the rows are not a multiple of `micro_rows`.
     """
     backbone = Backbone(model, attention, shardings and shardings.mesh)
     descent = Descent(tx, schedule, micro_rows)
@@ -145,9 +147,9 @@ def make_rl_step(
     """The step of reinforcement learning; arguments as in `make_sft_step`.
 
     With `loss_cfg.updates` = K, a batch makes K optimizer updates, each on every K-th row and with
-    the denominators of its own rows. Advantages are normalised over the whole batch, and pi_old of
-    `proximal="recompute"` are the parameters before its first update: with K = 1 those are the
-    current ones, which costs nothing; with more, one forward pass.
+    the denominators of its own rows. Advantages are normalised over the whole batch, and with
+    `proximal="recompute"` pi_old has the parameters before the first update: with K = 1 they are
+    the current ones, at no cost; a larger K costs one more forward pass.
 
     Returns:
       A jitted (state, batch, version, frozen) -> (state, metrics). `version` i32[] is that of the
@@ -211,7 +213,7 @@ def rl_step(
 def sft_loss(
     params: Any, batch: Batch, *, frozen: Frozen, backbone: Backbone
 ) -> tuple[jax.Array, Metrics]:
-    """Weighted cross entropy of a (micro-)batch, and no metrics beside it."""
+    """Weighted cross entropy f32[] of a (micro-)batch, without metrics."""
     logprobs = _logprobs(_with_adapters(frozen.base, params), batch, backbone)
     loss = cross_entropy(logprobs, batch.loss_mask, batch.weights, batch.num_tokens)
     return loss, {}
@@ -226,7 +228,7 @@ def rl_loss(
     cfg: Method,
     backbone: Backbone,
 ) -> tuple[jax.Array, Metrics]:
-    """`policy_loss` of a (micro-)batch under `params`, with its metrics and `train/entropy`."""
+    """`policy_loss` f32[] of a (micro-)batch at `params`, its metrics and `train/entropy`."""
     logprobs, entropy = token_logprobs_and_entropy(
         _with_adapters(frozen.base, params),
         backbone.model,
@@ -269,8 +271,8 @@ def accumulate(
 ) -> tuple[jax.Array, Metrics, Any]:
     """(loss, metrics, gradients) of a batch, summed over micro-batches of `micro_rows` rows.
 
-    Gradients add up in float32 and come back in the dtype of the parameters. Metrics add up too,
-    but for those named `...max`.
+    Gradients are summed in float32 and returned in the parameters' dtype. Metrics are summed too;
+    of those named `...max` the largest counts.
     """
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
     rows = batch.tokens.shape[0]
@@ -287,7 +289,7 @@ def accumulate(
             _, value = jax.eval_shape(one, total, micro)
             return total, jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), value)
 
-        # Padding alone adds nothing: one compiled shape serves batches of any number of rows.
+        # A micro-batch of padding is skipped: one compiled shape serves any number of rows.
         return jax.lax.cond(jnp.any(micro.segment_ids > 0), one, skipped, total, micro)
 
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
@@ -350,8 +352,11 @@ def _constant_logprobs(params: Any, batch: Batch, backbone: Backbone, micro_rows
 
 
 def _over_updates(metrics: Metrics) -> Metrics:
-    """Metrics of a batch from those of its updates (first axis): means, but for extremes, counts
-    and what only the last update knows."""
+    """Metrics of a batch from those of its updates (first axis).
+
+    They are means, except for maxima, sums of counts, and the last values of `train/nonfinite` and
+    `train/lr`.
+    """
 
     def fold(name: str, values: jax.Array) -> jax.Array:
         if name.endswith("max"):
@@ -386,11 +391,11 @@ def _update(
         "train/sequences": batch.num_sequences,
         "train/nonfinite": skipped,
     }
-    if descent.schedule is not None:  # it counts the updates that were made, not the batches
+    if descent.schedule is not None:  # it counts the updates that were not skipped
         metrics["train/lr"] = descent.schedule(state.step - state.skipped)
     return TrainState(state.step + 1, skipped, params, opt_state), metrics
 
 
 def _with_adapters(base: Any, trained: Any) -> Any:
-    """What the backbone reads: the trained parameters, or the frozen ones with trained adapters."""
+    """The backbone's parameters: the trained ones, or the frozen ones with trained adapters."""
     return trained if base is None else {**base, "adapters": trained}

@@ -21,9 +21,10 @@ from agentcpm_jax.types import UserError
 from agentcpm_jax.weights.store import (
     VersionWriter,
     check_file,
+    is_collected,
     manifest,
     open_root,
-    was_published,
+    versions,
 )
 
 
@@ -51,7 +52,8 @@ def publish_version(
     Raises:
       UserError: the place cannot be used. ValueError: `params` are not the parameters of `cfg`.
     """
-    if was_published(root, version):
+    stable = versions(root)
+    if version in stable or is_collected(version, stable):
         return False
     if "adapters" in params:  # engines know nothing of them
         base = {name: leaf for name, leaf in params.items() if name != "adapters"}

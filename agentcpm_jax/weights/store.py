@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,15 +76,11 @@ def version_folder(version: int) -> str:
     return f"{WEIGHTS}/v{version:06d}"
 
 
-def folders(directory: Path) -> list[tuple[str, int, Path]]:
+def folders(directory: Path) -> Iterator[tuple[str, int, Path]]:
     """(root's name, version, folder) below the roots of a directory, unfinished ones included."""
-    found = sorted(directory.glob(f"*/{WEIGHTS}/*"))
-    numbers = [_FOLDER.fullmatch(path.name) for path in found]
-    return [
-        (path.parents[1].name, int(number[1]), path)
-        for path, number in zip(found, numbers, strict=True)
-        if number
-    ]
+    for path in sorted(directory.glob(f"*/{WEIGHTS}/*")):
+        if number := _FOLDER.fullmatch(path.name):
+            yield path.parents[1].name, int(number[1]), path
 
 
 def version_path(root: str, version: int) -> str:
@@ -101,12 +97,6 @@ def versions(root: str | Path) -> list[int]:
     place.fs.invalidate_cache()
     names = (name.split("/") for name in place.fs.find(f"{place.path}/{WEIGHTS}", maxdepth=2))
     return sorted(int(name[-2][1:]) for name in names if name[-1] == STABLE)
-
-
-def was_published(root: str | Path, version: int) -> bool:
-    """Whether the version exists, or existed and was collected: it is not published again."""
-    stable = versions(root)
-    return version in stable or is_collected(version, stable)
 
 
 def is_collected(version: int, stable: Sequence[int]) -> bool:

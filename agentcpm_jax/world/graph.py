@@ -24,8 +24,8 @@ class WorldConfig:
     `entities` pages with `facts` facts each, in families of `family` names that share the first
     word. `distractors` is a number of extra pages; `stale`, `contradictory` and `injections` are
     shares of the entities (0 to 1); `tool_fault_rate` is a share of the tool calls, each of which
-    has one of `tool_faults`: an error the agent sees, a lost server, or half of the text without a
-    word about it; `results` is the most titles that one search returns.
+    has one of `tool_faults`: an error the agent sees, a lost server, or a silent cut to half of the
+    text; `results` is the most titles that one search returns.
     """
 
     seed: int = 0
@@ -72,7 +72,7 @@ class WorldConfig:
 
     @property
     def key(self) -> str:
-        """Seeds every random choice in the world; names of the splits never mix."""
+        """Seeds every random choice in the world; it differs between splits."""
         return f"{self.split}/{self.seed}"
 
 
@@ -91,7 +91,7 @@ class World:
 
 
 def build_world(cfg: WorldConfig) -> World:
-    """The world of a config: a pure function of it."""
+    """The world of `cfg`: a pure function of it."""
     rng = random.Random(f"world/{cfg.key}")
     entities = _draw_names(cfg, rng)
     groups: dict[str, list[str]] = {}
@@ -130,9 +130,11 @@ def look_alikes(world: World, name: str) -> list[str]:
 
 
 def _draw_names(cfg: WorldConfig, rng: random.Random) -> list[str]:
-    """Families of names. The last family takes the remainder, so that no entity has fewer than
-    `family - 1` look-alikes; in worlds small enough, no second word is used twice, so that there
-    are no others."""
+    """Families of names.
+
+    The last family takes the remainder, so that no entity has fewer than `family - 1` look-alikes;
+    in worlds small enough no second word is used twice, so that there are no other look-alikes.
+    """
     families = cfg.entities // cfg.family
     sizes = [cfg.family] * families
     sizes[-1] += cfg.entities - cfg.family * families
@@ -152,7 +154,7 @@ def _draw_names(cfg: WorldConfig, rng: random.Random) -> list[str]:
 
 
 def _names_with(i: int, split: str, rng: random.Random, used: set[int]) -> Iterator[str]:
-    """Names of one first word without end: when the pairs are used up, numbers follow."""
+    """Endless names with one first word: when the pairs are used up, numbers are appended."""
     seconds = seconds_of(i, split)
     rng.shuffle(seconds)
     seconds.sort(key=used.__contains__)

@@ -66,10 +66,10 @@ def demonstration(
 ) -> Demonstration:
     """One episode by an imperfect teacher, with the tools' actual outputs.
 
-    stop_early: chance, of two hops or more, to answer the inner hop `r_1 name_1` after one page.
-    wrong_pick: chance per visit to open a look-alike of the results. The teacher believes what that
-    page says of the relation; when it says nothing, the right page is opened next. A chain led
-    astray that meets a page without its relation answers with the last fact it read.
+    stop_early: chance, with two hops or more, to answer the inner hop `r_1 name_1` after one page.
+    wrong_pick: chance per visit to open a look-alike from the results. The teacher believes that
+    page's value of the relation; when it has none, the right page is opened next. A teacher on a
+    wrong chain that finds no value of the relation answers with the last fact it read.
     malformed: chance per call to pass the value under a wrong argument name first.
     """
     teacher = _Teacher(search_index(world.config), task.question, rng, malformed)
@@ -123,7 +123,7 @@ class _Teacher:
 
 
 def _draw(world: World, hop: int, rng: random.Random) -> Task | None:
-    """One random walk as a question, or None when it came back to an entity."""
+    """One random walk as a question, or None when it visits an entity twice."""
     path = [rng.choice(world.entities)]
     relations: list[str] = []
     for _ in range(hop):

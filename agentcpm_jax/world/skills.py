@@ -1,4 +1,4 @@
-"""General skills: what the base can do besides being an agent, and what training may forget.
+"""General skills: what the base model can do besides being an agent, and may forget in training.
 
 Each document is a prompt and the one right continuation, as plain text (no chat template):
 
@@ -35,7 +35,7 @@ class Document:
 
     @property
     def parts(self) -> list[tuple[str, bool]]:
-        """(text, is it an answer) in order; their concatenation is the document."""
+        """(text, whether it is an answer) in order; their concatenation is the document."""
         drilled = [p for q, a in self.drills for p in ((q, False), (a, True))]
         return [(self.page, False), *drilled, (self.prompt, False), (self.answer, True)]
 

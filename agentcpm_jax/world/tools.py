@@ -49,7 +49,7 @@ SCHEMAS: tuple[dict[str, Any], ...] = (
 
 
 class Pages(Protocol):
-    """Where the tools get titles and pages from. `OSError` and `httpx.HTTPError` mean: lost."""
+    """Source of titles and pages; `OSError` and `httpx.HTTPError` mean that it is lost."""
 
     async def search(self, query: str) -> list[str]: ...
 
@@ -91,7 +91,7 @@ class WorldToolbox:
             return ToolStatus.INFRA_ERROR, f"the {name} server is gone"
         if fault == "tool_error":
             return ToolStatus.TOOL_ERROR, f"{name} failed, try again"
-        import httpx  # here: the config tree imports this module, and takes no HTTP client along
+        import httpx  # here: the config tree imports this module and must not load a client
 
         value = _clean(arguments[ARGUMENT[name]])
         try:
@@ -134,7 +134,7 @@ def config_of(task_meta: Mapping[str, Any]) -> WorldConfig:
 
 
 def answer_call(index: SearchIndex, name: str, arguments: Mapping[str, Any]) -> ToolResult:
-    """The same tools as a plain function: no faults, no event loop (demonstrations)."""
+    """Run a tool as a plain function, without faults or an event loop."""
     if (refused := check_arguments(name, arguments)) is not None:
         return ToolResult(*refused)
     value = _clean(arguments[ARGUMENT[name]])
@@ -144,7 +144,7 @@ def answer_call(index: SearchIndex, name: str, arguments: Mapping[str, Any]) -> 
 
 
 def check_arguments(name: str, arguments: Mapping[str, Any]) -> tuple[ToolStatus, str] | None:
-    """None when the call fits its schema, else what to tell the model."""
+    """None when the call fits its schema, else status and message for the model."""
     if name not in ARGUMENT:
         return ToolStatus.TOOL_ERROR, f"no tool named {_clean(name)}, use {' or '.join(ARGUMENT)}"
     argument = ARGUMENT[name]
@@ -163,12 +163,12 @@ def check_arguments(name: str, arguments: Mapping[str, Any]) -> tuple[ToolStatus
 
 
 def found(titles: Sequence[str]) -> tuple[ToolStatus, str]:
-    """What `search` says."""
+    """The result of a `search` that found `titles`."""
     return ToolStatus.OK, "\n".join(titles) if titles else "no pages found"
 
 
 def read(title: str, source: str | None) -> tuple[ToolStatus, str]:
-    """What `visit` says."""
+    """The result of a `visit`; source: HTML, None without such a page."""
     if source is None:
         return ToolStatus.TOOL_ERROR, f"no page titled {title}"
     return ToolStatus.OK, page_text(source)
@@ -217,9 +217,9 @@ class SitePages:
 
 
 def call_latency(cfg: WorldConfig, key: tuple[int, ...]) -> float:
-    """Seconds that the call `key` = (issue_id, sample, attempt, call) is made to take.
+    """Injected latency (s) of the call `key` = (issue_id, sample, attempt, call).
 
-    Proportional to `cfg.tool_latency`: the same call is the same draw at every scale.
+    Proportional to `cfg.tool_latency`: a call has the same draw at every scale.
     """
     if not cfg.tool_latency:
         return 0.0

@@ -1,9 +1,9 @@
 """The tiny tokenizer: Qwen3's special tokens, and every word of the offline world kept whole.
 
-A tiny model learns in minutes to copy what followed the previous token last time, so a name must be
-two tokens wherever it stands. Words that another word follows carry their trailing space ("Kar " +
-"Vel"); fixed text of the chat template and of the tool schemas is one token a phrase. Everything
-else falls back to bytes, so any text round-trips. The files load in `AutoTokenizer`.
+A tiny model learns in minutes to copy what followed the same token earlier, so a name must be two
+tokens everywhere. Words that another word follows carry their trailing space ("Kar " + "Vel");
+fixed text of the chat template and of the tool schemas is one token per phrase. Everything else
+falls back to bytes, so any text round-trips. The files load in `AutoTokenizer`.
 """
 
 from __future__ import annotations

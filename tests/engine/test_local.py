@@ -61,7 +61,10 @@ _trainer = jax.jit(token_logprobs, static_argnums=1)
 
 def run(engine: LocalEngine, requests) -> list[Completion]:
     async def together():
-        return await asyncio.gather(*(engine.sample(r) for r in requests))
+        with engine._wake:  # whatever the load, its thread begins when all of them have come
+            tasks = [asyncio.create_task(engine.sample(r)) for r in requests]
+            await asyncio.sleep(0)
+        return await asyncio.gather(*tasks)
 
     return asyncio.run(together())
 

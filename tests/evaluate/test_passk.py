@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentcpm_jax.evaluate.passk import (
+    Estimate,
     TaskScore,
-    aggregate,
     bootstrap_mean,
     by_kind,
     clopper_pearson,
@@ -23,7 +23,6 @@ from agentcpm_jax.evaluate.passk import (
     pass_at_k,
     pass_hat_k,
     per_task,
-    wilson,
 )
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "score"
@@ -52,22 +51,34 @@ def test_task_set_oracle(case):
     scores = [TaskScore(str(i), len(r), sum(r)) for i, r in enumerate(case["runs"])]
     for key, want in case["expected"].items():
         if key.startswith("pass@"):
-            got = aggregate(scores, int(key[5:]))
-            assert_is(got.headline, want["all_tasks_or_nan"])
-            assert_is(got.conditional, want["mean_over_those"])
-            assert (got.with_value, got.tasks) == (want["tasks_with_value"], len(scores))
-    assert_is(aggregate(scores, 1, mean_at_k).headline, case["expected"]["avg_over_tasks"])
+            got = estimate(scores, int(key[5:]))
+            assert_is(got.value, want["mean_over_those"])
+            assert got.tasks == want["tasks_with_value"]
+    assert_is(estimate(scores, 1, mean_at_k).value, case["expected"]["avg_over_tasks"])
 
 
 @pytest.mark.parametrize("case", cases("intervals"), ids=lambda c: f"{c['c']}-{c['n']}")
 def test_interval_oracle(case):
-    assert wilson(case["c"], case["n"]) == pytest.approx(case["wilson95"], abs=1e-12)
-    got = clopper_pearson(case["c"], case["n"])
-    assert got == pytest.approx(case["clopper_pearson95"], abs=1e-12)
+    c, n = case["c"], case["n"]
+    got = clopper_pearson(c, n)
+    assert (got.low, got.high) == pytest.approx(case["clopper_pearson95"], abs=1e-12)
+    assert (got.value, got.tasks) == (c / n, n)
 
 
 def test_intervals_of_nothing():
-    assert wilson(0, 0) == clopper_pearson(0, 0) == (0.0, 1.0)
+    nothing = clopper_pearson(0, 0)
+    assert (nothing.low, nothing.high, nothing.tasks) == (0.0, 1.0, 0)
+    assert math.isnan(nothing.value) and math.isnan(bootstrap_mean(np.array([])).low)
+    assert bootstrap_mean(np.array([0.25])) == Estimate(0.25, 0.25, 0.25, 1)
+
+
+def test_one_attempt_per_task_gets_the_exact_interval_and_several_the_bootstrap():
+    once = [TaskScore(str(i), 1, int(i < 7)) for i in range(10)]
+    assert estimate(once, 1, mean_at_k) == estimate(once, 1, pass_hat_k) == clopper_pearson(7, 10)
+    perfect = [TaskScore(str(i), 1, 1) for i in range(10)]
+    assert estimate(perfect).low == pytest.approx(0.025 ** (1 / 10))
+    twice = [TaskScore(str(i), 2, 2 * int(i < 7)) for i in range(10)]
+    assert estimate(twice, 1, mean_at_k) == bootstrap_mean(np.array([1.0] * 7 + [0.0] * 3))
 
 
 @settings(max_examples=60, deadline=None)
@@ -95,13 +106,12 @@ def test_impossible_counts_raise(n, c, k):
 def test_bootstrap_covers_the_truth_at_its_level_and_repeats():
     rng = np.random.default_rng(0)
     hits = 0
-    for i in range(200):
-        e = bootstrap_mean(rng.binomial(4, 0.3, 60) / 4, seed=i, resamples=500)
+    for _ in range(200):
+        e = bootstrap_mean(rng.binomial(4, 0.3, 60) / 4)
         hits += e.low <= 0.3 <= e.high
     assert 0.89 <= hits / 200 <= 0.99
     values = rng.random(50)
-    assert bootstrap_mean(values, 1) == bootstrap_mean(values, 1)
-    assert bootstrap_mean(values, 1) != bootstrap_mean(values, 2)
+    assert bootstrap_mean(values) == bootstrap_mean(values.copy())
     normal = 1.96 * values.std() / 50**0.5
     got = bootstrap_mean(values)
     assert (got.high - got.low) / 2 == pytest.approx(normal, rel=0.05)
@@ -135,6 +145,6 @@ def test_breakdown_by_kind():
     assert values == {"hop1": 1.0, "hop2": 0.5}
     assert estimate(by_kind(scores)["hop2"], 4).tasks == 1
     assert math.isnan(estimate([], 1).value) and estimate([], 1).tasks == 0
-    assert per_task(scores, 1) == {"a": 1.0, "b": 0.0, "c": 1.0}
+    assert per_task(scores) == {"a": 1.0, "b": 0.0, "c": 1.0}
     with pytest.raises(ValueError, match="twice"):
         per_task([scores[0], scores[0]])

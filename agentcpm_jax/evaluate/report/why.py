@@ -1,7 +1,7 @@
 """One issue, token by token, as a page: who wrote what, what was trained on it, and why.
 
 Self-contained and without a script: colours switch by radio buttons, details show at the foot of
-the window while the pointer rests on a token. Everything that a model or a tool wrote is escaped.
+the window while the pointer rests on a token.
 """
 
 from __future__ import annotations
@@ -11,18 +11,16 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
-from agentcpm_jax.evaluate.report.page import STYLE as REPORT_STYLE
-from agentcpm_jax.evaluate.report.page import Table, table
-from agentcpm_jax.evaluate.report.style import STYLE
-from agentcpm_jax.evaluate.report.transcript import escape
-from agentcpm_jax.types import Provenance, Segment, Trajectory, Turn
+from agentcpm_jax.evaluate.report.page import Table
+from agentcpm_jax.evaluate.report.render import render_template
+from agentcpm_jax.types import Provenance, Segment, ToolCall, ToolResult, Trajectory, Turn
 
 FOLD_ABOVE = 500  # characters of a prompt or observation that are shown without a fold
-MERGE_ABOVE = 40_000  # tokens of a page above which what nobody sampled is no longer per token
-SCALES = ("provenance", "advantage", "log-prob", "change", "age")
+MERGE_ABOVE = 40_000  # tokens of a page above which those not sampled are shown in runs
 SURPRISE = (0.05, 0.3, 1.0, 2.0, 4.0)  # nats: bounds of the log-prob colours
 CHANGE = (0.02, 0.2, 1.0)  # nats: bounds of the colours of log pi now - log pi then
 
@@ -31,9 +29,11 @@ CHANGE = (0.02, 0.2, 1.0)  # nats: bounds of the colours of log pi now - log pi 
 class SegmentView:
     """A segment with what the trainer knows about its tokens.
 
-    texts: of each token. advantage f32[T] and trained bool[T]: the credit (None: none was given).
-    current f32[T]: log-probabilities under the newest checkpoint (None: there is none). step: the
-    batch's version, from which ages count (None: not shipped).
+    Attributes:
+      texts: of each token.
+      advantage: f32[T], and trained bool[T]: the credit; None when none was given.
+      current: f32[T], log-probabilities under the newest checkpoint; None when there is none.
+      step: version of the batch, minus which a token's version is its age; None: not shipped.
     """
 
     segment: Segment
@@ -71,112 +71,113 @@ def render_why(page: WhyPage) -> str:
     """The page as text."""
     tokens = sum(len(v.texts) for s in page.samples for v in s.segments)
     per_token = tokens <= MERGE_ABOVE
-    radios = "".join(
-        f'<input type="radio" name="scale" id="by-{i}"{" checked" if i == 0 else ""}>'
-        f'<label for="by-{i}">{name}</label>'
-        for i, name in enumerate(SCALES)
-    )
     notes = [*page.notes]
     if not per_token:
         notes.append(
-            f"The page has {tokens:,} tokens: what nobody sampled is shown in runs; choose one "
-            "sample to see each token."
+            f"The page has {tokens:,} tokens: those that were not sampled are shown in runs; "
+            "choose one sample to see each token."
         )
-    listed = "".join(f'<p class="note">{escape(n)}</p>' for n in notes)
-    body = "".join(
-        _sample(s, per_token, opened=n == _first_trained(page.samples))
-        for n, s in enumerate(page.samples)
-    )
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta http-equiv="Content-Security-Policy" '
-        "content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(page.title)}</title><style>{REPORT_STYLE}{STYLE}</style></head>"
-        f"<body><main><header><h1>{escape(page.question)}</h1>"
-        f'<p class="subtitle" dir="auto">{escape(page.subtitle)}</p>{_facts(page.facts)}</header>'
-        f"{''.join(map(table, page.tables))}{listed}"
-        f'<h2>Tokens</h2><div class="scale"><span>colour by</span>{radios}{_legends()}'
-        f'<div class="samples">{body}</div></div></main></body></html>\n'
+    return render_template(
+        "why.html.j2",
+        title=page.title,
+        page=page,
+        notes=notes,
+        scales=_scales(),
+        samples=[_sample(sample, per_token) for sample in page.samples],
+        opened=_first_trained(page.samples),
     )
 
 
-def _sample(view: SampleView, per_token: bool, opened: bool) -> str:
+class _Token(NamedTuple):
+    """A token, or a run of them: its colours as CSS classes, the details shown below, its text."""
+
+    classes: str
+    detail: str
+    text: str
+
+
+class _Step(NamedTuple):
+    """A turn, or the tokens after the last turn of a segment, as the template shows it."""
+
+    title: str
+    place: str
+    blocks: Sequence[tuple[str, Sequence[_Token]]]  # summary of the fold, or ""; its tokens
+    fork: str = ""  # where its segment forks from, shown above it
+    flags: Sequence[str] = ()
+    notes: Sequence[str] = ()
+    calls: Sequence[ToolCall] = ()
+    results: Sequence[ToolResult] = ()
+
+
+class _Sample(NamedTuple):
+    """A sample as the template shows it."""
+
+    number: int
+    verdict: str
+    size: str
+    facts: Mapping[str, str]
+    steps: Sequence[_Step]
+
+
+def _sample(view: SampleView, per_token: bool) -> _Sample:
     t = view.trajectory
     reward = "no reward" if t.reward is None else f"reward {t.reward:g}"
-    turns = [
-        _turn(i, turn, view.segments[turn.segment], view.turn_notes.get(i, ()), per_token)
-        for i, turn in enumerate(t.turns)
-    ]
-    forks = {
-        i: f"segment {i} forks from segment {s.parent_segment} after {s.shared_prefix_len} tokens"
-        + (f": {s.edit_reason}" if s.edit_reason else "")
-        for i, s in enumerate(t.segments)
-        if i
-    }
-    out, segment = [], 0
-    for turn, shown in zip(t.turns, turns, strict=True):
-        if turn.segment != segment:
-            segment = turn.segment
-            out.append(f'<p class="fork">{escape(forks.get(segment, f"segment {segment}"))}</p>')
-        out.append(shown)
-    out += [_tail(view, index, per_token) for index in range(len(view.segments))]
-    verdict = str(t.verdict)
-    return (
-        f'<details class="sample" id="sample-{t.sample}"{" open" if opened else ""}><summary>'
-        f'<span class="verdict {escape(verdict)}">sample {t.sample}: {escape(verdict)}</span>'
-        f'<span class="size">{escape(str(t.stop))}, {reward}, {len(t.turns)} turns, '
-        f"{t.num_tokens:,} tokens</span></summary>{_facts(view.facts)}{''.join(out)}</details>"
-    )
+    steps, segment = [], 0
+    for i, turn in enumerate(t.turns):
+        fork = _fork(t, turn.segment) if turn.segment != segment else ""
+        segment = turn.segment
+        notes = view.turn_notes.get(i, ())
+        steps.append(_turn(i, turn, view.segments[segment], fork, notes, per_token))
+    for index in range(len(view.segments)):
+        steps += _tail(view, index, per_token)
+    size = f"{t.stop}, {reward}, {len(t.turns)} turns, {t.num_tokens:,} tokens"
+    return _Sample(t.sample, str(t.verdict), size, view.facts, steps)
 
 
-def _turn(index: int, turn: Turn, view: SegmentView, notes: Sequence[str], per_token: bool) -> str:
+def _fork(t: Trajectory, index: int) -> str:
+    if index == 0:
+        return "segment 0"
+    s = t.segments[index]
+    told = f"segment {index} forks from segment {s.parent_segment} after {s.shared_prefix_len}"
+    return f"{told} tokens" + (f": {s.edit_reason}" if s.edit_reason else "")
+
+
+def _turn(
+    index: int,
+    turn: Turn,
+    view: SegmentView,
+    fork: str,
+    notes: Sequence[str],
+    per_token: bool,
+) -> _Step:
     shown = _tokens(view, turn.start, turn.sample_start, per_token)
+    long = sum(map(len, view.texts[turn.start : turn.sample_start])) > FOLD_ABOVE
+    fold = _provenances(view.segment.provenance[turn.start : turn.sample_start]) if long else ""
     said = _tokens(view, turn.sample_start, turn.end, per_token)
-    count = turn.sample_start - turn.start
-    if sum(map(len, view.texts[turn.start : turn.sample_start])) > FOLD_ABOVE:
-        what = _provenances(view.segment.provenance[turn.start : turn.sample_start])
-        shown = f"<details><summary>{escape(what)}</summary>{_block(shown)}</details>"
-    else:
-        shown = _block(shown) if count else ""
-    marks = [*(f'<span class="flag">{escape(str(f))}</span>' for f in turn.flags)]
-    marks += [f'<span class="flag decided">{escape(n)}</span>' for n in notes]
-    calls = "".join(
-        f'<div class="called{" broken" if c.error else ""}"><b>{escape(c.name or "?")}</b> '
-        f"{escape(_arguments(c.arguments))}"
-        f"{f' <em>{escape(c.error)}: {escape(c.message)}</em>' if c.error else ''}"
-        f"{f' <small>tokens {c.span[0]} to {c.span[1]}</small>' if c.span[0] >= 0 else ''}</div>"
-        for c in turn.calls
-    )
-    results = "".join(
-        f'<details class="result {escape(str(r.status))}"><summary>{escape(str(r.status))} '
-        f"after {r.seconds:.2g} s: {escape(r.content[:90])}</summary>"
-        f'<pre dir="auto">{escape(r.content)}</pre></details>'
-        for r in turn.results
-    )
-    return (
-        f'<section class="step"><p class="where">turn {index}<br><small>tokens {turn.start} to '
-        f"{turn.end}</small>{''.join(marks)}</p><div>{shown}{_block(said)}{calls}{results}</div>"
-        "</section>"
+    return _Step(
+        f"turn {index}",
+        f"tokens {turn.start} to {turn.end}",
+        [*([(fold, shown)] if shown else []), ("", said)],
+        fork,
+        [str(flag) for flag in turn.flags],
+        notes,
+        turn.calls,
+        turn.results,
     )
 
 
-def _tail(view: SampleView, index: int, per_token: bool) -> str:
-    """What stands behind the last turn of a segment, e.g. the end of a message."""
-    ends = [t.end for t in view.trajectory.turns if t.segment == index]
+def _tail(view: SampleView, index: int, per_token: bool) -> list[_Step]:
+    """The tokens after the last turn of a segment, e.g. the end of a message."""
+    start = max((t.end for t in view.trajectory.turns if t.segment == index), default=0)
     segment = view.segments[index]
-    start = max(ends, default=0)
-    if start >= len(segment.texts):
-        return ""
     rest = _tokens(segment, start, len(segment.texts), per_token)
-    return (
-        f'<section class="step"><p class="where">after the last turn<br><small>segment {index}, '
-        f"from token {start}</small></p><div>{_block(rest)}</div></section>"
-    )
+    place = f"segment {index}, from token {start}"
+    return [_Step("after the last turn", place, [("", rest)])] if rest else []
 
 
-def _tokens(view: SegmentView, start: int, end: int, per_token: bool) -> str:
-    out, t = [], start
+def _tokens(view: SegmentView, start: int, end: int, per_token: bool) -> list[_Token]:
+    out: list[_Token] = []
+    t = start
     sampled = view.segment.provenance == Provenance.SAMPLED
     while t < end:
         last = t + 1
@@ -184,12 +185,11 @@ def _tokens(view: SegmentView, start: int, end: int, per_token: bool) -> str:
             same = view.segment.provenance[t]
             while last < end and view.segment.provenance[last] == same:
                 last += 1
-        text = "".join(view.texts[t:last])
         classes = _classes(view, t, bool(sampled[t]))
         detail = _detail(view, t, last, bool(sampled[t]))
-        out.append(f'<i class="{classes}" data-t="{escape(detail)}">{_visible(text)}</i>')
+        out.append(_Token(classes, detail, "".join(view.texts[t:last])))
         t = last
-    return "".join(out)
+    return out
 
 
 def _classes(view: SegmentView, t: int, sampled: bool) -> str:
@@ -236,31 +236,9 @@ def _detail(view: SegmentView, t: int, end: int, sampled: bool) -> str:
     return "   ".join(parts)
 
 
-def _visible(text: str) -> str:
-    """Escaped; a token that only begins a character shows as a dotted circle."""
-    return escape(text).replace("\n", "<s>↵</s>\n") if text else "<s>◌</s>"
-
-
-def _block(tokens: str) -> str:
-    return f'<div class="tokens" dir="auto">{tokens}</div>'
-
-
 def _provenances(provenance: np.ndarray) -> str:
     counts = Counter(Provenance(int(p)).name.lower() for p in provenance)
     return "shown: " + ", ".join(f"{n:,} {name}" for name, n in counts.most_common()) + " tokens"
-
-
-def _arguments(arguments: Mapping[str, object] | None) -> str:
-    if arguments is None:
-        return "(no arguments could be read)"
-    return ", ".join(f"{key} = {value!r}" for key, value in arguments.items())
-
-
-def _facts(facts: Mapping[str, str]) -> str:
-    listed = "".join(
-        f'<div><dt>{escape(k)}</dt><dd dir="auto">{escape(v)}</dd></div>' for k, v in facts.items()
-    )
-    return f'<dl class="facts">{listed}</dl>' if facts else ""
 
 
 def _first_trained(samples: Sequence[SampleView]) -> int:
@@ -270,27 +248,28 @@ def _first_trained(samples: Sequence[SampleView]) -> int:
     return 0
 
 
-def _legends() -> str:
-    names = {
-        0: [
-            *((f"p{int(p)}", p.name.lower()) for p in Provenance if p != Provenance.SAMPLED),
-            ("p1 y", "sampled and trained"),
-            ("p1 n", "sampled, not trained"),
-        ],
-        1: [("am3", "≤ -0.75"), ("am2", "-0.75 to -0.25"), ("am1", "-0.25 to 0"), ("a0", "0"),
-            ("a1", "0 to 0.25"), ("a2", "0.25 to 0.75"), ("a3", "≥ 0.75")],
-        2: [(f"l{i}", n) for i, n in enumerate(_between("surprise", SURPRISE))],
-        3: [(f"cm{i}", f"less likely by {CHANGE[i - 1]:g} nats") for i in (3, 2, 1)]
-        + [("c0", "same")]
-        + [(f"c{i}", f"more likely by {CHANGE[i - 1]:g} nats") for i in (1, 2, 3)],
-        4: [("g0", "age 0"), ("g1", "1"), ("g2", "2"), ("g3", "3"), ("g4", "4 or more versions")],
-    }  # fmt: skip
-    return "".join(
-        f'<div class="legend of-{i}">'
-        + "".join(f'<i class="{c}">{escape(n)}</i>' for c, n in entries)
-        + "</div>"
-        for i, entries in names.items()
-    )
+def _scales() -> list[tuple[str, list[tuple[str, str]]]]:
+    """Each scale's name, and its legend: classes that why.css colours, and their meaning."""
+    provenance = [
+        *((f"p{int(p)}", p.name.lower()) for p in Provenance if p != Provenance.SAMPLED),
+        ("p1 y", "sampled and trained"),
+        ("p1 n", "sampled, not trained"),
+    ]
+    advantage = [("am3", "≤ -0.75"), ("am2", "-0.75 to -0.25"), ("am1", "-0.25 to 0"), ("a0", "0"),
+                 ("a1", "0 to 0.25"), ("a2", "0.25 to 0.75"), ("a3", "≥ 0.75")]  # fmt: skip
+    change = [
+        *((f"cm{i}", f"less likely by {CHANGE[i - 1]:g} nats") for i in (3, 2, 1)),
+        ("c0", "same"),
+        *((f"c{i}", f"more likely by {CHANGE[i - 1]:g} nats") for i in (1, 2, 3)),
+    ]
+    age = [("g0", "age 0"), ("g1", "1"), ("g2", "2"), ("g3", "3"), ("g4", "4 or more versions")]
+    return [
+        ("provenance", provenance),
+        ("advantage", advantage),
+        ("log-prob", [(f"l{i}", n) for i, n in enumerate(_between("surprise", SURPRISE))]),
+        ("change", change),
+        ("age", age),
+    ]
 
 
 def _between(what: str, bounds: Sequence[float]) -> list[str]:

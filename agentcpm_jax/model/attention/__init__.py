@@ -1,1 +1,1 @@
-"""Attention: the reference and its faster equals."""
+"""Attention: the reference, and faster kernels that equal it."""

@@ -3,13 +3,13 @@
 Per query t, over blocks of keys s, with m a running maximum (arXiv 2205.14135, 2307.08691):
     o_t = sum_s exp(q_t k_s - m) v_s / l_t,   l_t = sum_s exp(q_t k_s - m),   L_t = m + log l_t
 Backward, with the weights recomputed as p_ts = exp(q_t k_s - L_t) and D_t = do_t . o_t:
-    dv_s = sum_t p_ts do_t;   ds_ts = p_ts (do_t . v_s - D_t);   dq_t = sum_s ds_ts k_s;   dk alike
+    dv_s = sum_t p_ts do_t;  ds_ts = p_ts (do_t . v_s - D_t);  dq_t = sum_s ds_ts k_s;  dk likewise
 
 Deviations:
 1. A block of keys after the last query of a block of queries is never visited; inside a visited
    block hidden scores are computed and masked.
-2. Queries may be any rows of the sequence (`q_index`), as context parallelism deals them out.
-Einsum letters as in `attention.py`; Q, J the queries and keys of a block.
+2. Queries may be at any positions (`q_index`), as context parallelism distributes them.
+Einsum letters as in `reference.py`; Q, J the queries and keys of a block.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ def blockwise(
     *,
     block: int = 0,
 ) -> Float[Array, "B T N H"]:
-    """What `reference.reference_kernel` computes, `block` queries times `block` keys at a time.
+    """Equal to `reference.reference_kernel`; computes `block` queries times `block` keys at a time.
 
     Args:
-      block: 0 takes 64 up to 4096 keys (on a CPU the scores of a block then stay in its cache, and
-        little is computed beyond the diagonal), else 256.
+      block: 0 means 64 for up to 4096 keys (on a CPU the scores of a block then stay in its cache,
+        and little is computed beyond the diagonal), else 256.
     """
     length, keys = q.shape[1], k.shape[1]
     block = block or (64 if keys <= 4096 else 256)

@@ -1,4 +1,4 @@
-"""Which attention a configuration means on a platform; one line says why where it had to choose."""
+"""Chooses the attention kernel for a configuration and a platform, and gives the reason."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BFLOAT16_FROM = 8.0
 
 
 class AttentionChoice(NamedTuple):
-    """The kernel's name, and why it is another than was asked for ('' when it is not)."""
+    """The kernel's name, and why it is not the platform's fastest ('' when it is)."""
 
     name: str
     why: str
@@ -39,7 +39,11 @@ def make_attention(cfg: ModelConfig, mesh: Mesh | None = None) -> Attention:
 
 
 def choose(cfg: ModelConfig, platform: str) -> AttentionChoice:
-    """Resolves 'auto', and what the platform or the dtype cannot do."""
+    """Resolve `cfg.attention`, where 'auto' depends on platform, dtype and head size.
+
+    Raises:
+      UserError: the kernel does not exist or does not run on this platform.
+    """
     name = cfg.attention
     if name not in ATTENTIONS:
         raise UserError(f"model.attention is {name!r}; use one of {', '.join(ATTENTIONS)}")
@@ -69,7 +73,7 @@ def choose(cfg: ModelConfig, platform: str) -> AttentionChoice:
 def fit_to(
     cfg: ModelConfig, platform: str, capability: float = 0.0
 ) -> tuple[ModelConfig, list[str]]:
-    """`cfg` as a device can compute it, and a line for each thing that had to be changed.
+    """`cfg` as a device can compute it, and a line for each change.
 
     Args:
       platform: cpu, gpu or tpu.
@@ -91,13 +95,13 @@ def fit_to(
 
 
 def fit_to_device(cfg: ModelConfig, device: Any) -> tuple[ModelConfig, list[str]]:
-    """`fit_to` for a `jax.Device` that is here."""
+    """`fit_to` for an attached `jax.Device`."""
     platform = _family(device.platform)
     return fit_to(cfg, platform, float(getattr(device, "compute_capability", 0) or 0))
 
 
 def platform_of(mesh: Mesh | None) -> str:
-    """cpu, gpu or tpu; that of a mesh may be only described, not there."""
+    """cpu, gpu or tpu; the devices of a mesh need not be attached."""
     return _family(jax.default_backend() if mesh is None else mesh.devices.flat[0].platform)
 
 

@@ -1,7 +1,7 @@
 """Attention on a mesh: rows and heads split, and time too for contexts that no device can hold.
 
-Context parallelism: each device holds queries of T / C places, gathers the keys and values of the
-whole row (small with grouped queries: 2 K H numbers a token) and attends to them. Under a causal
+Context parallelism: each device holds T / C queries, gathers the keys and values of the whole
+row (small with grouped queries: 2 K H elements per token) and attends to them. Under a causal
 mask the last of C contiguous parts would do nearly twice the mean work, so the row is cut into 2 C
 chunks and device r holds chunks r and 2 C - 1 - r ("zig-zag", as in arXiv 2310.03294 and Megatron's
 context parallelism): every device then sees the same number of unmasked pairs. Segment ids travel
@@ -38,7 +38,7 @@ def on_mesh(kernel: Kernel, mesh: Mesh | None = None) -> Attention:
         assert mesh is not None
         _check(q.shape, mesh)
         shards, tensor = mesh.shape["context"], mesh.shape["tensor"]
-        # A device needs the key heads of its own query heads: repeat until they split alike.
+        # A device needs the key heads of its query heads: repeat them until both split evenly.
         repeats = math.lcm(k.shape[2], tensor) // k.shape[2]
         if repeats > 1:
             k, v = (jnp.repeat(x, repeats, axis=2) for x in (k, v))
@@ -63,7 +63,7 @@ def on_mesh(kernel: Kernel, mesh: Mesh | None = None) -> Attention:
 
 
 def time_order(length: int, shards: int) -> np.ndarray:
-    """i32[T]: the place in the row of what stands at each index, in zig-zag order over `shards`.
+    """i32[T]: the position in the row at each index of the zig-zag order over `shards`.
 
     Raises:
       UserError: the row does not split into 2 x `shards` chunks.
@@ -82,7 +82,7 @@ def time_order(length: int, shards: int) -> np.ndarray:
 
 
 def time_multiple(mesh: Mesh | None) -> int:
-    """What the length of a row is a multiple of on `mesh`; 128 places of a device on TPUs."""
+    """The length of a row must be a multiple of this on `mesh`; on TPUs every chunk of 128."""
     if mesh is None:
         return 1
     shards = mesh.shape["context"]
@@ -99,12 +99,12 @@ def reorder(x: jax.Array, mesh: Mesh | None, *, back: bool = False) -> jax.Array
 
 
 def gather_time(x: jax.Array, shards: int) -> jax.Array:
-    """Within a shard_map: the whole of x [B,T,...] in the order of the row."""
+    """Inside a shard_map: gather all of x [B,T,...], in the order of the row."""
     if shards == 1:
         return x
     x = jax.lax.all_gather(x, "context", axis=1, tiled=True)
     size = x.shape[1] // (2 * shards)
-    # Chunk c lies with device c or 2 C - 1 - c, first or second there. Slices, not a gather.
+    # Chunk c is the first on device c or the second on device 2 C - 1 - c. Slices, not a gather.
     places = [2 * c if c < shards else 2 * (2 * shards - 1 - c) + 1 for c in range(2 * shards)]
     return jnp.concatenate([x[:, p * size : (p + 1) * size] for p in places], axis=1)
 

@@ -1,9 +1,9 @@
 """cuDNN's flash attention, for NVIDIA GPUs from Ampere on, in bfloat16.
 
-Its causal mask alone is right for rows of one segment with padding behind it, since no token sees
-what comes later. JAX's public interface has no segments, and a dense mask would be T x T: a batch
-with a packed row, and a row that is split over context devices, take the blockwise form instead.
-The choice is made while the step runs; both are part of one compiled program.
+Its causal mask alone is correct for rows of one segment followed by padding, since no token sees
+later ones. JAX's public interface has no segments, and a dense mask would be T x T: a batch with a
+packed row, and a row that is split over context devices, take the blockwise kernel instead. The
+choice is made at run time; both kernels are part of one compiled program.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from agentcpm_jax.model.attention.blockwise import blockwise
 from agentcpm_jax.model.attention.reference import Kernel, by_index
 
-BLOCK = 1024  # of the blockwise form here: fewer, larger products than a CPU likes
+BLOCK = 1024  # of the blockwise kernel here: GPUs need fewer, larger products than CPUs
 
 
 def cudnn_kernel() -> Kernel:
@@ -31,7 +31,7 @@ def attend(
     kv_segments: Int[Array, "B S"],
     q_index: Int[Array, " T"],
 ) -> Float[Array, "B T N H"]:
-    """Equal to `reference.reference_kernel` but at padding, where nothing is read."""
+    """Equal to `reference.reference_kernel` except at padding, whose output is not used."""
 
     def packed() -> jax.Array:
         return blockwise(q, k, v, q_segments, kv_segments, q_index, block=BLOCK)

@@ -1,8 +1,8 @@
-"""Grouped-query attention: the interface, and in plain jnp what every kernel must equal.
+"""Grouped-query attention: the interface, and the reference in plain jnp that kernels must equal.
 
 An `Attention` takes (q, k, v, segment_ids) and is injected into `qwen3.forward`. It is made from a
-`Kernel` by `context.on_mesh`: a kernel attends from some rows of the sequence to all of
-it, which is what one device of a mesh does.
+`Kernel` by `context.on_mesh`: a kernel attends from some positions of the sequence to all of it,
+which is what one device of a mesh does.
 Einsum letters: B batch, T query time, S key time, N query heads, K kv heads, G = N / K, H head dim.
 """
 
@@ -24,9 +24,9 @@ MASKED = -1e30
 
 
 class Kernel(NamedTuple):
-    """Attention of queries at given places of the sequence to the whole of it.
+    """Attention of queries at given positions to the whole sequence.
 
-    prepare(order, shards, heads) -> (operands, specs): `order` i32[T] holds the place of every
+    prepare(order, shards, heads) -> (operands, specs): `order` i32[T] holds the position of every
       query of the row, in `shards` equal parts along time; `heads` query heads on a device. The
       operands are arrays (or trees of them), the specs split them over the mesh axis 'context'.
     attend(operands, q [B,T,N,H], k [B,S,K,H], v, q_segments [B,T], kv_segments [B,S]) -> like q,
@@ -38,7 +38,7 @@ class Kernel(NamedTuple):
 
 
 def by_index(attend: Callable[..., jax.Array]) -> Kernel:
-    """A kernel that is told the places of its queries as an array i32[T], its last argument."""
+    """A kernel from a function whose last argument is the positions of its queries, i32[T]."""
 
     def prepare(order: np.ndarray, shards: int, heads: int) -> tuple[Any, Any]:
         return jnp.asarray(order, jnp.int32), PartitionSpec("context")
@@ -68,7 +68,7 @@ def reference_kernel(
     kv_segments: Int[Array, "B S"],
     q_index: Int[Array, " T"],
 ) -> Float[Array, "B T N H"]:
-    """`reference` for the queries at the places `q_index` of the sequence that k and v hold."""
+    """`reference` for queries at the positions `q_index` of the sequence that k and v hold."""
     grouped = group_queries(q, k.shape[2])
     scores = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, k, preferred_element_type=jnp.float32)
     seen = q_segments[:, :, None] == kv_segments[:, None, :]
@@ -79,6 +79,6 @@ def reference_kernel(
 
 
 def group_queries(q: Float[Array, "B T N H"], num_kv_heads: int) -> Float[Array, "B T K G H"]:
-    """Scaled queries, the G = N / K heads that share a key side by side."""
+    """Queries times H ** -0.5, with the G = N / K heads that share a key grouped."""
     b, t, n, h = q.shape
     return (q * h**-0.5).reshape(b, t, num_kv_heads, n // num_kv_heads, h)

@@ -1,9 +1,9 @@
 """Splash attention, the Pallas kernel for TPUs: grouped queries, segments, block-sparse causality.
 
-The kernel visits only blocks of scores that the mask touches. The stock causal mask looks at every
-element of every block to say which (T^2 / 2 of them, minutes at 128k tokens); here a block that is
-wholly visible or wholly hidden is told by its corners, so that only the T / b blocks on the
-diagonal are looked at: O(T b) elements.
+The kernel visits only blocks of scores that the mask does not hide. To find them the stock causal
+mask evaluates every element of every block (T^2 / 2 of them, minutes at 128k tokens); here its
+corners show whether a block is wholly visible or wholly hidden, so that only the T / b blocks on
+the diagonal are evaluated: O(T b) elements.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def splash_kernel(*, block: int = 512, interpret: bool = False) -> Kernel:
 
 
 def block_size(length: int, shards: int, largest: int) -> int:
-    """The largest block whose queries are neighbours in the row, also in zig-zag order."""
+    """The largest block size whose queries are contiguous in the row, also in zig-zag order."""
     run = length // (2 * shards) if shards > 1 else length
     size = largest
     while run % size and size > LANES:
@@ -74,7 +74,7 @@ def block_size(length: int, shards: int, largest: int) -> int:
 
 
 class CausalOrder(masks.CausalMask):
-    """A causal mask whose queries stand at `order`, rising by one within a block."""
+    """A causal mask for queries at the positions `order`, consecutive within a block."""
 
     def __init__(self, order: np.ndarray):
         super().__init__((len(order), len(order)))
@@ -90,7 +90,7 @@ class CausalOrder(masks.CausalMask):
             return np.zeros((1, 1), np.bool_)
         return super().__getitem__(idx)
 
-    # Kernels with equal masks are shared: equality and hash are the parent's, of the order itself.
+    # Kernels with equal masks are shared: the parent's equality and hash compare the order.
     __hash__ = masks.CausalMask.__hash__
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-EXPORT_SCHEMA = 1  # raised when a column changes its meaning or goes
+EXPORT_SCHEMA = 1  # increased when a column changes its meaning or is removed
 
 INT, FLOAT, TEXT, BOOL = "int64", "float64", "string", "bool"
 CALLS = "calls"  # list<struct<name, arguments (JSON), error, message, start, end>>
@@ -23,7 +23,7 @@ class Column:
 
 @dataclass(frozen=True)
 class TableDoc:
-    """A table: one row is one `row`."""
+    """A table; `row` names what one of its rows is."""
 
     row: str
     columns: tuple[Column, ...]

@@ -13,10 +13,10 @@ from agentcpm_jax.checkpoint import Checkpointer
 from agentcpm_jax.config import ExperimentConfig, Stage, config_from_json, to_json
 from agentcpm_jax.hf.card import LINEAGE
 from agentcpm_jax.hf.companions import copy_companions, tokenizer_file
-from agentcpm_jax.hf.files import read_json, sha256_of
+from agentcpm_jax.hf.files import read_json
 from agentcpm_jax.hf.load import load_hf
 from agentcpm_jax.hf.locate import find_model
-from agentcpm_jax.hf.names import CONFIG, PEFT_CONFIG, PEFT_WEIGHTS
+from agentcpm_jax.hf.names import CONFIG, PEFT_CONFIG
 from agentcpm_jax.hf.save import save_hf, save_peft
 from agentcpm_jax.mesh import MeshConfig
 from agentcpm_jax.model.config import from_hf_config
@@ -32,18 +32,18 @@ TOKENIZER = "tokenizer"
 def convert(
     source: Path, out: Path, *, step: int | None = None, tokenizer: str = "", dtype: str = ""
 ) -> str:
-    """Converts whichever of the two `source` is into the other; returns a line for people.
+    """Converts `source`, which is one of the two, into the other; returns a line for the user.
 
     Args:
       source: a model (a directory with config.json, or a name as in `hf.locate`); or a stage's
         `checkpoints`, or one step of them.
       out: what is written; adapters become a directory for PEFT.
       step: of the checkpoints, the newest by default.
-      tokenizer: a directory whose tokenizer goes along; default: that of the model or the run.
+      tokenizer: a directory whose tokenizer is copied; default: that of the model or the run.
       dtype: 'float32' or 'bfloat16'; default: as it is stored.
 
     Raises:
-      UserError: `source` is neither, or `out` is in the way.
+      UserError: `source` is neither of the two, or `out` is already taken.
     """
     source = find_model(source)
     if (source / CONFIG).is_file() and not (source / "checkpoints").is_dir():
@@ -75,10 +75,7 @@ def _to_hf(source: Path, out: Path, step: int, tokenizer: str, dtype: str) -> st
     if cfg.model.lora_rank:
         if out.exists():
             raise UserError(f"{out} exists; choose another place")
-        save_peft(out, params, cfg.model, stage.init_from if stage else "")
-        hashes = {PEFT_WEIGHTS: sha256_of(out / PEFT_WEIGHTS)}
-        for name, text in described(hashes).items():
-            (out / name).write_text(text)
+        save_peft(out, params, cfg.model, stage.init_from if stage else "", described)
         return f"{out}: adapters of step {step} for PEFT ({PEFT_CONFIG})"
     found = find_model(tokenizer) if tokenizer else _tokenizer_of(source, cfg)
     save_hf(out, params, cfg.model, dtype=dtype, tokenizer_from=found, describe=described)
@@ -103,7 +100,7 @@ def _to_orbax(source: Path, out: Path, tokenizer: str, dtype: str) -> str:
 
 
 def _shardings(model: Any) -> Any:
-    """Over all devices of this machine; None for one."""
+    """Shardings over all devices of this machine; None for one device."""
     if jax.device_count() == 1:
         return None
     mesh = make_mesh(MeshConfig(fsdp=-1))

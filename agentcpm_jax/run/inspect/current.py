@@ -21,7 +21,7 @@ def current_logprobs(
 ) -> tuple[list[np.ndarray] | None, str]:
     """(f32[T] of each segment, in nats, and where they come from).
 
-    None, and the reason, when the stage has no checkpoint that can be read here.
+    Returns None and the reason when the stage has no checkpoint that can be read here.
     """
     checkpoints = Checkpointer(run.workdir / stage / "checkpoints")
     if (step := checkpoints.latest_step()) is None:

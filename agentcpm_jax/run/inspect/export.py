@@ -31,8 +31,8 @@ def export_run(
 ) -> dict[str, int]:
     """Writes `<table>.parquet` and README.md into a new directory; returns rows by table.
 
-    The directory appears whole or not at all. Of a run that is still going, each issue is
-    exported as it stands when it is read.
+    The directory appears only when it is complete. While a run is going on, each issue is exported
+    in its state at the time of reading.
 
     Raises:
       UserError: no such run, `out` exists, or pyarrow is not installed.

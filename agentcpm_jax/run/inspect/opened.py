@@ -1,4 +1,4 @@
-"""A run that is finished, interrupted or still going, opened to be looked at."""
+"""Opens a run for inspection, whether it is finished, interrupted or still going."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from agentcpm_jax.types import UserError
 
 @dataclass(frozen=True)
 class Run:
-    """What a workdir holds; its log may be read beside a writer."""
+    """The contents of a workdir; its log may be written meanwhile."""
 
     workdir: Path
     cfg: ExperimentConfig
@@ -60,7 +60,7 @@ class Run:
         return load_chat(self.tokenizer)
 
     def context(self) -> RunContext:
-        """What the stages had. Raises `UserError` when the mesh does not fit the devices here."""
+        """The stages' context. Raises `UserError` when the mesh does not fit the devices here."""
         return RunContext(
             cfg=self.cfg,
             workdir=self.workdir,
@@ -75,7 +75,7 @@ class Run:
 
 @contextmanager
 def open_run(workdir: str | Path) -> Iterator[Run]:
-    """Opens a workdir; nothing in it is changed, but that a log of an older schema is migrated.
+    """Opens a workdir and changes nothing in it, except to migrate a log of an older schema.
 
     When the live log is gone, a copy of the newest checkpoint's snapshot is read.
 

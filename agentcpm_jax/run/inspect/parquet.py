@@ -67,7 +67,7 @@ class TableWriter:
             self._flush()
 
     def close(self) -> int:
-        """Writes what waits; returns the rows of the table. May be called again."""
+        """Writes buffered rows; returns the number of rows in all. May be called again."""
         if self._open:
             self._open = False
             try:

@@ -1,6 +1,6 @@
-"""One recorded step again, from log and nearest checkpoint: bit for bit, or what differs.
+"""Recomputes a recorded step from log and nearest checkpoint, and compares it bit for bit.
 
-What the loop computes is called here, not repeated: its learner, its rows, its packing.
+It calls the code of the loop: its learner, its rows, its packing.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Replay:
       step: 1 is the first.
       start: completed steps of the checkpoint it began from; 0: the initial parameters.
       recorded, computed: metric -> value, of the metrics that the step itself returns.
-      elsewhere: how the machine that recorded differs from this one.
+      elsewhere: how the machine that recorded the step differs from this one.
     """
 
     stage: str

@@ -24,7 +24,7 @@ from agentcpm_jax.types import Credit, Trajectory, TrajectoryGroup, UserError
 
 @dataclass(frozen=True)
 class _Credits:
-    """(sample, segment) -> credit, and the batch (0 = first) of those that were shipped."""
+    """Credits by (sample, segment), and for those that were shipped the batch, counted from 0."""
 
     of: Mapping[tuple[int, int], Credit]
     batch: Mapping[tuple[int, int], int]
@@ -130,7 +130,7 @@ def _chosen(
 
 
 def _credits(run: Run, issue: Issue, group: TrajectoryGroup, rl: RLStage | None) -> _Credits:
-    """As shipped; of a group that was not, as its filters and its baseline would have it."""
+    """The credits that were shipped; of another group, those it would get if shipped now."""
     shipped = run.log.credits(issue.issue_id)
     if shipped:
         of = {key: found.credit for key, found in shipped.items()}
@@ -232,7 +232,7 @@ def _group_tables(
 def _decision_rows(
     run: Run, issue: Issue, clean: DenoisedGroup | None
 ) -> list[tuple[str, str, str, str]]:
-    """From the log; turn and action are added where the filters, run again, decide the same."""
+    """Decisions of the log; turn and action are those of the filters run again, if they agree."""
     again = list(clean.decisions) if clean else []
     rows = []
     for n, logged in enumerate(run.log.decisions(issue.issue_id)):

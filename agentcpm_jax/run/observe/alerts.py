@@ -1,8 +1,8 @@
-"""One line of advice from recent metrics: what is wrong, by which figure, and which knob to turn.
+"""One line of advice from recent metrics: what is wrong, by which figure, what to change.
 
 A pure function of the last rows of `metrics.jsonl`. Figures are medians over the window, so that a
-compilation or one slow batch says nothing; rules are asked in the order of `RULES`, from what
-makes a step worthless to what makes it slow, and the first that holds speaks.
+compilation or one slow batch has no effect. Rules are tried in the order of `RULES`, from problems
+that make a step worthless to those that make it slow; the first that applies gives the advice.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from statistics import median
 from typing import Any
 
 Row = Mapping[str, Any]
-WINDOW = 9  # rows that are looked at; odd: five bad ones outvote four good ones
-LEAST = 5  # rows without which nothing is said: a first step with its compilation never decides
+WINDOW = 9  # rows considered; odd: five bad ones outvote four good ones
+LEAST = 5  # with fewer rows there is no advice: a first step, which compiles, never decides
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """When a figure is wrong. Shares are of 1."""
+    """Limits beyond which a figure is wrong. Shares are from 0 to 1."""
 
     # Half of all groups without signal doubles the cost of a step; beyond, the tasks are at fault.
     equal_rewards: float = 0.6
     # k3 estimate, nats per token. Same weights: 1e-6 (fp32) to 1e-3 (bf16 engines); a step or two
-    # of staleness: a few 1e-3. Above, importance weights leave the clip band in numbers.
+    # of staleness: a few 1e-3. Above, many importance weights leave the clip band.
     mismatch: float = 0.05
     effective: float = 0.3  # effective sample size of the importance weights
     masked: float = 0.3  # trained tokens whose gradient a clip or mask removed
     stale_long: float = 0.1  # stale drops among the longest three tenths ...
-    stale_contrast: float = 3.0  # ... and so many times that of the shorter half
+    stale_contrast: float = 3.0  # ... and this many times those of the shorter half
     idle: float = 0.25  # of the trainer, or of the pool
-    # MiB per step, and share of the resident memory per step: both, lest a small leak of a huge
-    # process or the noise of a small one speaks.
+    # MiB per step, and share of the resident memory per step: exceeding both takes more than a
+    # small leak of a huge process, or the noise of a small one.
     rss_slope: float = 1.0
     rss_share: float = 2e-4
     lag_ms: float = 250.0  # worst oversleep in a step; a turn's own work takes 5 ms
@@ -69,7 +69,7 @@ class Alerts:
     def __init__(
         self, say: Callable[[str], None], rows: Sequence[Row] = (), *, lockstep: bool = False
     ) -> None:
-        """`rows`: of the steps before, when a run is resumed."""
+        """`rows`: the metrics of earlier steps, when a run is resumed."""
         self._say, self._lockstep = say, lockstep
         self._rows: deque[Row] = deque(rows, maxlen=WINDOW)
         self._topic = topic(advise(self._rows, lockstep=lockstep))
@@ -99,7 +99,7 @@ def history(rows: Sequence[Row], *, lockstep: bool = False) -> list[tuple[int, i
 
 
 def topic(line: str) -> str:
-    """What an advice is about: its words before the colon. Figures may move, the topic stays."""
+    """The topic of an advice: its words before the colon, which do not depend on figures."""
     return line.partition(":")[0]
 
 
@@ -229,12 +229,12 @@ RULES: tuple[Callable[[Sequence[Row], Thresholds], str], ...] = (
 
 
 def _median(rows: Sequence[Row], name: str) -> float | None:
-    """Of the rows that have the figure; None when fewer than half of them do."""
+    """Median over the rows that have the figure; None when fewer than half do."""
     found = [row[name] for row in rows if row.get(name) is not None]
     return median(found) if 2 * len(found) >= len(rows) else None
 
 
 def _grown(rows: Sequence[Row], name: str) -> float:
-    """By how much a counter rose over the rows; one that restarted at 0 counts from there."""
+    """The increase of a counter over the rows; after a restart it counts from 0."""
     values = [row.get(name) or 0.0 for row in rows]
     return sum(b - a if b >= a else b for a, b in pairwise(values))

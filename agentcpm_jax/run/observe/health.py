@@ -1,6 +1,6 @@
-"""The health of a stage: a loss that is no number stops it, and the report tells how it fared.
+"""The health of a stage: a non-finite loss stops it; the report shows staleness and advice.
 
-That is, what staleness cost, by length of the trajectories, and what the alerts said.
+Staleness is shown as the share of samples lost to it, by length of the trajectories.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 from agentcpm_jax.config import Stage
 from agentcpm_jax.data.batch import Batch
-from agentcpm_jax.evaluate.passk import Estimate, wilson
+from agentcpm_jax.evaluate.passk import clopper_pearson
 from agentcpm_jax.evaluate.report.page import BarChart, Headline, Panel, Table
 from agentcpm_jax.run.context import RunContext
 from agentcpm_jax.run.observe.alerts import history
@@ -46,11 +46,11 @@ def stop_if_not_finite(
     step: int,
     issue_ids: Iterable[int] = (),
 ) -> None:
-    """Dumps the batch of `step` as `directory`/nonfinite-step-<n>.npz; of several processes each
-    dumps the rows that it made.
+    """If the loss is not finite, dumps the batch of `step` as `directory`/nonfinite-step-<n>.npz
+    (each process the rows that it made) and raises.
 
-    The update itself changed nothing and no checkpoint of this step is made, so the newest
-    checkpoint is the last good one. A gradient alone that overflows is skipped and counted.
+    The update was skipped and no checkpoint of this step is made, so the newest checkpoint is the
+    last good one. A non-finite gradient with a finite loss is only skipped and counted.
 
     Raises:
       UserError: the loss is not finite; names the step and the issues of its batch.
@@ -71,7 +71,7 @@ def stop_if_not_finite(
 
 
 def staleness_headline(ctx: RunContext, stage: Stage) -> list[Headline]:
-    """What staleness cost, overall and for the longest; none when nothing could be trained."""
+    """Share of samples lost to staleness, overall and of the longest; none without samples."""
     samples = stale_drops(ctx.log, stage.name, recent=None)
     if not samples:
         return []
@@ -84,14 +84,11 @@ def staleness_headline(ctx: RunContext, stage: Stage) -> list[Headline]:
 
 
 def staleness_chart(ctx: RunContext, stage: Stage) -> list[BarChart]:
-    """Share of samples lost to staleness, for each tenth by length, with Wilson intervals."""
+    """Share of samples lost to staleness, for each tenth by length, with exact intervals."""
     tenths = length_deciles(stale_drops(ctx.log, stage.name, recent=None))
     if not tenths:
         return []
-    shares = []
-    for tenth in tenths:
-        lost = sum(stale for _, stale in tenth)
-        shares.append(Estimate(lost / len(tenth), *wilson(lost, len(tenth)), len(tenth)))
+    shares = [clopper_pearson(sum(stale for _, stale in tenth), len(tenth)) for tenth in tenths]
     # The longest of a tenth names it: ranges would not fit below the bars.
     labels = tuple(f"≤ {tenth[-1][0]:,}" for tenth in tenths)
     return [
@@ -106,7 +103,7 @@ def staleness_chart(ctx: RunContext, stage: Stage) -> list[BarChart]:
 
 
 def advice_table(ctx: RunContext, stage: Stage) -> list[Table]:
-    """What the run advised, by stretches of steps; none when nothing was ever wrong."""
+    """The run's advice by ranges of steps; none when nothing was ever wrong."""
     assert stage.rl is not None
     rows = read_metrics(ctx.directory(stage) / "metrics.jsonl")
     found = history(rows, lockstep=is_lockstep(stage))
@@ -117,6 +114,6 @@ def advice_table(ctx: RunContext, stage: Stage) -> list[Table]:
 
 
 def is_lockstep(stage: Stage) -> bool:
-    """Whether trainer and rollouts take turns by design, so that idle times are no fault."""
+    """Whether trainer and rollouts take turns by design, so that idle times are expected."""
     stream = stage.rl.stream if stage.rl is not None else None
     return stream is not None and (stream.deterministic or stream.max_staleness == 0)

@@ -1,4 +1,4 @@
-"""What computed a step: bits are promised on the same kind of machine and the same jaxlib only."""
+"""The machine that computed a step: only the same kind and the same jaxlib give the same bits."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What the rollouts of one training step looked like, whatever later became of them.
+"""Metrics of the rollouts that ended during one training step, whether they are trained or not.
 
-And the process's own stats: is the pool idle, does the event loop lag, does memory grow?
+And of the process itself: is the pool idle, does the event loop lag, does memory grow?
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ RSS_LEAST = 8  # steps below which no slope is given
 
 
 class RolloutMeter:
-    """Listens in the rollout thread; `drain` is the trainer's, once per step."""
+    """Counts in the rollout thread; the trainer calls `drain` once per step."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -51,7 +51,7 @@ class RolloutMeter:
         return watched
 
     def on_sample(self, task: Task, trajectory: Trajectory) -> None:
-        """Counts a trajectory, whoever made it; in a coroutine, whose event loop is probed."""
+        """Counts a trajectory; call it in a coroutine, whose event loop is then probed."""
         self._lag.ensure()
         with self._lock:
             self._seen.append((task.kind, trajectory))
@@ -87,7 +87,7 @@ def _episodes(seen: list[tuple[str, Trajectory]]) -> dict[str, float]:
 
 
 class PolicyWatch:
-    """A `TokenPolicy` that measures when nobody asks the one behind it for tokens.
+    """Wraps a `TokenPolicy` and measures how long no request is in flight.
 
     The pool is idle while no request is in flight: admission is closed, or every running episode
     waits for a tool. `clock` returns seconds.
@@ -101,7 +101,7 @@ class PolicyWatch:
         self._idle = self._load = 0.0  # seconds; request-seconds
 
     async def sample(self, request: SampleRequest) -> Completion:
-        """As the policy's own."""
+        """As the wrapped policy's `sample`."""
         self._change(+1)
         try:
             return await self._policy.sample(request)
@@ -129,7 +129,7 @@ class PolicyWatch:
 
 
 class LoopLag:
-    """Sleeps over and over in an event loop and notes by how much it oversleeps."""
+    """Sleeps repeatedly in an event loop and measures by how much it oversleeps."""
 
     def __init__(self, interval: float = PROBE_SECONDS) -> None:
         self._interval = interval

@@ -65,7 +65,7 @@ class MetricsWriter:
 
 
 class NoMetrics:
-    """The writer of processes that write none: of several, the first one writes."""
+    """The writer of all processes but the first: it writes nothing."""
 
     def __init__(self, path: Path, start_step: int = 0) -> None:
         self.kept: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""A few steps of a stage under JAX's profiler, and one page that says where their time went.
+"""Runs a few steps of a stage under JAX's profiler and writes a page on where their time went.
 
 `<stage>/profile/` gets the trace (for Perfetto or TensorBoard) and `summary.md`: wall time by phase
 of the step, the operations that took longest, and the fraction of the roofline that was reached.
@@ -35,7 +35,7 @@ KINDS |= {"TPU v5": "v5p"}
 
 
 class Operation(NamedTuple):
-    """An operation of compiled programs: seconds of its own, without those inside it."""
+    """An operation of compiled programs: its own seconds, without nested operations."""
 
     name: str
     count: int
@@ -43,7 +43,7 @@ class Operation(NamedTuple):
 
 
 class Peak(NamedTuple):
-    """What the step's devices can compute, and who says so."""
+    """Peak rates of the step's devices, and their source."""
 
     chip: Chip
     devices: int
@@ -54,7 +54,7 @@ class Peak(NamedTuple):
 def watched(
     ctx: RunContext, directory: Path, start: int, rows: int, row_length: int
 ) -> Iterator[Callable[[int, str], None]]:
-    """Yields what hears (step, phase) as phases begin: for the watchdog, and for the profile.
+    """Yields the function to call with (step, phase) as phases begin, for watchdog and profile.
 
     Args:
       directory: of the stage.
@@ -171,7 +171,7 @@ def _own_times(line: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, float]]
 
 
 def peak(model: ModelConfig) -> Peak:
-    """The vendor's figures for the devices, or what large products reach here."""
+    """The vendor's figures for the devices, or the measured rate of large products."""
     device = jax.devices()[0]
     for part, name in KINDS.items():
         if part in device.device_kind:
@@ -179,7 +179,7 @@ def peak(model: ModelConfig) -> Peak:
     size = 1024 if device.platform == "cpu" else 8192
     rates = {dtype: _product_rate(size, dtype) for dtype in {model.dtype, "float32"}}
     chip = Chip(rates[model.dtype], rates["float32"], math.nan, math.nan)
-    # The devices of a CPU share its cores, and one product takes them all.
+    # The devices of a CPU share its cores, and one product uses all of them.
     count = jax.process_count() if device.platform == "cpu" else jax.device_count()
     return Peak(chip, count, f"a product of {size} x {size} measured here")
 

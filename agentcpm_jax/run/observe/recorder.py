@@ -1,4 +1,4 @@
-"""What a training step leaves behind: a line of metrics, alerts, the progress bar."""
+"""Records a training step: a line of metrics, alerts, the progress bar."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from agentcpm_jax.types import ShippedSegment
 
 
 class Recorder:
-    """Of an RL stage that goes on after step `start`; of several processes the first one writes."""
+    """Records an RL stage that continues after step `start`; only the first process writes."""
 
     def __init__(self, ctx: RunContext, stage: Stage, rl: RLStage, start: int) -> None:
         self._ctx, self._stage, self._rl = ctx, stage, rl
@@ -49,7 +49,7 @@ class Recorder:
           values: what the step returned.
           batch, shipped: what it was trained on; `shipped` in the first process only.
           rollouts: `Sampler.metrics`.
-          waited, seconds: for the batch, and for the whole step with publishing.
+          waited, seconds: time waited for the batch, and of the whole step with publishing.
         Raises:
           UserError: the loss is not finite, see `stop_if_not_finite`.
         """
@@ -81,7 +81,7 @@ class Recorder:
 
 @contextmanager
 def open_recorder(ctx: RunContext, stage: Stage, rl: RLStage, start: int) -> Iterator[Recorder]:
-    """A recorder that forgets the metrics of steps after `start`, and notes the machine."""
+    """A recorder; removes the metrics of steps after `start` and records the machine."""
     if is_main():
         machine.record(ctx.directory(stage), start)
     with closing(Recorder(ctx, stage, rl, start)) as recorder:

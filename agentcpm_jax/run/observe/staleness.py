@@ -1,4 +1,4 @@
-"""What staleness did: the ages of a batch, and which samples were lost to it, by length.
+"""Metrics of staleness: the ages of a batch, and the samples that were lost to it, by length.
 
 Long trajectories finish last and so grow too old first: a drop rate that rises with length is a
 bias of the training data, and hidden in the mean. Hence deciles.
@@ -41,8 +41,8 @@ def stale_drops(
 ) -> list[tuple[int, bool]]:
     """(tokens, lost to staleness) of every sample of a stage that was good enough to be trained.
 
-    Such are the samples of shipped groups and of groups dropped as over-age; what a filter dropped
-    is not counted. `recent`: of that many issues only, the newest; None: of all.
+    These are the samples of shipped groups and of groups dropped as over-age; samples that a filter
+    dropped are not counted. `recent`: only the newest `recent` issues; None: all.
     """
     return log.lengths_and_losses(stage, OVER_AGE, recent)
 

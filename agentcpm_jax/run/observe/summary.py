@@ -11,22 +11,23 @@ from typing import Any
 
 import numpy as np
 
-from agentcpm_jax.config import Stage, to_json
+from agentcpm_jax.config import EvalStage, Stage, to_json
 from agentcpm_jax.evaluate.passk import (
     Estimate,
     TaskScore,
-    bootstrap_mean,
     by_kind,
+    clopper_pearson,
     estimate,
     mean_at_k,
     paired_difference,
     pass_at_k,
+    pass_hat_k,
     per_task,
-    wilson,
 )
 from agentcpm_jax.evaluate.report.formats import format_estimate
 from agentcpm_jax.evaluate.report.page import (
     BarChart,
+    Cell,
     Headline,
     Panel,
     ReportData,
@@ -63,12 +64,15 @@ PANELS = {
     "sft": (Panel("Loss", ("train/loss",)), Panel("Learning rate", ("train/lr",), smooth=False)),
 }
 EXAMPLES_PER_MODEL = 2
+AT_K = {"mean@k": mean_at_k, "pass@k": pass_at_k, "pass^k": pass_hat_k}
 
 
 def write_summary(ctx: RunContext, announce: Callable[[str], None]) -> Path:
     """Write both files and announce the results; returns the report's path."""
-    evaluations = {s.name: model_results(ctx.directory(s), s) for s in ctx.cfg.stages if s.eval}
-    summary = {name: summarize(models) for name, models in evaluations.items()}
+    evaluated = [
+        (s, s.eval, model_results(ctx.directory(s), s.eval)) for s in ctx.cfg.stages if s.eval
+    ]
+    summary = {s.name: summarize(models, spec.k) for s, spec, models in evaluated}
     write_atomically(ctx.workdir / "summary.json", json.dumps(summary, indent=1) + "\n")
     for models in summary.values():
         for line in result_lines(models):
@@ -76,10 +80,10 @@ def write_summary(ctx: RunContext, announce: Callable[[str], None]) -> Path:
     charts: list[BarChart | ScatterChart] = []
     tables: list[Table] = []
     headlines: list[Headline] = []
-    for models in evaluations.values():
+    for _, spec, models in evaluated:
         headlines += _headlines(models)
         charts += _charts(models)
-        tables += _tables(models)
+        tables += _tables(models, spec.k)
     charts += [c for s in ctx.cfg.stages if s.merge for c in search_charts(ctx.directory(s))]
     for stage in (s for s in ctx.cfg.stages if s.rl):
         headlines += health.staleness_headline(ctx, stage)
@@ -95,11 +99,10 @@ def write_summary(ctx: RunContext, announce: Callable[[str], None]) -> Path:
             charts=tuple(charts),
             tables=tuple(tables),
             stages=tuple(_stage_report(ctx, s) for s in ctx.cfg.stages),
-            trajectories=tuple(
-                TrajectoryReport(**e) for s in ctx.cfg.stages for e in example_trajectories(ctx, s)
-            ),
+            trajectories=tuple(e for s in ctx.cfg.stages for e in example_trajectories(ctx, s)),
             notes=(
-                "Intervals are 95 % bootstrap intervals over tasks (skills: Wilson).",
+                "Intervals are 95 %: exact binomial ones (Clopper-Pearson) for one sample per task "
+                "and for skills, bootstrap over tasks for several samples and for differences.",
                 "Sampled = temperature 1; greedy = temperature 0, one sample per task.",
                 "Decisions are teacher-forced on flawless episodes of held-out worlds.",
             ),
@@ -109,11 +112,10 @@ def write_summary(ctx: RunContext, announce: Callable[[str], None]) -> Path:
     return path
 
 
-def model_results(directory: Path, stage: Stage) -> dict[str, dict[str, Any]]:
+def model_results(directory: Path, spec: EvalStage) -> dict[str, dict[str, Any]]:
     """model name -> its results, in the order of the stage; sweep points follow."""
-    assert stage.eval is not None
     found = {p.stem: p for p in sorted(directory.glob("*.json"))}
-    order = [m for m in stage.eval.models if m in found]
+    order = [m for m in spec.models if m in found]
     order += [m for m in found if m not in order]
     return {name: json.loads(found[name].read_text()) for name in order}
 
@@ -124,15 +126,12 @@ def scores_of(result: Mapping[str, Any], decode: str) -> list[TaskScore]:
 
 
 def general_skill(result: Mapping[str, Any]) -> Estimate:
-    """Mean over the skills of their accuracies, with a bootstrap interval over documents."""
-    skills = [np.array(v, np.float64) for v in result["skills"].values()]
-    mean = float(np.mean([s.mean() for s in skills]))
-    # Skills have equally many documents, so the mean of means is the mean over all.
-    both = bootstrap_mean(np.concatenate(skills))
-    return Estimate(mean, both.low, both.high, both.tasks)
+    """Share of the documents of all skills, equally many of each, that were completed rightly."""
+    right = [ok for skill in result["skills"].values() for ok in skill]
+    return clopper_pearson(sum(right), len(right))
 
 
-def summarize(models: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def summarize(models: Mapping[str, Mapping[str, Any]], ks: Sequence[int]) -> dict[str, Any]:
     """Every number of the report that a claim may rest on."""
     out: dict[str, Any] = {}
     for name, result in models.items():
@@ -148,6 +147,12 @@ def summarize(models: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
                     kind: asdict(estimate(some, 1, mean_at_k))
                     for kind, some in by_kind(scores).items()
                 }
+        if sampled := scores_of(result, "sampled"):
+            row["sampled_at_k"] = {
+                name.replace("k", str(k)): asdict(estimate(sampled, k, metric))
+                for k in ks
+                for name, metric in AT_K.items()
+            }
         if "decisions" in result:
             row["decisions"] = {k: r / n for k, (r, n) in result["decisions"].items() if n}
         out[name] = row
@@ -222,7 +227,9 @@ def _charts(models: Mapping[str, Mapping[str, Any]]) -> list[BarChart]:
         }
         charts.append(BarChart(f"Held-out accuracy, {decode}", tuple(plain), columns))
     skills = {
-        kind: [_wilson(r["skills"][kind]) for r in plain.values()]
+        kind: [
+            clopper_pearson(sum(r["skills"][kind]), len(r["skills"][kind])) for r in plain.values()
+        ]
         for kind in next(iter(plain.values()))["skills"]
     }
     charts.append(BarChart("General skills, greedy", tuple(plain), skills))
@@ -257,18 +264,13 @@ def search_charts(directory: Path) -> list[ScatterChart]:
     return charts
 
 
-def _tables(models: Mapping[str, Mapping[str, Any]]) -> list[Table]:
+def _tables(models: Mapping[str, Mapping[str, Any]], ks: Sequence[int]) -> list[Table]:
     plain = {n: r for n, r in models.items() if "@" not in n}
-    ks = sorted({k for r in plain.values() for k in (1, 2, 4) if _min_n(r) >= k})
-    passes = tuple(
-        (n, *(estimate(scores_of(r, "sampled"), k, pass_at_k) for k in ks))
-        for n, r in plain.items()
-    )
     tables = [
-        Table("pass@k, temperature 1", ("model", *(f"pass@{k}" for k in ks)), passes, percent=True),
+        attempts_table(plain, ks),
         Table(
             "What an episode is made of: accuracy of each decision",
-            ("model", "syntax", "relation", "lookup", "copying"),
+            ("model", *DECISIONS),
             tuple(
                 (n, *(right / of if of else math.nan for right, of in r["decisions"].values()))
                 for n, r in plain.items()
@@ -295,6 +297,23 @@ def _tables(models: Mapping[str, Mapping[str, Any]]) -> list[Table]:
             )
         )
     return tables
+
+
+def attempts_table(models: Mapping[str, Mapping[str, Any]], ks: Sequence[int]) -> Table:
+    rows: list[tuple[Cell, ...]] = []
+    for name, result in models.items():
+        scores = scores_of(result, "sampled")
+        for k in ks:
+            values = [estimate(scores, k, metric) for metric in AT_K.values()]
+            rows.append((name, k, values[0].tasks, *values))
+    return Table(
+        "Several attempts at a task, temperature 1",
+        ("model", "k", "tasks", *AT_K),
+        tuple(rows),
+        "Of k attempts, mean@k is the share that is right, pass@k the chance that at least one is, "
+        "pass^k that all are; of the tasks with at least k graded samples.",
+        percent=True,
+    )
 
 
 def _filter_tables(ctx: RunContext, stage: Stage) -> list[Table]:
@@ -330,37 +349,27 @@ def _stage_report(ctx: RunContext, stage: Stage) -> StageReport:
     )
 
 
-def _wilson(right: Sequence[int]) -> Estimate:
-    low, high = wilson(sum(right), len(right))
-    return Estimate(float(np.mean(right)), low, high, len(right))
-
-
-def _min_n(result: Mapping[str, Any]) -> int:
-    return max((s.n for s in scores_of(result, "sampled")), default=0)
-
-
-def example_trajectories(ctx: RunContext, stage: Stage) -> list[dict[str, Any]]:
-    """For each model of an eval stage: the first multi-hop episodes, greedy, as report rows."""
+def example_trajectories(ctx: RunContext, stage: Stage) -> list[TrajectoryReport]:
+    """For each model of an eval stage: the first multi-hop episodes, greedy."""
     if stage.eval is None:
         return []
-    rows = []
+    found = []
     for model in reversed(stage.eval.models):  # the last one is what the run is about
         issues = ctx.log.issues(f"{stage.name}/{model}/greedy", "eval")
         several = [i for i in issues if i.task.kind != "hop1"] or issues
         for issue in several[:EXAMPLES_PER_MODEL]:
-            group = ctx.log.load_group(issue.issue_id)
-            for trajectory in group.trajectories[:1]:
-                rows.append(
-                    {
-                        "title": f"{model}: {issue.task.question}",
-                        "verdict": str(trajectory.verdict),
-                        "reward": trajectory.reward,
-                        "turns": tuple(turns_of(ctx, trajectory)),
-                        "note": f"stopped: {trajectory.stop}; accepted answer: "
-                        f"{issue.task.answers[0]}",
-                    }
+            for trajectory in ctx.log.load_group(issue.issue_id).trajectories[:1]:
+                accepted = issue.task.answers[0]
+                found.append(
+                    TrajectoryReport(
+                        title=f"{model}: {issue.task.question}",
+                        verdict=str(trajectory.verdict),
+                        reward=trajectory.reward,
+                        turns=tuple(turns_of(ctx, trajectory)),
+                        note=f"stopped: {trajectory.stop}; accepted answer: {accepted}",
+                    )
                 )
-    return rows
+    return found
 
 
 def turns_of(ctx: RunContext, trajectory: Trajectory) -> list[tuple[str, str]]:

@@ -1,8 +1,8 @@
 """Ends a process whose step hangs, and says which process of the job it waits for.
 
-A collective waits for ever when one process stalls. Every process therefore posts what it is doing
-on a board (the job's key-value store); one whose step exceeds the deadline reads the board, names
-those that are behind, and exits with the code that asks for the same command again.
+A collective waits forever when one process stalls. Every process therefore posts what it is doing
+on a board (the job's key-value store). A process whose step exceeds the deadline reads the board,
+names those that are behind, and exits with the code that asks to repeat the same command.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ import jax
 from agentcpm_jax.types import UserError
 
 RESUMABLE = 130
-#: The first step compiles: it may take so many deadlines.
+#: The first step compiles: it may take this many times the deadline.
 FIRST = 10
 _BOARD = "agentcpm/board"
 
 
 @dataclass(frozen=True)
 class Post:
-    """What one process does: `count` posts so far, the same program on every process."""
+    """What one process is doing; `count`: its posts so far, the same sequence on every process."""
 
     process: int
     host: str
@@ -41,18 +41,18 @@ class Post:
     since: float  # unix seconds
 
     def text(self, now: float) -> str:
-        """For people."""
+        """The post in words, for users."""
         where = f"step {self.step}, {self.phase}" if self.count else "before its first step"
         return f"process {self.process} ({self.host}): {where}, for {now - self.since:.0f} s"
 
 
 class Watchdog:
-    """Watches the steps of a stage; at rest elsewhere.
+    """Watches the steps of a stage, only inside `watching`.
 
     Args:
-      seconds: what a step may take; 0: for ever.
-      announce: hears the verdict.
-      directory: gets `hang-process-<i>.txt`, the verdict and every thread's stack.
+      seconds: longest duration of a step; 0: no limit.
+      announce: is called with the verdict.
+      directory: gets `hang-process-<i>.txt`, with the verdict and every thread's stack.
 
     Raises `UserError` for negative seconds.
     """
@@ -73,7 +73,7 @@ class Watchdog:
 
     @contextmanager
     def watching(self) -> Iterator[Callable[[int, str], None]]:
-        """Yields what is called with (step, phase) whenever a phase of a step begins."""
+        """Yields the function to call with (step, phase) whenever a phase of a step begins."""
         if not self._seconds or jax.process_count() == 1:
             yield lambda step, phase: None
             return
@@ -120,7 +120,7 @@ class Watchdog:
                 file.write(said + "\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
-        if mine.process == 0:  # it keeps the board, which the others still want to read
+        if mine.process == 0:  # it hosts the board, which the others still have to read
             time.sleep(2 * period)
         self._leave(RESUMABLE)
 

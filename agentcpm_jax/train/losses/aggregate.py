@@ -7,12 +7,12 @@
     seq-mean-token-sum-norm  sum_s [sum_t m L / C] / N_seq                     (Dr.GRPO)
 
 A sequence is one segment of a packed row. N_tokens and N_seq count the whole optimizer batch,
-before any off-policy mask, so that a mask never inflates the tokens it leaves and the losses of
-micro-batches add up to the loss of the batch.
+before any off-policy mask, so that a mask never increases the weight of the tokens it keeps and the
+losses of micro-batches add up to the loss of the batch.
 
-A trajectory whose context was edited has several segments. They are sequences of their own, here
-and in every sequence-level ratio: each is one chain of sampling decisions given its prefix, and
-what it shares with its parent is not trained in it.
+A trajectory whose context was edited has several segments. Each is a separate sequence, here and in
+every sequence-level ratio: it is one chain of sampling decisions given its prefix, and the tokens
+that it shares with its parent are not trained in it.
 """
 
 from __future__ import annotations

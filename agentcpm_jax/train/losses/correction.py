@@ -1,20 +1,20 @@
 """Off-policy corrections: weights and masks from the ratio of the trained policy to the sampler's.
 
-With d_t = log pi_old(y_t) - log mu(y_t) (two policies: sg(log pi) in the place of log pi_old), kept
-within +- 20, a rule measures each token or sequence and then weights or masks it. [low, high] are
-the rule's bounds.
+With d_t = log pi_old(y_t) - log mu(y_t), clamped to +- 20 (sg(log pi) replaces log pi_old where
+there are only two policies), a rule measures each token or sequence and then weights or masks it.
+[low, high] are the rule's bounds.
 
 name              measure               effect                                bounds     source
 token_tis         exp d_t               w = clip(measure, low, high)          0, 2       [1]
-sequence_tis      exp sum_t d_t         the same                              0, 2       [2]
-geometric_tis     exp mean_t d_t        the same                              0, 2
+sequence_tis      exp sum_t d_t         as token_tis                          0, 2       [2]
+geometric_tis     exp mean_t d_t        as token_tis                          0, 2
 icepop            exp d_t               w = measure within the bounds, or 0   0.5, 5     [3]
-sequence_icepop   exp sum_t d_t         the same                              0.5, 2     [2]
-geometric_icepop  exp mean_t d_t        the same                              0.5, 2
+sequence_icepop   exp sum_t d_t         as icepop                             0.5, 2     [2]
+geometric_icepop  exp mean_t d_t        as icepop                             0.5, 2
 token_mask        exp d_t               kept within the bounds, w = 1         0.5, 2     [2]
-mis               exp sum_t d_t         the same, whole sequences             0.5, 2     [2]
-geometric         exp mean_t d_t        the same, whatever their length       0.99, 1.01 [2]
-veto              every exp d_t         the same                              1e-4, 1e4  [2]
+mis               exp sum_t d_t         as token_mask, for whole sequences    0.5, 2     [2]
+geometric         exp mean_t d_t        as mis, independent of the length     0.99, 1.01 [2]
+veto              every exp d_t         as mis                                1e-4, 1e4  [2]
 <level>_k2        d^2 / 2               kept up to high                       0, 0.1     [2]
 <level>_k3        exp d - 1 - d         kept up to high                       0, 0.01    [2]
 <level>_k3_back   exp -d - 1 + d        kept up to high                       0, 0.01    AReaL
@@ -30,7 +30,8 @@ policies exchanged.
 Deviations:
 1. A sequence is a segment of a packed row (`aggregate`); the product over a forked trajectory's
    segments is never taken, its variance grows with every edit.
-2. Nothing is renormalised by what a mask leaves, nor by the mean weight of a micro-batch.
+2. The loss is not renormalised by the number of tokens that a mask keeps, nor by the mean weight of
+   a micro-batch.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from jaxtyping import Array, Bool, Float, Int
 from agentcpm_jax.train.losses.aggregate import sequence_max, sequence_mean, sequence_sum
 from agentcpm_jax.train.losses.config import Rule
 
-CLAMP = 20.0  # of log ratios: exp cannot overflow
+CLAMP = 20.0  # of log ratios, so that exp cannot overflow
 
 
 class Corrected(NamedTuple):
@@ -60,7 +61,7 @@ def correct(
     segment_ids: Int[Array, "B T"] | None,
     rule: Rule,
 ) -> Corrected:
-    """Apply one rule; nothing of it is differentiated.
+    """Apply one rule; no gradient flows through it.
 
     Args:
       log_ratio: d of each token, nats; may hold NaN where `mask` is 0.
@@ -85,10 +86,10 @@ def correct(
 def log_linear(
     logprobs: Float[Array, "B T"], behavior: Float[Array, "B T"], age: Float[Array, "B T"]
 ) -> Float[Array, "B T"]:
-    """The proximal policy without a forward pass (AReaL): between sampler and current policy.
+    """log pi_old without a forward pass (AReaL): between the sampler and the current policy.
 
     o = b + alpha (l - b), alpha = (v_prox - v) / (v_now - v) with v_prox = v_now - 1, that is
-    (age - 1) / age, and 0 for tokens of the last two versions. A constant, as pi_old is.
+    (age - 1) / age, and 0 for tokens of the last two versions. It carries no gradient.
     """
     alpha = jnp.clip((age - 1.0) / jnp.maximum(age, 1.0), 0.0, 1.0)
     return jax.lax.stop_gradient(behavior + alpha * (logprobs - behavior))

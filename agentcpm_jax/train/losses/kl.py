@@ -1,7 +1,7 @@
 """Per-token estimates of a KL divergence.
 
 With x = log pi(y) - log ref(y) under samples y of pi (Schulman, "Approximating KL divergence"):
-    k1  = x                   unbiased, high variance, may be negative; as a loss it teaches nothing
+    k1  = x                   unbiased, high variance, may be negative; its mean gradient is 0
     k2  = x^2 / 2             biased value; its gradient is that of KL(pi || ref)
     k3  = exp(-x) - 1 + x     unbiased, never negative; its gradient is biased
     k1+ = k1 in value, k2 in gradient
@@ -33,8 +33,8 @@ def kl_per_token(
       logprobs: log pi of the token.
       reference: log ref of the same token.
       kind: one of `KINDS`.
-      exponent_clamp: x of k3 is kept within +- this (no gradient beyond); 0: off.
-      value_clamp: the estimate is kept within +- this (no gradient beyond); 0: off.
+      exponent_clamp: x of k3 is clamped to +- this (no gradient beyond); 0: off.
+      value_clamp: the estimate is clamped to +- this (no gradient beyond); 0: off.
     Raises:
       UserError: unknown `kind`.
     """

@@ -11,16 +11,17 @@ cispo        L = -sg(clip(r, D, U)) A l
 clip         L = max(-A r, -A clip(r, D, U));  dual clip c: where A < 0, L = min(L, -c A)
 gspo         as clip, with r = sg(s) exp(l - sg(l)) and s = exp(mean over the sequence of l - o)
 
-A region then takes out the tokens that the gradient would push further away (`in_trust_region`):
+A region then removes the tokens that the gradient would push further away (`in_trust_region`):
 ratio        A > 0 and r > 1 + eps_high w g, or A < 0 and r < 1 - eps_low w g
 tv           A > 0 and p - q > eps_high w g, or A < 0 and p - q < -eps_low w g;  p = e^l, q = e^o
 kl           as tv, with KL(Bernoulli(q) || Bernoulli(p)) in the place of |p - q|
 with w = `widen` and g = exp(-decay age).
 
 Deviations:
-1. The log ratio of a token is clamped to +-20 (value frozen): exp cannot overflow, and one token
-   cannot outvote a sequence; GSPO's mean at +10. `log_ratio_clamp=0` switches the first off.
-2. AgentCPM-Explore's GSPO divides by log pi, which turns the gradient's sign: not copied.
+1. The log ratio of a token is clamped to +-20 (no gradient beyond): exp cannot overflow, and one
+   token cannot dominate a sequence. GSPO's mean is clamped at +10. `log_ratio_clamp=0` switches the
+   first clamp off.
+2. AgentCPM-Explore's GSPO divides by log pi, which flips the gradient's sign: not copied.
 """
 
 from __future__ import annotations
@@ -39,23 +40,23 @@ GSPO_CLAMP = 10.0
 
 
 class Tokens(NamedTuple):
-    """What a loss is computed from, by token; `policy_loss` takes it and fills in what is None.
+    """The inputs of a loss for each token; `policy_loss` fills in the fields that are None.
 
-    Objectives read it filled in: every float is finite there, 0 where not trained.
+    Objectives get it filled in: every float is finite, and 0 where not trained.
     """
 
     logprobs: Float[Array, "B T"]  # log pi in nats, of the current parameters: differentiated
     behavior: Float[Array, "B T"]  # log mu, of the engine that sampled the token
     advantages: Float[Array, "B T"]
     mask: Float[Array, "B T"]  # 1 where trained; where it is 0 every float may hold NaN
-    segment_ids: Int[Array, "B T"] | None = None  # 1..K in a packed row; None: a sequence a row
+    segment_ids: Int[Array, "B T"] | None = None  # 1..K in a packed row; None: one sequence per row
     age: Any = None  # f32[B,T]: current version minus the sampler's; None: 0 everywhere
     proximal: Any = None  # f32[B,T]: log pi_old, needed by `proximal="recompute"` only
     reference: Any = None  # f32[B,T]: log-probabilities of the policy that `kl_coef` pulls to
 
 
 class Scored(NamedTuple):
-    """per_token: the loss; ratio: the one it bounds; clipped: where that left the clip's band."""
+    """per_token: the loss; ratio: what it bounds; clipped: where that leaves the clip's band."""
 
     per_token: Float[Array, "B T"]
     ratio: Float[Array, "B T"]
@@ -101,7 +102,7 @@ def clip(x: Tokens, cfg: Method) -> Scored:
 def gspo(x: Tokens, cfg: Method) -> Scored:
     """The clipped surrogate of the length-normalised ratio of whole sequences.
 
-    Its token form: the value is the sequence's, the gradient reaches each token by its own log pi.
+    The token form: the value is the sequence's, the gradient flows through each token's log pi.
     """
     of_sequence = sequence_mean(log_ratio(x.logprobs, x.proximal, cfg), x.mask, x.segment_ids)
     log_s = x.logprobs + jax.lax.stop_gradient(of_sequence - x.logprobs)
@@ -139,7 +140,7 @@ def in_trust_region(x: Tokens, ratio: Float[Array, "B T"], cfg: Method) -> Bool[
 def log_ratio(
     top: Float[Array, "B T"], bottom: Float[Array, "B T"], cfg: Method
 ) -> Float[Array, "B T"]:
-    """top - bottom, within the clamp."""
+    """top - bottom, clamped to +-`cfg.log_ratio_clamp` (0: off)."""
     if not cfg.log_ratio_clamp:
         return top - bottom
     return jnp.clip(top - bottom, -cfg.log_ratio_clamp, cfg.log_ratio_clamp)
@@ -169,7 +170,7 @@ def _surrogate(x: Tokens, ratio: Float[Array, "B T"], cfg: Method) -> Scored:
 def _beyond(
     ratio: Float[Array, "B T"], advantages: Float[Array, "B T"], cfg: Method
 ) -> Bool[Array, "B T"]:
-    """Out of the clip's band on the side that the gradient pushes to."""
+    """Outside the clip's band, on the side that the gradient pushes to."""
     too_high, too_low = ratio > 1.0 + cfg.eps_high, ratio < 1.0 - cfg.eps_low
     return (too_high & (advantages > 0)) | (too_low & (advantages < 0))
 

@@ -2,12 +2,12 @@
 
     L = aggregate(w M L_objective) + kl_coef aggregate(KL(pi || ref))
 
-The objective and the region M stand in `objectives`, the off-policy factor w in `correction`, the
-aggregation in `aggregate`, the published combinations of them in `config`.
+The objective and the region M are defined in `objectives`, the off-policy factor w in `correction`,
+the aggregation in `aggregate`, and the published combinations of them in `config`.
 
 Deviations from the original implementation (AgentCPM-Explore):
-1. Denominators count the tokens before M and w (`denominator="all"`). The original counts what M
-   leaves, which inflates the survivors of a heavy mask; `denominator="kept"` reproduces it.
+1. Denominators count the tokens before M and w (`denominator="all"`). The original counts only the
+   tokens that M keeps, which gives them more weight; `denominator="kept"` reproduces it.
 2. Denominators are global counts: the original averages micro-batches and ranks, so its loss
    depends on their number.
 3. A missing behaviour log-probability is an error of the caller, never ratio 1.
@@ -39,7 +39,7 @@ Metrics = dict[str, Float[Array, ""]]
 
 
 class Counts(NamedTuple):
-    """Of a whole optimizer batch: trained tokens, and sequences that have one."""
+    """Counts over an optimizer batch: trained tokens, and sequences with at least one."""
 
     tokens: Float[Array, ""] | float
     sequences: Float[Array, ""] | float
@@ -48,16 +48,16 @@ class Counts(NamedTuple):
 def policy_loss(
     x: Tokens, cfg: LossConfig | Method, counts: Counts | None = None
 ) -> tuple[Float[Array, ""], Metrics]:
-    """The loss to minimise, and what to watch.
+    """The loss to minimise and its metrics.
 
     Args:
       x: the tokens of a (micro-)batch.
-      cfg: which method, and its constants.
+      cfg: the method and its constants.
       counts: over the whole optimizer batch; None: counted in `x`.
     Returns:
-      (loss, metrics): scalars named `loss/...`. With the global counts given, losses and metrics
-      of micro-batches add up to those of the batch, except `loss/ratio_max`: take the maximum.
-      `finish_metrics` turns the sums into what is reported.
+      (loss, metrics): f32[], and f32[] named `loss/...`. With the global counts given, losses and
+      metrics of micro-batches add up to those of the batch, except `loss/ratio_max`: take the
+      maximum. `finish_metrics` turns the sums into the reported metrics.
     Raises:
       UserError: `kl_coef` without `reference`, `proximal="recompute"` without `proximal`.
     """
@@ -114,10 +114,10 @@ def filled_in(x: Tokens, cfg: Method) -> Tokens:
 
 
 def finish_metrics(metrics: Metrics) -> Metrics:
-    """What is reported, from metrics that were summed over micro-batches.
+    """The reported metrics, from metrics summed over micro-batches.
 
     `loss/ess` in [0, 1] is the normalised effective sample size (sum w)^2 / (N sum w^2) of the
-    importance weights w = pi/mu; it takes the place of their mean square.
+    importance weights w = pi/mu; it replaces their mean square.
     """
     if "loss/importance_square" not in metrics:
         return metrics
@@ -166,15 +166,15 @@ def cross_entropy(
 
 
 def _clean(mask: Float[Array, "B T"], *arrays: Float[Array, "B T"]) -> tuple[Array, ...]:
-    """Zeros where masked, before any arithmetic: NaN there reaches neither value nor gradient."""
+    """`arrays` with 0 where masked: a NaN there then reaches neither the loss nor its gradient."""
     return tuple(jnp.where(mask > 0, x, 0.0) for x in arrays)
 
 
 def _corrections(
     x: Tokens, cfg: Method
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"], dict[str, Array]]:
-    """(factor of each token, False where a mask drops it, what each rule found out of bounds)."""
-    # With two policies the mismatch and the staleness lie in one ratio.
+    """(factor of each token, whether masks keep it, per-token diagnostics of the rules)."""
+    # With two policies one ratio covers both the engine's mismatch and the staleness.
     top = x.logprobs if cfg.proximal == "bypass" else x.proximal
     weight, kept = jnp.ones_like(x.mask), jnp.ones(x.mask.shape, bool)
     seen: dict[str, Array] = {}

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from agentcpm_jax.evaluate.passk import Estimate
-from agentcpm_jax.evaluate.report.charts import bar_chart, line_chart
+from agentcpm_jax.evaluate.report.charts import bar_chart, line_chart, scatter_chart
 from agentcpm_jax.evaluate.report.formats import format_estimate, format_number
 
 
@@ -83,12 +83,25 @@ def test_bars_and_whiskers_have_the_right_heights():
     svg = bar_chart(["x"], {"a": [Estimate(0.5, 0.4, 0.6)], "b": [Estimate(1.0, 1.0, 1.0)]}, "t")
     a, b = (float(h) for h in re.findall(r'<rect[^>]* height="([\d.]+)"', svg))
     assert b == pytest.approx(2 * a, abs=0.2)
-    whiskers = re.findall(r'y1="([\d.]+)" x2="[\d.]+" y2="([\d.]+)" stroke="#1f2933"', svg)
+    whiskers = re.findall(
+        r'y1="([\d.]+)" x2="[\d.]+" y2="([\d.]+)" stroke="var\(--ink,#1f2933\)"', svg
+    )
     spans = [abs(float(p) - float(q)) for p, q in whiskers]
     assert spans[0] == pytest.approx(0.2 * b, abs=0.2)
     assert "x, a: 50.0% [40.0, 60.0]" in svg
     with pytest.raises(ValueError, match="a: 1 values for 2 categories"):
         bar_chart(["x", "y"], {"a": [Estimate(0.5)]}, "t")
+
+
+def test_labels_of_points_end_within_the_chart():
+    points = [(x / 10, x % 3, f"alpha {x / 10:g}, density 0.25") for x in range(11)]
+    svg = scatter_chart(points, [10], "t", "general", "agent", chosen=10)
+    label = re.compile(r'<text x="([\d.]+)"[^>]*text-anchor="(\w+)"[^>]*>(alpha[^<]*)</text>')
+    found = label.findall(svg)
+    assert len(found) == len(points) and {anchor for _, anchor, _ in found} == {"start", "end"}
+    for x, anchor, text in found:
+        end = float(x) + (6.2 * len(text) if anchor == "start" else 0)
+        assert end <= 460 and end - 6.2 * len(text) >= 0
 
 
 def test_names_are_escaped():

@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
-from agentcpm_jax.run.observe.summary import differences, general_skill, result_lines, summarize
+from agentcpm_jax.config import EvalStage, ExperimentConfig, MergeStage, Stage
+from agentcpm_jax.run.evaluation import check_attempts
+from agentcpm_jax.run.observe.summary import (
+    attempts_table,
+    differences,
+    general_skill,
+    result_lines,
+    summarize,
+)
+from agentcpm_jax.run.stages import run_experiment
+from agentcpm_jax.types import UserError
 
 
 def result(right: list[int], skills: dict[str, list[int]]) -> dict:
@@ -34,7 +47,7 @@ MODELS = {
 
 
 def test_accuracies_and_paired_differences() -> None:
-    summary = summarize(MODELS)
+    summary = summarize(MODELS, (1, 2))
     assert summary["merge"]["sampled"]["value"] == pytest.approx(6 / 32)
     assert summary["rl"]["sampled"]["value"] == pytest.approx(28 / 32)
     assert summary["rl"]["greedy_by_kind"]["hop2"]["value"] == 1.0
@@ -50,6 +63,32 @@ def test_accuracies_and_paired_differences() -> None:
     }
 
 
+def test_several_attempts_are_shown_for_the_k_of_the_stage() -> None:
+    at_k = summarize(MODELS, (1, 3))["rl"]["sampled_at_k"]
+    assert list(at_k) == ["mean@1", "pass@1", "pass^1", "mean@3", "pass@3", "pass^3"]
+    assert at_k["pass@1"]["value"] == at_k["pass^1"]["value"] == pytest.approx(28 / 32)
+    # Of 4 samples 4, 3 or 2 are right: all of 3 are with probability 1, 1/4 and 0.
+    assert at_k["pass^3"]["value"] == pytest.approx((5 * 1 + 2 / 4 + 0) / 8)
+    assert at_k["pass@3"]["value"] == 1.0
+    rows = attempts_table({"rl": MODELS["rl"]}, (1, 3)).rows
+    assert [(*row[:3], round(row[5].value, 4)) for row in rows] == [
+        ("rl", 1, 8, 0.875),
+        ("rl", 3, 8, 0.6875),
+    ]
+
+
+def test_a_k_above_the_samples_is_refused_before_the_run(tmp_path: Path) -> None:
+    spec = EvalStage(samples=4, k=(1, 4))
+    validation = MergeStage(validation=EvalStage(samples=1))  # its k and samples are not read
+    stages = (Stage("m", validation), Stage("e", spec))
+    check_attempts(ExperimentConfig(stages=stages))
+    for k in ((1, 8), (0,)):
+        broken = Stage("e", replace(spec, k=k))
+        with pytest.raises(UserError, match=r"stage\.e\.k is .*samples is 4"):
+            run_experiment(ExperimentConfig(stages=(stages[0], broken)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_general_skill_is_the_mean_over_skills() -> None:
     assert general_skill(MODELS["merge"]).value == pytest.approx(0.75)
     assert general_skill(MODELS["rl"]).value == 1.0
@@ -60,7 +99,7 @@ def test_sweep_points_are_not_compared() -> None:
 
 
 def test_the_terminal_table_has_a_row_for_each_model() -> None:
-    lines = result_lines(summarize(MODELS))
+    lines = result_lines(summarize(MODELS, ()))
     assert lines[0].split() == [
         "model",
         "sampled",
