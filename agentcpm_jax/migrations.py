@@ -291,7 +291,7 @@ MIGRATIONS: dict[int, Migration] = {  # by the older of the two versions
             prefetch_timeout=900.0,
             health_timeout=25.0,
         ),
-        unset={"tokenizer": "", "log_url": "", "episode.system_prompt": "", "model.logits_chunk": 0}
+        unset={"tokenizer": "", "log_url": "", "episode.system_prompt": ""}
         | _each(("stages.rl", *_EVALUATIONS), tasks_path="")
         | _each(_JUDGES, url="", key_env="")
         | {"stages.sft.data.path": "", "stages.sft.epochs": 0}

@@ -166,7 +166,6 @@ def test_there_are_at_most_two_hundred_fields() -> None:
         ("stage.rl.loss.corrections=()", ()),
         ("stage.rl.workers.trainer_groups=0", 0),
         ("stage.rl.advantages.minimal=0.5", 0.5),
-        ("model.logits_chunk=64", 64),
     ],
 )
 def test_what_is_left_open_can_be_given_on_the_command_line(flag: str, value: object) -> None:

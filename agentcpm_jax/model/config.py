@@ -35,8 +35,8 @@ class ModelConfig:
       lm_head_fp32: the last product is taken in float32 from float32 operands.
       remat: which activations are kept for the backward pass, see `remat`.
       attention: the kernel, see `attention.choice`; 'auto' takes the platform's.
-      logits_chunk: tokens on a device whose logits exist at once; None: as many as fit 16 MiB,
-        at least 512.
+      logits_chunk: tokens on a device whose logits exist at once; 0: no number is set, as many as
+        fit 16 MiB, at least 512.
       lora_rank: of the adapters that are trained in place of the parameters, see `lora`; 0:
         none. Their product counts `lora_alpha / lora_rank` times.
 
@@ -60,14 +60,12 @@ class ModelConfig:
     lm_head_fp32: bool = True
     remat: str = "none"
     attention: str = "auto"
-    logits_chunk: int | None = None
+    logits_chunk: int = 0
     lora_rank: int = 0
     lora_alpha: float = 32.0
 
     def __post_init__(self) -> None:
-        if self.logits_chunk == 0:  # as weights of earlier releases say it
-            object.__setattr__(self, "logits_chunk", None)
-        check_least(self, "model", dict.fromkeys(_SIZES, 1) | {"logits_chunk": 1, "lora_rank": 0})
+        check_least(self, "model", dict.fromkeys(_SIZES, 1) | {"logits_chunk": 0, "lora_rank": 0})
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"model.num_heads is {self.num_heads}, not a multiple of "

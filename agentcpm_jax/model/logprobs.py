@@ -101,7 +101,7 @@ def _of_labels(
         hidden,
         qwen3.output_matrix(params, cfg, mesh),
         reorder(labels, mesh),
-        chunk=cfg.logits_chunk or 0,
+        chunk=cfg.logits_chunk,
         entropy=entropy,
         mesh=mesh,
     )

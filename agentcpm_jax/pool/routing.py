@@ -59,8 +59,8 @@ SLACK = 8
 class Routes:
     """Least-loaded routing; a trajectory stays on its worker up to `slack` more requests there."""
 
-    def __init__(self, remembered: int = 65536) -> None:
-        self._remembered = remembered
+    def __init__(self, slack: int = SLACK, remembered: int = 65536) -> None:
+        self._slack, self._remembered = slack, remembered
         self._homes: OrderedDict[str, str] = OrderedDict()
 
     def choose(self, workers: Iterable[Worker], key: str) -> Worker | None:
@@ -70,7 +70,9 @@ class Routes:
             return None
         least = min(ready.values(), key=lambda w: len(w.in_flight))
         home = ready.get(self._homes.get(key, ""))
-        chosen = home if home and len(home.in_flight) <= len(least.in_flight) + SLACK else least
+        chosen = (
+            home if home and len(home.in_flight) <= len(least.in_flight) + self._slack else least
+        )
         self._homes[key] = chosen.url
         self._homes.move_to_end(key)
         while len(self._homes) > self._remembered:

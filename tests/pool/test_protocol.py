@@ -23,7 +23,7 @@ from tests.doubles.toy_pool import (
 
 def test_a_trajectory_stays_with_its_worker_until_that_is_much_busier():
     cfg = PoolConfig()
-    client = open_client(cfg)
+    client = open_client()
     workers = [Worker(Server(f"http://w{i}", client, Keys(), cfg), State.READY) for i in range(3)]
     routes = Routes(slack=2)
     home = routes.choose(workers, "a")
