@@ -422,17 +422,15 @@ def _given(hint: Any) -> Any:
 
 
 def _at_the_edge(config: Any) -> dict[str, Any]:
-    """Plain values, and placeholders of the right type for what is None."""
+    """Plain values; what may be None keeps the type that it has when it is given."""
     hints = typing.get_type_hints(type(config))
     found: dict[str, Any] = {}
     for name, value in vars(config).items():
-        if dataclasses.is_dataclass(value):
-            found[name] = _at_the_edge(value)
-        elif value is None:
+        found[name] = _at_the_edge(value) if dataclasses.is_dataclass(value) else _plain(value)
+        if type(None) in typing.get_args(hints[name]):
             given = _given(hints[name])
-            found[name] = config_dict.placeholder(typing.get_origin(given) or given)
-        else:
-            found[name] = _plain(value)
+            given = typing.get_origin(given) or given
+            found[name] = config_dict.FieldReference(found[name], field_type=given)
     return found
 
 

@@ -153,6 +153,16 @@ def test_there_are_at_most_two_hundred_fields() -> None:
     assert sum(counts.values()) <= 200, counts
 
 
+def test_a_variant_may_leave_open_again_what_its_recipe_gives() -> None:
+    local = "--config=configs/rl_qwen3_4b.py:runlocal"
+    assert (config := parse([local]).config).tokenizer is None
+    assert config.stages[0].rl is not None and config.stages[0].rl.tasks_path is None
+    flags = ["--config.stage.rl.tasks_path=mine.jsonl", "--config.tokenizer=mine"]
+    config = parse([local, *flags]).config
+    assert config.tokenizer == "mine" and config.stages[0].rl is not None
+    assert config.stages[0].rl.tasks_path == "mine.jsonl"
+
+
 @pytest.mark.parametrize(
     ("flag", "value"),
     [
