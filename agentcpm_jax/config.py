@@ -417,20 +417,23 @@ def _value(hint: Any, value: Any, path: str) -> Any:
 
 
 def _given(hint: Any) -> Any:
-    """What a value is when it is not None."""
-    return next(a for a in typing.get_args(hint) if a is not type(None))
+    """Of a hint `T | None` the T; None for another hint."""
+    kinds = typing.get_args(hint)
+    if type(None) not in kinds:
+        return None
+    return next(kind for kind in kinds if kind is not type(None))
 
 
 def _at_the_edge(config: Any) -> dict[str, Any]:
-    """Plain values, and placeholders of the right type for what is None."""
+    """Plain values; what may be None keeps its type, whichever of the two it is set to."""
     hints = typing.get_type_hints(type(config))
     found: dict[str, Any] = {}
     for name, value in vars(config).items():
         if dataclasses.is_dataclass(value):
             found[name] = _at_the_edge(value)
-        elif value is None:
-            given = _given(hints[name])
-            found[name] = config_dict.placeholder(typing.get_origin(given) or given)
+        elif (given := _given(hints[name])) is not None:
+            kind = typing.get_origin(given) or given
+            found[name] = config_dict.FieldReference(_plain(value), field_type=kind)
         else:
             found[name] = _plain(value)
     return found
