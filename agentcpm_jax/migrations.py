@@ -188,7 +188,7 @@ def _sections(raw: Raw, paths: Iterable[str]) -> list[tuple[Raw, str, str]]:
 
 
 def _worlds_1(raw: Raw) -> None:
-    """The world's own section goes; hop counts are the tasks' alone."""
+    """The world's section goes; hop counts are a key of the tasks alone."""
     for tasks, name, _ in _sections(raw, _WORLDS):
         world = tasks.pop("world", {})
         for key in ("seed", "split"):  # were replaced

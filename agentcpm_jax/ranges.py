@@ -20,7 +20,7 @@ def check_least(section: Any, path: str, least: Mapping[str, float]) -> None:
     for name, low in least.items():
         value = getattr(section, name)
         if value is not None and not value >= low:
-            raise UserError(f"{path}.{name} is {value}; it is at least {low}")
+            raise UserError(f"{path}.{name}={value}; it is at least {low}")
 
 
 def check_seconds(section: Any, path: str, *names: str) -> None:
@@ -28,7 +28,7 @@ def check_seconds(section: Any, path: str, *names: str) -> None:
     for name in names:
         value = getattr(section, name)
         if not 0 <= value < float("inf"):
-            raise UserError(f"{path}.{name} is {value}; give seconds, 0 or more")
+            raise UserError(f"{path}.{name}={value}; give seconds, 0 or more")
 
 
 def check_choice(section: Any, path: str, choices: Mapping[str, Sequence[str]]) -> None:

@@ -65,7 +65,10 @@ class ModelConfig:
     lora_alpha: float = 32.0
 
     def __post_init__(self) -> None:
-        check_least(self, "model", dict.fromkeys(_SIZES, 1) | {"logits_chunk": 0, "lora_rank": 0})
+        for name in _SIZES:
+            if getattr(self, name) < 1:
+                raise UserError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+        check_least(self, "model", {"logits_chunk": 0, "lora_rank": 0})
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"model.num_heads is {self.num_heads}, not a multiple of "

@@ -237,7 +237,7 @@ def test_a_lagging_engine_costs_drops_or_segments_but_never_the_bound(tmp_path: 
 def test_bad_settings_name_the_value() -> None:
     with pytest.raises(UserError, match=r"stream\.over_age 'ignore'; use one of drop, wait"):
         StreamConfig(over_age="ignore")
-    with pytest.raises(UserError, match=r"stream\.batch_groups is 0; it is at least 1"):
+    with pytest.raises(UserError, match=r"stream\.batch_groups=0; it is at least 1"):
         StreamConfig(batch_groups=0)
-    with pytest.raises(UserError, match=r"stream\.stall_timeout is -1\.0; give seconds"):
+    with pytest.raises(UserError, match=r"stream\.stall_timeout=-1\.0; give seconds"):
         StreamConfig(stall_timeout=-1.0)

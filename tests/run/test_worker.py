@@ -172,7 +172,7 @@ def test_what_no_worker_can_serve(tmp_path: Path, flags: tuple[str, ...], words:
 def test_stages_without_rollouts_and_bad_limits(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no RL stage"):
         run_worker(replace(config(SERVER), stages=()), tmp_path)
-    with pytest.raises(UserError, match=r"workers\.lease is 0\.1; it is at least 1"):
+    with pytest.raises(UserError, match=r"workers\.lease=0\.1; it is at least 1"):
         WorkerConfig(lease=0.1)
     with pytest.raises(UserError, match=r"workers\.trainer_groups is -2"):
         config("--config.stage.rl.workers.trainer_groups=-2")
