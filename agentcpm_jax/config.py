@@ -417,20 +417,25 @@ def _value(hint: Any, value: Any, path: str) -> Any:
 
 
 def _given(hint: Any) -> Any:
-    """What a value is when it is not None."""
-    return next(a for a in typing.get_args(hint) if a is not type(None))
+    """Of a hint `T | None` the T; None for another hint."""
+    kinds = typing.get_args(hint)
+    if type(None) not in kinds:
+        return None
+    return next(kind for kind in kinds if kind is not type(None))
 
 
 def _at_the_edge(config: Any) -> dict[str, Any]:
-    """Plain values; what may be None keeps the type that it has when it is given."""
+    """Plain values; what may be None keeps its type, whichever of the two it is set to."""
     hints = typing.get_type_hints(type(config))
     found: dict[str, Any] = {}
     for name, value in vars(config).items():
-        found[name] = _at_the_edge(value) if dataclasses.is_dataclass(value) else _plain(value)
-        if type(None) in typing.get_args(hints[name]):
-            given = _given(hints[name])
-            given = typing.get_origin(given) or given
-            found[name] = config_dict.FieldReference(found[name], field_type=given)
+        if dataclasses.is_dataclass(value):
+            found[name] = _at_the_edge(value)
+        elif (given := _given(hints[name])) is not None:
+            kind = typing.get_origin(given) or given
+            found[name] = config_dict.FieldReference(_plain(value), field_type=kind)
+        else:
+            found[name] = _plain(value)
     return found
 
 

@@ -189,6 +189,13 @@ def test_what_is_left_open_can_be_given_on_the_command_line(flag: str, value: ob
     assert found == value and type(found) is type(value)
 
 
+def test_a_variant_may_leave_open_what_its_recipe_gives() -> None:
+    variant = "configs/rl_qwen3_4b.py:runlocal"
+    found = parse([f"--config={variant}", "--config.stage.rl.tasks_path=tasks.jsonl"]).config
+    assert found.stages[0].section.tasks_path == "tasks.jsonl"
+    assert parse([f"--config={variant}"]).config.stages[0].section.tasks_path is None
+
+
 def test_round_trip_of_a_whole_experiment() -> None:
     config = parse([QUICKSTART]).config
     plain = {f.name: getattr(config, f.name) for f in dataclasses.fields(ExperimentConfig)}

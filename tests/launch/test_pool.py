@@ -15,7 +15,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from agentcpm_jax.pool.config import PoolConfig
+from agentcpm_jax.pool.config import ADMIN_KEY_ENV, PoolConfig
 
 POOL = Path(__file__).parents[2] / "launch" / "pool"
 SCRIPTS = ("workers.sh", "pool.sbatch")
@@ -56,7 +56,7 @@ def test_the_parts_of_the_pod_fit_each_other() -> None:
     assert {v["name"] for v in spec["volumes"]} == {v["name"] for v in container["volumeMounts"]}
     assert env["DIRECTORY"] in [v["mountPath"] for v in container["volumeMounts"]]
     keys = {e["name"] for e in container["env"] if "valueFrom" in e}
-    assert keys == {PoolConfig().api_key_env, PoolConfig().admin_key_env}
+    assert keys == {PoolConfig().api_key_env, ADMIN_KEY_ENV}
     assert env.keys() - keys <= variables("workers.sh")
 
 
