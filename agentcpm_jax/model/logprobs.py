@@ -160,12 +160,9 @@ def _head_forward(
             top = z.max(-1, keepdims=True)
             e = jnp.exp(z - top)
             total = e.sum(-1)
-            log_total = jnp.log(total)
-            logsum = top[:, 0] + log_total
+            logsum = top[:, 0] + jnp.log(total)
             chosen = jnp.take_along_axis(z, y[:, None], axis=1)[:, 0]
-            spread = jnp.zeros_like(logsum)
-            if entropy:  # of z - top: the mean of large logits would cancel against their sum
-                spread = log_total - jnp.sum(e * (z - top), -1) / total
+            spread = logsum - jnp.sum(e * z, -1) / total if entropy else jnp.zeros_like(logsum)
             return chosen - logsum, spread, logsum
 
         cut = _cutter(labels.shape, chunk or chunk_tokens(matrix.shape[0]))
