@@ -27,7 +27,7 @@ import numpy as np
 from agentcpm_jax.merge.kernels.trees import Tree, linear, merge_tree
 from agentcpm_jax.types import UserError
 
-#: Between checkpoints, not steps: that of Li et al. 2025 (arXiv 2505.12082), alpha 0.1 there.
+#: Between checkpoints, not steps: the newest of many weighs a tenth. Our own choice.
 EMA_DECAY = 0.9
 
 
