@@ -406,7 +406,7 @@ def test_a_judge_that_cannot_be_asked_is_a_users_mistake(changes, message):
     ("changes", "message"),
     [
         ({"disagreement": "average"}, "judge.disagreement 'average'; use one of majority, unknown"),
-        ({"deadline": float("inf")}, r"judge\.deadline is inf"),
+        ({"deadline": float("inf")}, r"judge\.deadline=inf; give seconds"),
     ],
 )
 def test_bad_judge_configurations_name_value_and_fix(changes, message):
