@@ -1,6 +1,6 @@
 """Breaks the code one line at a time: a test has to notice each.
 
-    python experiments/mutate.py                # all of them; half an hour on two cores
+    python experiments/mutate.py                # all of them; ten minutes on two cores
     python experiments/mutate.py --only S4,W5   # some
     python experiments/mutate.py --list
 

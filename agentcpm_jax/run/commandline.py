@@ -82,7 +82,7 @@ def explained(command: Command, announce: Callable[[str], None]) -> bool:
 
 def find_config(path: str) -> Path:
     """Find a config file: a relative path is tried in the working directory, then the checkout."""
-    tried = [Path(path)] if Path(path).is_absolute() else [Path.cwd() / path, CHECKOUT / path]
+    tried = dict.fromkeys(directory / path for directory in (Path.cwd(), CHECKOUT))
     for candidate in tried:
         if candidate.is_file():
             return candidate
