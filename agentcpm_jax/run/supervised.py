@@ -216,6 +216,7 @@ def _train(
                 on_phase(step, "saving the checkpoint")
                 where = iterator.get_state()
                 config = to_json(ctx.cfg)
+                ctx.claim()
                 checkpoints.save(step, state=state, loader_state=where, config=config)
             if stopping and step < shape.steps:
                 raise Interrupted(f"stopped after step {step} of {name}; same command resumes")
