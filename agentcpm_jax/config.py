@@ -390,7 +390,11 @@ def _check_order(stages: list[Stage]) -> None:
 def _build(cls: type, raw: Mapping[str, Any], path: str) -> Any:
     _check_keys([f.name for f in dataclasses.fields(cls)], raw, path)
     hints = typing.get_type_hints(cls)
-    return cls(**{k: _value(hints[k], v, f"{path}.{k}") for k, v in raw.items()})
+    values = {k: _value(hints[k], v, f"{path}.{k}") for k, v in raw.items()}
+    try:
+        return cls(**values)
+    except UserError as error:  # a section names itself; where it stands is known here
+        raise UserError(str(error) if path == "config" else f"{path}: {error}") from None
 
 
 def _check_keys(names: Iterable[str], raw: Mapping[str, Any], path: str) -> None:

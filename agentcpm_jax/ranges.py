@@ -32,7 +32,7 @@ def check_between(section: Any, path: str, ranges: Mapping[str, tuple[float, flo
         value = getattr(section, name)
         for one in value if isinstance(value, tuple) else (value,):
             if one is not None and not low <= one <= high:
-                raise UserError(f"{path}.{name}={value}; give a number from {low:g} to {high:g}")
+                raise UserError(f"{path}.{name}={value}; give a number from {low} to {high}")
 
 
 def check_seconds(section: Any, path: str, *names: str) -> None:

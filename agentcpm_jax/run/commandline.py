@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,11 +18,14 @@ from ml_collections import ConfigDict, config_flags
 from agentcpm_jax.config import ExperimentConfig, from_config_dict
 from agentcpm_jax.plan.slices import device_count
 from agentcpm_jax.ranges import did_you_mean
-from agentcpm_jax.run.start.document import CHECKOUT, find_config, read_document
+from agentcpm_jax.run.start.document import CHECKOUT, read_document
+from agentcpm_jax.run.start.job import settings
 from agentcpm_jax.run.start.limits import check_limits
+from agentcpm_jax.run.start.owner import check_unowned
+from agentcpm_jax.run.start.resume import check_config
 from agentcpm_jax.types import UserError
 
-__all__ = ["CHECKOUT", "Command", "explained", "find_config", "parse"]
+__all__ = ["CHECKOUT", "Command", "check_workdir", "explained", "parse"]
 #: Values of `--explain=`; without a value it is the first.
 EXPLAINED = ("estimate", "aot", "arrays")
 
@@ -79,6 +83,18 @@ def parse(argv: Sequence[str]) -> Command:
     workdir = Path(values["workdir"].value or config.workdir)
     rest: list[Any] = [values[name].value for name in Command._fields[2:]]
     return Command(config, workdir, *rest)
+
+
+def check_workdir(command: Command) -> None:
+    """Check, before anything heavy is imported, that the command may go on in its workdir.
+
+    Raises `UserError`: another process owns it, or it holds a run of another configuration.
+    """
+    if command.explain:
+        return
+    if not command.doctor and settings(os.environ) is None:  # else it may be this job's process 0
+        check_unowned(command.workdir)
+    check_config(command.config, command.workdir)
 
 
 def explained(command: Command, announce: Callable[[str], None]) -> bool:

@@ -22,7 +22,7 @@ from agentcpm_jax.run.observe.summary import write_summary
 from agentcpm_jax.run.sampling import check_held_out
 from agentcpm_jax.run.start.limits import check_limits
 from agentcpm_jax.run.start.owner import owned
-from agentcpm_jax.run.start.signals import StopSignal
+from agentcpm_jax.run.start.signals import Interrupted, StopSignal
 from agentcpm_jax.run.supervised import run_pretrain, run_sft
 
 
@@ -59,6 +59,8 @@ def run_experiment(
                 seconds = time.monotonic() - started
                 mark_done(ctx, stage, seconds)
                 ctx.announce(f"{stage.name}: done in {seconds:.0f} s")
+                if decide(f"{stage.name}/stop", lambda: ctx.stop.requested):
+                    raise Interrupted(f"stopped after {stage.name}; same command resumes")
             return Path(decide("report", lambda: str(write_summary(ctx, ctx.announce))))
 
 

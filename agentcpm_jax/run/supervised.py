@@ -198,6 +198,7 @@ def _train(
             state, values = step_fn(state, placed, Frozen(base))
             if ctx.cfg.profile:
                 jax.block_until_ready(values)  # times the step alone
+            on_phase(step, "reading the loss")
             unread.append((step, batch, values["train/loss"]))
             stopping = any_process(ctx.stop.requested)
             saves = step % shape.checkpoint_every == 0 or step == shape.steps or stopping

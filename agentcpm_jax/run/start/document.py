@@ -1,4 +1,4 @@
-"""The file that `--config` names, as a `ConfigDict`: Python with a variant, YAML, or a stored run's.
+"""The file that `--config` names, as a `ConfigDict`: Python with a variant, YAML, a stored run's.
 
 configs/quickstart.py:smoke        its get_config("smoke")
 my.yaml, my.json                   the keys of a configuration; what is left out has its default
@@ -22,7 +22,6 @@ from agentcpm_jax.config import (
     config_from_json,
     default_config,
     from_config_dict,
-    read_config,
     stage_dict,
     to_config_dict,
 )
@@ -134,9 +133,7 @@ def _read_text(path: Path) -> ExperimentConfig:
         raise UserError(f"{path} holds no keys; begin with those of config.json, such as stages:")
     stages = raw.get("stages", ())
     if isinstance(stages, list) and any(isinstance(stage, Mapping) for stage in stages):
-        return (
-            read_config(path.parent) if path.name == "config.json" else config_from_json(raw, path)
-        )
+        return config_from_json(raw, path)
     try:
         return from_config_dict(raw)
     except UserError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from types import FrameType, TracebackType
@@ -17,6 +18,12 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 class Interrupted(Exception):
     """The run was asked to stop and left a resumable workdir."""
+
+
+def say(line: str) -> None:
+    """A whole line on stderr, where other threads may write too."""
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
 
 
 class StopSignal:
