@@ -59,5 +59,6 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def _nearest(name: Any, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    lower = {str(k).lower(): k for k in known}
+    near = difflib.get_close_matches(str(name).lower(), lower, n=1, cutoff=0.5)  # r1 is near rl
+    return f"; did you mean {lower[near[0]]!r}?" if near else ""

@@ -47,7 +47,7 @@ def start_line(ctx: RunContext, name: str, shape: TrainShape, start: int) -> str
     axes = " x ".join(f"{axis} {size}" for axis, size in ctx.mesh.shape.items() if size > 1)
     at = f"resumed after step {start} of" if start else "from the first of"
     return (
-        f"{name}: {ctx.mesh.size} x {jax.devices()[0].device_kind}, mesh {axes or 'of one device'}; "
+        f"{name}: {ctx.mesh.size} x {jax.devices()[0].device_kind}, mesh {axes or 'of one'}; "
         f"{parameters:,} parameters{adapters}; {shape.rows} rows of {shape.row_length} tokens; "
         f"{at} {shape.steps} steps"
     )
