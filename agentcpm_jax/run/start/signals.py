@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import os
 import signal
 import sys
@@ -40,6 +41,7 @@ class StopSignal:
         self._answer = answer
         self._previous: dict[int, Any] = {}
         self._over = threading.Event()
+        self._listener: threading.Thread | None = None
 
     def __enter__(self) -> StopSignal:
         try:
@@ -52,7 +54,8 @@ class StopSignal:
             self._pipe = os.pipe()
             os.set_blocking(self._pipe[1], False)
             signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
-            threading.Thread(target=self._listen, name="signals", daemon=True).start()
+            self._listener = threading.Thread(target=self._listen, name="signals", daemon=True)
+            self._listener.start()
         return self
 
     def __exit__(
@@ -63,15 +66,26 @@ class StopSignal:
     ) -> None:
         self._over.set()
         self._restore()
-        if self._answer is not None and hasattr(self, "_pipe"):
+        if sys.unraisablehook == self._on_swallowed:
+            sys.unraisablehook = sys.__unraisablehook__
+        if self._listener is not None:
             signal.set_wakeup_fd(-1)
-            os.write(self._pipe[1], b"\0")  # the listener closes the pipe
+            os.write(self._pipe[1], b"\0")
+            self._listener.join()  # it may still have to answer; it closes the pipe
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
         self._restore()
         if self._answer is not None and not self.patient:
+            sys.unraisablehook = self._on_swallowed
             raise KeyboardInterrupt
+
+    def _on_swallowed(self, unraisable: Any) -> None:
+        """A callback, of the garbage collector's say, cannot raise: once more, behind it."""
+        if unraisable.exc_type is KeyboardInterrupt:
+            _thread.interrupt_main()
+        else:
+            sys.__unraisablehook__(unraisable)
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():
