@@ -22,11 +22,11 @@ def main(argv: list[str]) -> int:
     if {"-h", "--help"} & set(argv):
         print(__doc__)
         return 0
-    with StopSignal(answer=say):
-        try:
+    try:
+        with StopSignal(answer=say):
             return work(argv)
-        except KeyboardInterrupt:  # its claims go to others when their lease ends
-            return 130
+    except KeyboardInterrupt:  # its claims go to others when their lease ends
+        return 130
 
 
 def work(argv: list[str]) -> int:

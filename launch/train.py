@@ -21,13 +21,13 @@ def main(argv: list[str]) -> int:
     if {"-h", "--help"} & set(argv):
         print(__doc__)
         return 0
-    with StopSignal(answer=say) as stop:
-        try:
+    try:
+        with StopSignal(answer=say) as stop:
             return run(argv, stop)
-        except (Interrupted, KeyboardInterrupt) as stopped:
-            if str(stopped):  # else `stop` has answered
-                say(f"interrupted: {stopped}")
-            return 130
+    except (Interrupted, KeyboardInterrupt) as stopped:
+        if str(stopped):  # else `stop` has answered
+            say(f"interrupted: {stopped}")
+        return 130
 
 
 def run(argv: list[str], stop: StopSignal) -> int:

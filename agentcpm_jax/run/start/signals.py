@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -44,18 +45,21 @@ class StopSignal:
         self._listener: threading.Thread | None = None
 
     def __enter__(self) -> StopSignal:
+        if self._answer is not None:
+            self._pipe = os.pipe()
+            os.set_blocking(self._pipe[1], False)
+            self._listener = threading.Thread(target=self._listen, name="signals", daemon=True)
+            self._listener.start()
         try:
+            if self._listener is not None:
+                signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
             for number in SIGNALS:
                 self._previous[number] = signal.signal(number, self._on_signal)
         except ValueError:  # not the main thread (notebooks, tests): there is nothing to catch
             self._previous = {}
-            return self
-        if self._answer is not None:
-            self._pipe = os.pipe()
-            os.set_blocking(self._pipe[1], False)
-            signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
-            self._listener = threading.Thread(target=self._listen, name="signals", daemon=True)
-            self._listener.start()
+        except KeyboardInterrupt:
+            self.__exit__(None, None, None)
+            raise
         return self
 
     def __exit__(
@@ -69,7 +73,8 @@ class StopSignal:
         if sys.unraisablehook == self._on_swallowed:
             sys.unraisablehook = sys.__unraisablehook__
         if self._listener is not None:
-            signal.set_wakeup_fd(-1)
+            with suppress(ValueError):
+                signal.set_wakeup_fd(-1)
             os.write(self._pipe[1], b"\0")
             self._listener.join()  # it may still have to answer; it closes the pipe
 
@@ -83,7 +88,7 @@ class StopSignal:
     def _on_swallowed(self, unraisable: Any) -> None:
         """A callback, of the garbage collector's say, cannot raise: once more, behind it."""
         if unraisable.exc_type is KeyboardInterrupt:
-            _thread.interrupt_main()
+            threading.Timer(0.05, _thread.interrupt_main).start()
         else:
             sys.__unraisablehook__(unraisable)
 

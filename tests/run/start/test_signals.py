@@ -28,7 +28,8 @@ with signals.StopSignal(answer=signals.say) as stop:
             numpy.sort(numpy.arange(600_000_000)[::-1] % 9973)
         elif sys.argv[1] == "collecting":  # jax has such a callback
             import gc
-            gc.callbacks.append(lambda *_: time.sleep(0.2))
+            naps = iter([0.3, 0.3, 0.3])
+            gc.callbacks.append(lambda *_: time.sleep(next(naps, 0)))
             while True:
                 gc.collect()
         elif sys.argv[1] == "cleaning":
