@@ -25,7 +25,7 @@ from agentcpm_jax.log.codec import (
     encode_credit,
     encode_trajectory,
 )
-from agentcpm_jax.log.experience import ExperienceLog
+from agentcpm_jax.log.experience import SET_ASIDE, ExperienceLog
 from agentcpm_jax.log.schema import ShipEntry
 from agentcpm_jax.types import (
     Credit,
@@ -243,6 +243,24 @@ def test_each_issue_ends_exactly_once(log_url: str) -> None:
             log.ship("rl", 1, [])
         with pytest.raises(ValueError, match="unknown"):
             log.drop(99, "never issued")
+
+
+def test_a_batch_that_cannot_be_trained_is_taken_back_with_its_reason(log_url: str) -> None:
+    with ExperienceLog.open(log_url) as log:
+        ids = ready(log, 4)
+        log.ship("rl", 0, entries(ids[:1]))
+        log.ship("rl", 1, entries(ids[1:3]))
+        with pytest.raises(ValueError, match="step 0 is not the newest, 1 is"):
+            log.set_aside("rl", 0, "too long")
+        assert log.set_aside("rl", 1, "a row of 9 tokens") == ids[1:3]
+        assert log.shipped("rl", 1) == [] and log.last_shipped_step("rl") == 0
+        assert log.counts("rl")["reason"] == {SET_ASIDE: 2}
+        said = [log.decisions(i) for i in ids[1:3]]
+        assert said == [[Decision(-1, SET_ASIDE, "step 2: a row of 9 tokens")]] * 2
+        with pytest.raises(ValueError, match="cannot become"):
+            log.drop(ids[1], "again")
+        log.ship("rl", 1, entries(ids[3:]))
+        assert [s.issue_id for s in log.shipped("rl", 1)] == ids[3:]
 
 
 def test_the_database_itself_refuses_to_ship_a_segment_twice(log_url: str) -> None:
