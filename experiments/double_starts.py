@@ -2,10 +2,10 @@
 
     python experiments/double_starts.py --n 20
 
-Real in every trial: launch/train.py on configs/tiny.py as its user starts it, twice, the second at a
-random moment: both at once, while the first imports, compiles, trains or saves. A life is one
-workdir; its owner is killed with SIGKILL and started anew between some of the trials, and is let run
-to its end at last. Checked:
+Real in every trial: launch/train.py on configs/tiny.py as its user starts it, twice, the second at
+a random moment: both at once, while the first imports, compiles, trains or saves. A life is one
+workdir; its owner is killed with SIGKILL and started anew between some of the trials, and is let
+run to its end at last. Checked:
 
     one of the two ends within its first seconds, with exit code 2 and one line that names the other
     one's host and pid; the start after a SIGKILL is never refused; and at the end, by
@@ -38,7 +38,7 @@ from agentcpm_jax.run.observe.metrics import read_metrics
 
 LIVES = ("", "async")  # variants of configs/tiny.py
 PER_OWNER = 3  # trials of one process, before it is killed
-LONGEST = 20.0  # s between the first start and the second
+LONGEST = 12.0  # s between the first start and the second
 LIMIT = 900  # s that a process may take
 
 

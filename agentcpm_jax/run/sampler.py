@@ -140,19 +140,18 @@ def open_sampler(
             worker = _worker(ctx, stage, rl, engine, sample, groups)
             closing.callback(worker.stop)
             worker.start()
-        row_length = rl.shape.row_length
         stream = Stream(
             ctx.log,
             stage.name,
             tasks,
             meter.watching(sample),
-            partial(without_untrainable, advantage, row_length),
+            partial(without_untrainable, advantage, rl.shape.row_length),
             rl.stream,
             use_version=use_version,
             groups=groups,
         )
         closing.callback(stream.stop)
-        set_aside(ctx, stage, version, row_length)
+        set_aside(ctx, stage, version, rl.shape.row_length)
         ctx.claim()  # the stream writes the log's first rows
         stream.start(version)
         yield Sampler(rl, ctx.log, engine, stream, store, meter)

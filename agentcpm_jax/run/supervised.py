@@ -217,13 +217,17 @@ def _train(
             bar.update(1)
             if saves:
                 on_phase(step, "saving the checkpoint")
-                where = iterator.get_state()
-                config = to_json(ctx.cfg)
-                ctx.claim()
-                checkpoints.save(step, state=state, loader_state=where, config=config)
+                _save(ctx, checkpoints, step, state, iterator)
             if stopping and step < shape.steps:
                 raise Interrupted(f"stopped after step {step} of {name}; same command resumes")
     return Trained(plain(state.params, base, model), state.params)
+
+
+def _save(ctx: RunContext, checkpoints: Checkpointer, step: int, state: Any, iterator: Any) -> None:
+    """Starts writing the checkpoint; the workdir is this configuration's from here on."""
+    ctx.claim()
+    where = iterator.get_state()
+    checkpoints.save(step, state=state, loader_state=where, config=to_json(ctx.cfg))
 
 
 def _again(params: Any, shardings: Any) -> Any:
