@@ -116,7 +116,7 @@ class EvalStage:
     engine: EngineConfig = EngineConfig()
 
     def __post_init__(self) -> None:
-        check_least(self, "eval", {"tasks": 0, "samples": 1, "k": 1, "skill_tasks": 0})
+        check_least(self, "eval", {"tasks": 0, "samples": 1, "skill_tasks": 0})
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ class Life:
             time.sleep(0.05)
         loser, winner = (second, owner) if second.poll() is not None else (owner, second)
         _, said = loser.communicate()
-        if loser is owner and loser.returncode == 0:  # it was at its end: nothing was double
+        if loser is owner and loser.returncode == 0:  # it was at its end, and the next one begins
             return winner, ""
         named = f"pid {winner.pid} on {socket.gethostname()} "
         lines = [line for line in said.splitlines() if line.startswith("error: ")]

@@ -45,6 +45,9 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: nothing in the run was changed", file=sys.stderr)
+        return 130
 
 
 def progress(line: str) -> None:
