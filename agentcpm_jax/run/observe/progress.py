@@ -70,6 +70,8 @@ class Lines:
 class _Steady(tqdm):
     """tqdm, whose rate begins after the first step."""
 
+    _time: Callable[[], float]  # tqdm's clock
+
     def update(self, n: float | None = 1) -> bool | None:
         """As tqdm's."""
         if self.n == self.initial:
