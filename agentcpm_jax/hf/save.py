@@ -46,6 +46,7 @@ from agentcpm_jax.hf.names import (
     file_tensors,
     inputs_outputs,
 )
+from agentcpm_jax.hf.place import check_replaceable, output_place
 from agentcpm_jax.model.config import DTYPES, ModelConfig, to_hf_config
 from agentcpm_jax.model.lora import adapter_specs
 from agentcpm_jax.model.params import ParamSpec, param_specs
@@ -81,22 +82,19 @@ def save_hf(
         a model card.
 
     Raises:
-      UserError: the place holds something else than a checkpoint, there is no tokenizer in
-        `tokenizer_from`, or the dtype is unknown.
+      UserError: the place cannot be written or holds something else than a model of ours, there is
+        no tokenizer in `tokenizer_from`, the dtype is unknown, or a parameter is not finite.
       ValueError: `params` are not the parameters of `cfg`.
     """
-    directory = Path(directory).absolute()
-    if directory.exists() and not _replaceable(directory):
-        raise UserError(f"{directory} exists and is no checkpoint directory; choose another place")
+    place = output_place(Path(directory))
+    check_replaceable(place)
     contents = directory_contents(params, cfg, dtype, tokenizer_from)
     if jax.process_index() > 0:
         for _, pieces in contents:  # this process's part of every gathering
             deque(pieces, maxlen=0)
         return
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    fresh, old = (
-        directory.with_name(f".{directory.name}.{w}-{os.getpid()}") for w in ("tmp", "old")
-    )
+    place.parent.mkdir(parents=True, exist_ok=True)
+    fresh, old = (place.with_name(f".{place.name}.{w}-{os.getpid()}") for w in ("tmp", "old"))
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir()
     try:
@@ -104,12 +102,23 @@ def save_hf(
         weights = {name: h for name, h in hashes.items() if name.endswith(".safetensors")}
         for name, text in describe(weights).items():
             (fresh / name).write_text(text)
-        if directory.exists():
-            directory.rename(old)
-        fresh.rename(directory)
+        check_replaceable(place)  # it may have been filled meanwhile
+        _exchange(fresh, place, old)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(fresh: Path, place: Path, old: Path) -> None:
+    """Puts one directory in the place of another, which is removed only then."""
+    if place.exists():
+        place.rename(old)
+    try:
+        fresh.rename(place)
+    except OSError:
+        if old.exists():
+            old.rename(place)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def directory_contents(
@@ -184,12 +193,6 @@ def _check_params(flat: Mapping[str, Any], specs: Mapping[str, ParamSpec]) -> No
     for path, spec in specs.items():
         fix = "give the parameters of this configuration"
         check_shape(path, flat[path].shape, spec.shape, fix, ValueError)
-
-
-def _replaceable(directory: Path) -> bool:
-    if not directory.is_dir():
-        return False
-    return (directory / CONFIG).is_file() or not any(directory.iterdir())
 
 
 def _weight_files(

@@ -210,7 +210,7 @@ class AdaptedCheckpoint(Checkpoint):
             raise UserError(f"{self._path} has only one of the two factors of {module}; {OTHER}")
         tensors = self._names(f"{module}.weight")
         if self._tied and f"{module}.weight" in self._tied:
-            self._check_tied(module, factors)
+            self._check_tied_factors(module, factors)
         transposed = (
             self.config.get("model_type") in TRANSPOSED
             and module != HEAD
@@ -219,7 +219,9 @@ class AdaptedCheckpoint(Checkpoint):
         )
         shape = (b.shape[0], a.shape[1])
         named = f"{self._path}: B A of {module}"
-        check_shape(named, shape[::-1] if transposed else shape, self.tensors[tensors[0]].shape, OTHER)
+        check_shape(
+            named, shape[::-1] if transposed else shape, self.tensors[tensors[0]].shape, OTHER
+        )
         rank = self._settings.rank(module)
         if (a.shape[0], b.shape[1]) != (rank, rank):
             raise UserError(
@@ -249,7 +251,7 @@ class AdaptedCheckpoint(Checkpoint):
         if factors.bias is not None:
             self._add_bias(module, factors.bias.astype(np.float32) * scale)
 
-    def _check_tied(self, module: str, factors: Factors) -> None:
+    def _check_tied_factors(self, module: str, factors: Factors) -> None:
         """Refuses what PEFT itself merges otherwise than it was trained, or in no clear order."""
         both = all(n.removesuffix(".weight") in self._factors for n in self._tied)
         if both and self._settings.on("ensure_weight_tying"):

@@ -78,7 +78,7 @@ class Chunked:
                 value = kernel(at, *chunks)
                 if propagates and not _sums_to_a_number(value):
                     raise UserError(broken(arrays))
-            out[first : first + chunks[0].shape[0]] = value
+                out[first : first + chunks[0].shape[0]] = value
         return out.reshape(self.shape)
 
     def pick(self, kernel: Kernel, arrays: Sequence[Array], index: Array | None) -> np.ndarray:
@@ -179,6 +179,14 @@ class Chunked:
             f"tensor {self.name} overflows {self.compute.name} while it is merged; "
             "its values are too large: use another checkpoint"
         )
+
+
+def not_finite(x: np.ndarray) -> int:
+    """How many numbers are NaN or infinite."""
+    flat = x.reshape(-1)
+    pieces = (flat[at : at + CHUNK] for at in range(0, flat.size, CHUNK))
+    broken = (piece for piece in pieces if not _all_finite(piece))
+    return sum(int(piece.size - np.count_nonzero(np.isfinite(piece))) for piece in broken)
 
 
 def _all_finite(x: np.ndarray) -> bool:
