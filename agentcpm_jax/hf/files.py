@@ -38,6 +38,10 @@ FLOATS = {
 CODES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 LONGEST_HEADER = 100_000_000  # bytes; what the format allows
 HEADS = ("head", "output", "embed_out")  # in the names of matrices from states to tokens
+# The bits of the exponent: all ones in NaN and infinities, and nowhere else. Comparing them takes a
+# quarter of the time of np.isfinite, on half the bytes.
+EXPONENT = {FLOATS["float16"]: np.uint16(0x7C00), FLOATS["bfloat16"]: np.uint16(0x7F80)}
+IN_CACHE = 1 << 16  # numbers that are looked at together
 BLOCK = (128, 1024)  # rows and columns of a transposing copy
 APART = 32  # numbers between its rows
 
@@ -117,9 +121,8 @@ class Checkpoint:
         heads = [name for name in names if any(word in name for word in HEADS)]
         for head in heads if len(names) == 2 and len(heads) == 1 else ():
             (embedding,) = {*names} - {head}
-            same = self.tensors[embedding] == self.tensors[head] and np.array_equal(
-                *(self.read(name).view(np.uint8) for name in (embedding, head))
-            )
+            ours, copy = (self.read(name).view(np.uint8) for name in (embedding, head))
+            same = self.tensors[embedding] == self.tensors[head] and np.array_equal(ours, copy)
             self.release(embedding)
             if not same:
                 raise UserError(
@@ -260,6 +263,22 @@ def index_text(files: Sequence[FileLayout], tensors: Mapping[str, TensorInfo]) -
 def as_bytes(array: np.ndarray) -> memoryview:
     """The numbers as they go into a file; bfloat16 has no buffer protocol of its own."""
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+def not_finite(x: np.ndarray) -> int:
+    """How many numbers are NaN or infinite."""
+    flat = x.reshape(-1)
+    pieces = (flat[at : at + IN_CACHE] for at in range(0, flat.size, IN_CACHE))
+    broken = (piece for piece in pieces if not all_finite(piece))
+    return sum(int(piece.size - np.count_nonzero(np.isfinite(piece))) for piece in broken)
+
+
+def all_finite(x: np.ndarray) -> bool:
+    """Whether none is."""
+    exponent = EXPONENT.get(x.dtype)
+    if exponent is None:
+        return bool(np.isfinite(x).all())
+    return not x.size or bool((x.view(np.uint16) & exponent).max() < exponent)
 
 
 def transpose_into(target: np.ndarray, source: np.ndarray) -> None:

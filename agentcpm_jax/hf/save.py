@@ -32,6 +32,7 @@ from agentcpm_jax.hf.files import (
     as_bytes,
     index_text,
     json_text,
+    not_finite,
     plan_files,
     transpose_into,
     write_file,
@@ -204,14 +205,17 @@ def _weight_files(
     layouts = plan_files(infos, max_file_bytes)
     for layout in layouts:
         places = [sources[key] for key, _ in layout.tensors]
-        parts = [(flat[path], layer, specs[path]) for path, layer in places]
+        parts = [
+            (key, flat[path], layer, specs[path])
+            for (key, _), (path, layer) in zip(layout.tensors, places, strict=True)
+        ]
         yield layout.name, _file(layout, parts, dtype)
     if len(layouts) > 1:
         yield INDEX, [index_text(layouts, infos).encode()]
 
 
 def _file(
-    layout: FileLayout, parts: Iterable[tuple[Any, int | None, ParamSpec]], dtype: str
+    layout: FileLayout, parts: Iterable[tuple[str, Any, int | None, ParamSpec]], dtype: str
 ) -> Iterator[Any]:
     """A safetensors file as byte buffers: the header, then every tensor in pieces.
 
@@ -228,14 +232,26 @@ def _file(
         free.append(memory)
 
     with ThreadPoolExecutor(2) as converters:
-        for leaf, layer, spec in parts:
+        for key, leaf, layer, spec in parts:
             for work in _pieces(leaf, layer, spec, dtype):
                 memory = free.pop()
-                waiting.append((converters.submit(work, memory), memory))
+                waiting.append((converters.submit(_checked, key, work, memory), memory))
                 if not free:
                     yield from oldest()
         while waiting:
             yield from oldest()
+
+
+def _checked(key: str, work: Callable[[np.ndarray], np.ndarray], memory: np.ndarray) -> np.ndarray:
+    """A piece that a reader would take."""
+    with np.errstate(over="ignore"):
+        piece = work(memory)
+    if count := not_finite(piece):
+        raise UserError(
+            f"tensor {key} has {count} values that are not finite as {piece.dtype}; use an earlier "
+            "checkpoint, or another dtype"
+        )
+    return piece
 
 
 def _pieces(

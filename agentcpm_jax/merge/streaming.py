@@ -15,13 +15,19 @@ import numpy as np
 
 from agentcpm_jax.files import nearest_existing, size_text
 from agentcpm_jax.hf.card import CARD
-from agentcpm_jax.hf.files import FLOATS, index_text, json_digest, plan_files, write_files
+from agentcpm_jax.hf.files import (
+    FLOATS,
+    index_text,
+    json_digest,
+    not_finite,
+    plan_files,
+    write_files,
+)
 from agentcpm_jax.hf.names import INDEX
 from agentcpm_jax.hf.place import check_free, output_place
 from agentcpm_jax.merge.agreement import check_models, check_rows
 from agentcpm_jax.merge.companions import card, donor_of, template_for, write_companions
 from agentcpm_jax.merge.inputs import MergeInput, fingerprint, identity, open_input
-from agentcpm_jax.merge.kernels.chunked import not_finite
 from agentcpm_jax.merge.kernels.methods import merge_tensors
 from agentcpm_jax.merge.recipe import MergeRecipe
 from agentcpm_jax.merge.resolve import TensorJob, resolve_jobs, rounding_notes, unmatched_filters

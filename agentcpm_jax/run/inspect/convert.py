@@ -6,28 +6,20 @@ import shutil
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
-
-from agentcpm_jax.checkpoint import Checkpointer
-from agentcpm_jax.config import ExperimentConfig, Stage, config_from_json, to_json
 from agentcpm_jax.hf.card import LINEAGE
 from agentcpm_jax.hf.companions import copy_companions, tokenizer_file
 from agentcpm_jax.hf.files import Checkpoint, json_text, read_json
-from agentcpm_jax.hf.load import load_hf
 from agentcpm_jax.hf.locate import find_model
 from agentcpm_jax.hf.names import CONFIG, GENERATION, PEFT_CONFIG, TOKEN_IDS
 from agentcpm_jax.hf.place import check_free, check_replaceable, output_place
-from agentcpm_jax.hf.save import save_hf, save_peft
-from agentcpm_jax.mesh import MeshConfig
-from agentcpm_jax.model.config import from_hf_config
-from agentcpm_jax.model.params import param_specs
-from agentcpm_jax.run.observe.card import describe
-from agentcpm_jax.sharding import make_mesh, param_shardings
-from agentcpm_jax.train.placement import trained_shapes
 from agentcpm_jax.types import UserError
 
+if TYPE_CHECKING:
+    from agentcpm_jax.config import ExperimentConfig, Stage
+
+# JAX and orbax are imported where they work, so that a wrong place is refused without them.
 TOKENIZER = "tokenizer"
 
 
@@ -47,23 +39,39 @@ def convert(
     Raises:
       UserError: `source` is neither of the two, or `out` is already taken.
     """
-    source = find_model(source)
-    out = output_place(out, [source])
+    source = find_model(source).absolute()
     if (source / CONFIG).is_file() and not (source / "checkpoints").is_dir():
+        out = output_place(out, [source])
+        check_free(out)
         return _to_orbax(source, out, tokenizer, dtype)
     if source.name.isdecimal() and (source / "meta").is_dir():
         source, step = source.parent, int(source.name)
-    steps = Checkpointer(source).steps()
-    if not steps:
-        raise UserError(
-            f"{source} is neither a Hugging Face directory (config.json) nor a directory of "
-            "checkpoints (<workdir>/<stage>/checkpoints); name one of the two"
-        )
-    return _to_hf(source.absolute(), out, steps[-1] if step is None else step, tokenizer, dtype)
+    if not any(path.name.isdecimal() for path in source.iterdir()):
+        raise _neither(source)
+    out = output_place(out, [source])
+    check_replaceable(out)
+    return _to_hf(source, out, step, tokenizer, dtype)
 
 
-def _to_hf(source: Path, out: Path, step: int, tokenizer: str, dtype: str) -> str:
+def _neither(source: Path) -> UserError:
+    return UserError(
+        f"{source} is neither a Hugging Face directory (config.json) nor a directory of "
+        "checkpoints (<workdir>/<stage>/checkpoints); name one of the two"
+    )
+
+
+def _to_hf(source: Path, out: Path, step: int | None, tokenizer: str, dtype: str) -> str:
+    import jax
+
+    from agentcpm_jax.checkpoint import Checkpointer
+    from agentcpm_jax.config import config_from_json
+    from agentcpm_jax.hf.save import save_hf, save_peft
+    from agentcpm_jax.train.placement import trained_shapes
+
     checkpoints = Checkpointer(source)
+    if not (steps := checkpoints.steps()):
+        raise _neither(source)
+    step = steps[-1] if step is None else step
     restored = checkpoints.restore(step)
     assert restored is not None
     cfg = config_from_json(restored.config)
@@ -79,7 +87,6 @@ def _to_hf(source: Path, out: Path, step: int, tokenizer: str, dtype: str) -> st
         params = checkpoints.restore_part(step, {"params": abstract})["params"]
         save_peft(out, params, cfg.model, stage.init_from if stage else "", described)
         return f"{out}: adapters of step {step} for PEFT ({PEFT_CONFIG})"
-    check_replaceable(out)
     found = find_model(tokenizer) if tokenizer else _tokenizer_of(source, cfg)
     params = checkpoints.restore_part(step, {"params": abstract})["params"]
     save_hf(out, params, cfg.model, dtype=dtype, tokenizer_from=found, describe=described)
@@ -88,15 +95,19 @@ def _to_hf(source: Path, out: Path, step: int, tokenizer: str, dtype: str) -> st
 
 
 def _to_orbax(source: Path, out: Path, tokenizer: str, dtype: str) -> str:
-    check_free(out)
+    from agentcpm_jax.checkpoint import Checkpointer
+    from agentcpm_jax.config import ExperimentConfig, to_json
+    from agentcpm_jax.hf.load import load_hf
+    from agentcpm_jax.model.config import from_hf_config
+
     config = read_json(source / CONFIG)
-    model = from_hf_config(config)
-    params, model = load_hf(source, param_dtype=dtype or None, shardings=_shardings(model))
+    from_where = find_model(tokenizer) if tokenizer else source
+    shardings = _shardings(from_hf_config(config))
+    params, model = load_hf(source, param_dtype=dtype or None, shardings=shardings)
     checkpoints = Checkpointer(out)
-    experiment = to_json(ExperimentConfig(name=source.absolute().name, model=model))
+    experiment = to_json(ExperimentConfig(name=source.name, model=model))
     checkpoints.save(0, state={"params": params}, config=experiment)
     checkpoints.close()
-    from_where = find_model(tokenizer) if tokenizer else source
     (out / TOKENIZER).mkdir(exist_ok=True)
     copy_companions(from_where, out / TOKENIZER)
     _keep_token_ids(source, config, out / TOKENIZER / GENERATION)
@@ -125,6 +136,12 @@ def _rounding(stored: set[str], dtype: str) -> str:
 
 def _shardings(model: Any) -> Any:
     """Shardings over all devices of this machine; None for one device."""
+    import jax
+
+    from agentcpm_jax.mesh import MeshConfig
+    from agentcpm_jax.model.params import param_specs
+    from agentcpm_jax.sharding import make_mesh, param_shardings
+
     if jax.device_count() == 1:
         return None
     mesh = make_mesh(MeshConfig(fsdp=-1))
@@ -141,6 +158,8 @@ def _tokenizer_of(source: Path, cfg: ExperimentConfig) -> Path | None:
 def _described(
     source: Path, cfg: ExperimentConfig, stage: Stage | None, step: int, weights: Any
 ) -> dict[str, str]:
+    from agentcpm_jax.run.observe.card import describe
+
     made_from: dict[str, Path | None] = {f"{source}/{step}": None}
     if (source / TOKENIZER / LINEAGE).is_file():
         made_from = {f"{source}/{step}": source / TOKENIZER}
