@@ -20,6 +20,7 @@ from agentcpm_jax.types import UserError
 
 #: All that a model directory of ours can hold.
 OURS = (CONFIG, INDEX, CARD, LINEAGE, *FILES)
+MOUNTS = Path("/proc/self/mountinfo")  # of Linux
 WEIGHTS = re.compile(rf"{re.escape(SINGLE)}|model-\d{{5}}-of-\d{{5}}\.safetensors")
 
 
@@ -74,7 +75,7 @@ def _is_mounted(place: Path) -> bool:
     if os.path.ismount(place):
         return True
     with contextlib.suppress(OSError):
-        for line in Path("/proc/self/mountinfo").read_text(errors="replace").splitlines():
+        for line in MOUNTS.read_text(errors="replace").splitlines():
             mounted = line.split()[4].encode().decode("unicode_escape")  # a space is \040
             if mounted == str(place):
                 return True

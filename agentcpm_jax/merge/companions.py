@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -78,7 +79,12 @@ def card(
         *([""] if notes else []),
         *file_table(("input", "file", "content"), hashes.items()),
     ]
-    return model_card("merge", "Merged model", body)
+    return model_card("merge", "Merged model", body, map(_hub_name, recipe.models))
+
+
+def _hub_name(model: str) -> str:
+    """Of a model without its revision and adapter, if they are there: what the Hub links to."""
+    return model if Path(model).is_dir() else re.split(r"[@+]", model, maxsplit=1)[0]
 
 
 def donor_of(recipe: MergeRecipe) -> str:

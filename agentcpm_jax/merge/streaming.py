@@ -150,8 +150,8 @@ def open_inputs(recipe: MergeRecipe, roots: Sequence[Path]) -> Iterator[Opened]:
         models: Mapping[str, MergeInput] = stored
         vocabulary = None
         notes = [*recipe.notes, *(n for m in stored.values() for n in getattr(m, "notes", ()))]
+        check_rows(stored)
         if recipe.tokenizer is None:
-            check_rows(stored)
             notes += check_same_ids(stored, donor_of(recipe), recipe.compat)
         else:
             models, vocabulary = align(

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from agentcpm_jax.hf.files import FLOATS, all_finite
+from agentcpm_jax.hf.files import all_finite
 from agentcpm_jax.merge.kernels.ops import Array, Kernel, Scalar
 from agentcpm_jax.merge.kernels.random_bits import Key, bits_at, stream_key
 from agentcpm_jax.merge.kernels.selection import SAMPLE, find_cut

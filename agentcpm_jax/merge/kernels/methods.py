@@ -27,7 +27,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from agentcpm_jax.merge.kernels.chunked import FLOATS, Chunked
+from agentcpm_jax.hf.files import FLOATS
+from agentcpm_jax.merge.kernels.chunked import Chunked
 from agentcpm_jax.merge.kernels.means import model_stock, ram, sce, weighted_mean
 from agentcpm_jax.merge.kernels.ops import Array, Ops
 from agentcpm_jax.merge.kernels.pairs import arcee_fusion, nearswap, passthrough
