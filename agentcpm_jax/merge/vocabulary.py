@@ -237,6 +237,13 @@ def check_same_ids(models: Mapping[str, MergeInput], donor: str, compat: bool) -
     """
     union = "add `tokenizer: {source: union}`"
     known = {name: known_ids(model.companions) for name, model in models.items()}
+    for name, own in known.items():
+        last, rows = max(own, key=own.__getitem__, default=""), _row_count(models[name])
+        if own and rows and own[last] >= rows:
+            raise UserError(
+                f"token {last!r} has id {own[last]} in {name}, whose embedding has {rows} rows; "
+                "copy tokenizer and weights of one model"
+            )
     ids: dict[str, tuple[int, str]] = {}
     tokens: dict[int, tuple[str, str]] = {}
     for name, own in known.items():
