@@ -3,7 +3,8 @@
     python launch/merge.py recipe.yaml merged/
     python launch/merge.py recipe.yaml --plan
 
-Models are directories (relative to here or to the recipe) or repositories of the local Hub cache.
+Models are directories (relative to here or to the recipe) or repositories of the local Hub cache;
+`model+adapter` adds a LoRA adapter first (docs/adapters.md).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--plan", action="store_true", help="show what would be done; write nothing"
     )
-    parser.add_argument("--compat", default="", help=f"{COMPAT}: reproduce its quirks")
+    parser.add_argument("--compat", default="", help=f"{COMPAT}: its formulas and quirks")
     parser.add_argument("--seed", type=int, default=0, help="of random masks (default 0)")
     args = parser.parse_args(argv)
     if args.out is None and not args.plan:
