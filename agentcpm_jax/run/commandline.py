@@ -63,8 +63,9 @@ def parse(argv: Sequence[str]) -> Command:
     if positional[1:]:
         raise UserError(f"unexpected argument {positional[1]!r}; overrides are --config.a.b=value")
     loaded: Any = values["config"].value
-    config = from_config_dict(loaded)
-    workdir = Path(values["workdir"].value or config.workdir)
+    workdir = Path(values["workdir"].value or loaded.workdir)
+    planned = bool(values["explain"].value)
+    config = from_config_dict(loaded, workdir, planned=planned)
     rest: list[Any] = [values[name].value for name in Command._fields[2:]]
     return Command(config, workdir, *rest)
 
