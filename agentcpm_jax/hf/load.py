@@ -20,13 +20,13 @@ from agentcpm_jax.hf.locate import find_model
 from agentcpm_jax.hf.names import (
     CONFIG,
     check_shape,
-    file_shape,
     file_shapes,
     inputs_outputs,
     keys,
     stacked,
 )
-from agentcpm_jax.model.config import DTYPES, ModelConfig, from_hf_config
+from agentcpm_jax.hf.shape import RECORDED_ONLY, stored_shape
+from agentcpm_jax.model.config import DTYPES, SHAPE, ModelConfig
 from agentcpm_jax.model.params import Params, ParamSpec, param_specs
 from agentcpm_jax.types import UserError
 
@@ -64,14 +64,14 @@ def load_hf(
       UserError: something is missing, truncated, unexpected or of another shape.
     """
     with Checkpoint(find_model(directory)) as stored:
-        found = from_hf_config(stored.config)
+        found = stored_shape(stored)
         if cfg is None:
             cfg = found
         else:
             _same_model(stored.directory, cfg, found)
             param_dtype = param_dtype or cfg.param_dtype
         specs = param_specs(cfg)
-        _check_keys(stored, file_shapes(tree.flatten(specs)), cfg.tied_embeddings)
+        _check_tensors(stored, file_shapes(tree.flatten(specs)), cfg.tied_embeddings)
         if param_dtype is None:
             param_dtype = _dtype(stored, specs["embed"].hf_key)
         cfg = dataclasses.replace(cfg, param_dtype=param_dtype)
@@ -85,11 +85,23 @@ def load_hf(
         return tree.map_with_path(leaf, specs, *([shardings] if shardings else [])), cfg
 
 
-def _check_keys(stored: Checkpoint, expected: Mapping[str, tuple[int, ...]], tied: bool) -> None:
-    """Raises `UserError` when the files have a tensor too few or too many."""
-    for key in expected:
+def check_weights(directory: str | os.PathLike[str], cfg: ModelConfig) -> None:
+    """Raises what `load_hf` would, by the headers of the files alone."""
+    with Checkpoint(find_model(directory)) as stored:
+        _same_model(stored.directory, cfg, stored_shape(stored))
+        _check_tensors(stored, file_shapes(tree.flatten(param_specs(cfg))), cfg.tied_embeddings)
+
+
+def _check_tensors(stored: Checkpoint, expected: Mapping[str, tuple[int, ...]], tied: bool) -> None:
+    """Raises `UserError` for a tensor that is missing, too many, of another shape or dtype."""
+    for key, shape in expected.items():
         if key not in stored.tensors:
-            raise UserError(f"{stored.directory} lacks tensor {key} of shape {expected[key]}")
+            raise UserError(f"{stored.directory} lacks tensor {key} of shape {shape}")
+        info, where = stored.tensors[key], f"{stored.places[key]}: tensor {key}"
+        check_shape(where, info.shape, shape, f"{CONFIG} and weights are of different models")
+        if info.dtype not in READABLE:
+            fix = f"convert it to {' or '.join(DTYPES)}"
+            raise UserError(f"{where} is stored as {info.dtype}, which is not supported; {fix}")
     for key in sorted(stored.tensors.keys() - expected.keys()):
         copy_of_embedding = key == "lm_head.weight" and tied
         if not copy_of_embedding and not key.endswith(REDUNDANT):
@@ -157,7 +169,7 @@ def _slice(stored: Checkpoint, spec: ParamSpec, index: tuple[slice, ...], cfg: M
     inputs, outputs = inputs_outputs(spec)
     inner = index[1:] if layered else index
     for place, number in enumerate(ranges[0] if layered else (0,)):
-        found = _tensor(stored, names[number], file_shape(spec))
+        found = stored.read(names[number])
         target = out[place] if layered else out
         if inputs:
             cut = len(inputs)
@@ -169,16 +181,6 @@ def _slice(stored: Checkpoint, spec: ParamSpec, index: tuple[slice, ...], cfg: M
     return out
 
 
-def _tensor(stored: Checkpoint, key: str, shape: tuple[int, ...]) -> np.ndarray:
-    """A tensor as it lies in the mapped file; raises `UserError` for another shape or dtype."""
-    info, where = stored.tensors[key], f"{stored.places[key]}: tensor {key}"
-    check_shape(where, info.shape, shape, f"{CONFIG} and weights are of different models")
-    if info.dtype not in READABLE:
-        fix = f"convert it to {' or '.join(DTYPES)}"
-        raise UserError(f"{where} is stored as {info.dtype}, which is not supported; {fix}")
-    return stored.read(key)
-
-
 def _aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """An uninitialised array on a 64-byte boundary: XLA takes it over without a copy."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
@@ -188,12 +190,10 @@ def _aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 
 def _same_model(directory: Path, cfg: ModelConfig, stored: ModelConfig) -> None:
-    free = {"dtype", "param_dtype", "lm_head_fp32", "max_positions"}
-    free |= {"remat", "attention", "logits_chunk", "lora_rank", "lora_alpha"}
-    for field in dataclasses.fields(ModelConfig):
-        ours, theirs = getattr(cfg, field.name), getattr(stored, field.name)
-        if field.name not in free and ours != theirs:
+    for name in SHAPE:
+        ours, theirs = getattr(cfg, name), getattr(stored, name)
+        if name not in RECORDED_ONLY and ours != theirs:
             raise UserError(
-                f"{directory / CONFIG} says {field.name} {theirs!r}, the config says "
-                f"{ours!r}; make them agree"
+                f"{directory / CONFIG} says {name} {theirs!r}, the config says {ours!r}; "
+                "make them agree"
             )

@@ -167,7 +167,13 @@ _READ = (
 )
 #: Keys that describe, or that only generation, training from scratch or a library reads.
 _DESCRIBES = (
-    *("architectures", "transformers_version", "_name_or_path", "name_or_path", "initializer_range"),
+    *(
+        "architectures",
+        "transformers_version",
+        "_name_or_path",
+        "name_or_path",
+        "initializer_range",
+    ),
     *("use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id"),
     *("decoder_start_token_id", "tokenizer_class", "prefix", "task_specific_params"),
     *("problem_type", "finetuning_task", "id2label", "label2id", "num_labels"),

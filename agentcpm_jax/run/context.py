@@ -17,19 +17,16 @@ from jax.sharding import Mesh
 
 from agentcpm_jax.chat.format import ChatFormat, template_text
 from agentcpm_jax.checkpoint import newest_snapshot
-from agentcpm_jax.config import ExperimentConfig, Stage, read_config, to_json
+from agentcpm_jax.config import ExperimentConfig, Stage, outside_models, read_config, to_json
 from agentcpm_jax.files import write_atomically
-from agentcpm_jax.hf.files import read_json
-from agentcpm_jax.hf.load import load_hf
+from agentcpm_jax.hf.load import check_weights, load_hf
 from agentcpm_jax.hf.locate import find_model
-from agentcpm_jax.hf.names import CONFIG
 from agentcpm_jax.hf.save import save_hf, save_peft
 from agentcpm_jax.hf.tokenizer import load_chat
 from agentcpm_jax.log.experience import ExperienceLog
 from agentcpm_jax.log.snapshots import locate_log, restore_snapshot
 from agentcpm_jax.model import params as model_params
 from agentcpm_jax.model.attention.choice import fit_to_device
-from agentcpm_jax.model.config import from_hf_config
 from agentcpm_jax.run.multihost import StopSignal, gathered, is_main, main_first
 from agentcpm_jax.run.observe.card import describe
 from agentcpm_jax.run.observe.metrics import Progress, silent
@@ -65,7 +62,7 @@ class RunContext:
         """Parameters of 'random', 'stage:<name>' or what `hf.locate` finds under that name.
 
         `shardings`: one for every parameter; default: not split, on this process's first device.
-        Raises `UserError` when there is no model, or one of another vocabulary or width.
+        Raises `UserError` when there is no model, or one of another shape.
         """
         if source == "random" and shardings is None:
             return model_params.init(jax.random.key(self.cfg.seed), self.cfg.model)
@@ -74,13 +71,7 @@ class RunContext:
             return spread(jax.random.key(self.cfg.seed), self.cfg.model)
         path = self._source(source)
         assert path is not None
-        found = from_hf_config(read_json(path / CONFIG))
-        if found.vocab_size != self.cfg.model.vocab_size or found.width != self.cfg.model.width:
-            raise UserError(
-                f"{path} is a model of vocabulary {found.vocab_size} and width {found.width}; "
-                f"config.model has {self.cfg.model.vocab_size} and {self.cfg.model.width}"
-            )
-        return load_hf(path, param_dtype=self.cfg.model.param_dtype, shardings=shardings)[0]
+        return load_hf(path, self.cfg.model, shardings=shardings)[0]
 
     def save_adapters(self, directory: Path, adapters: Any, base: str) -> None:
         """Save the adapters that a stage trained on `base`, in PEFT's format."""
@@ -150,6 +141,9 @@ def open_context(
                 f"tokenizer {cfg.tokenizer or 'of the offline world'} has {chat.vocab_size} ids, "
                 f"config.model.vocab_size is {cfg.model.vocab_size}; raise it"
             )
+        todo = [stage for stage in cfg.stages if not (workdir / stage.name / "DONE").exists()]
+        for name in outside_models(cfg, todo):
+            check_weights(name, cfg.model)
         check_config(cfg, workdir / "config.json")
         made = workdir / "tokenizer"
         if not cfg.tokenizer and not made.exists():
