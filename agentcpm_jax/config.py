@@ -2,15 +2,16 @@
 
 At the edge it is an ml_collections `ConfigDict` (`configs/*.py`, `--config.a.b=value`); inside it
 is `ExperimentConfig`. `from_config_dict` is the only door: it rejects unknown keys and wrong types
-by their full path, and completes `config.model` by the shape that the checkpoints say. None is the one way to say that a value was not given. What a run has stored
-(`config.json`) comes back through `config_from_json`, of any schema version (`migrations`).
+by their full path, and completes `config.model` by the shape that the checkpoints say. None is the
+one way to say that a value was not given. What a run has stored (`config.json`) comes back through
+`config_from_json`, of any schema version (`migrations`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -27,7 +28,7 @@ from agentcpm_jax.mesh import MeshConfig
 from agentcpm_jax.migrations import SCHEMA_VERSION, migrate
 from agentcpm_jax.model.config import SHAPE, TINY, ModelConfig
 from agentcpm_jax.pool.config import PoolConfig
-from agentcpm_jax.ranges import check_choice
+from agentcpm_jax.ranges import check_between, check_choice, check_least, did_you_mean
 from agentcpm_jax.rewards.advantages import AdvantageConfig, for_loss
 from agentcpm_jax.rewards.denoise import DenoiseConfig
 from agentcpm_jax.rewards.judge import JudgeConfig
@@ -54,6 +55,8 @@ class TrainShape:
     def __post_init__(self) -> None:
         if self.micro_rows == 0:
             object.__setattr__(self, "micro_rows", None)
+        counts = ("row_length", "rows", "micro_rows", "buckets", "steps")
+        check_least(self, "shape", dict.fromkeys((*counts, "checkpoint_every", "log_every"), 1))
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,9 @@ class Demonstrations:
 
     count: int = 3000
 
+    def __post_init__(self) -> None:
+        check_least(self, "demonstrations", {"count": 1})
+
 
 @dataclass(frozen=True)
 class SFTStage:
@@ -91,6 +97,9 @@ class SFTStage:
     shape: TrainShape = TrainShape()
     epochs: int | None = None  # passes over the data; None: shape.steps says how long
     optimizer: OptimizerConfig = OptimizerConfig()
+
+    def __post_init__(self) -> None:
+        check_least(self, "sft", {"epochs": 1})
 
 
 @dataclass(frozen=True)
@@ -107,6 +116,9 @@ class EvalStage:
     grader: str = "exact"  # as in RLStage
     judge: JudgeConfig = JudgeConfig()
     engine: EngineConfig = EngineConfig()
+
+    def __post_init__(self) -> None:
+        check_least(self, "eval", {"tasks": 0, "samples": 1, "k": 1, "skill_tasks": 0})
 
 
 @dataclass(frozen=True)
@@ -142,6 +154,7 @@ class MergeStage:
         for name in ("alpha", "density"):
             if not getattr(self, name):
                 raise UserError(f"merge.{name} is empty; give one value, or several to search")
+        check_between(self, "merge", {"density": (0, 1), "keep": (0, 1)})
 
     @property
     def searched(self) -> bool:
@@ -155,7 +168,7 @@ class RLStage:
 
     tasks_path: str | None = None  # a JSONL of tasks; None: those of config.train_tasks
     skip_bad: bool = False  # leave out bad lines of that file
-    shape: TrainShape = TrainShape()
+    shape: TrainShape = TrainShape(row_length=512)  # an episode's tokens fit into a row
     optimizer: OptimizerConfig = OptimizerConfig()
     loss: LossConfig = LossConfig()
     grader: str = "exact"  # exact | numeric | list | set | judge | package.module:function
@@ -240,6 +253,10 @@ class ExperimentConfig:
     log_url: str | None = None  # of a PostgreSQL server; None: workdir/experience.db
     profile: bool = False  # trace a few steps of every training stage, see run/observe/profile.py
     hang_seconds: float = 7200.0  # of several processes: a longer step ends the job; 0: never
+
+    def __post_init__(self) -> None:
+        check_between(self, "config", {"seed": (0, 2**32 - 1)})
+        check_least(self, "config", {"hang_seconds": 0})
 
 
 def to_config_dict(config: Any) -> ConfigDict:
@@ -369,8 +386,8 @@ def _read(config: Mapping[str, Any]) -> tuple[ExperimentConfig, dict[str, Any]]:
     stages = []
     for name in raw.pop("stages", ()):
         if name not in sections:
-            known = ", ".join(sorted(sections)) or "none"
-            raise UserError(f"stages: no section stage.{name}; defined: {known}")
+            hint = did_you_mean(name, sorted(sections))
+            raise UserError(f"config.stages: there is no section config.stage.{name}; {hint}")
         stages.append(_stage(name, dict(sections[name])))
     _check_order(stages)
     version = raw.pop("schema_version", SCHEMA_VERSION)
@@ -418,9 +435,10 @@ def _check_order(stages: list[Stage]) -> None:
             sources += [f"stage:{m}" for m in stage.eval.models]
         for source in sources:
             if source.startswith("stage:") and source[6:] not in seen:
+                near = did_you_mean(source[6:], seen)
                 raise UserError(
                     f"config.stage.{stage.name} reads {source!r}, which does not run before it; "
-                    f"order of config.stages: {', '.join(s.name for s in stages)}"
+                    f"order of config.stages: {', '.join(s.name for s in stages)}; {near}"
                 )
         if stage.name in seen:
             raise UserError(f"config.stages names {stage.name!r} twice")
@@ -430,15 +448,17 @@ def _check_order(stages: list[Stage]) -> None:
 def _build(cls: type, raw: Mapping[str, Any], path: str) -> Any:
     _check_keys([f.name for f in dataclasses.fields(cls)], raw, path)
     hints = typing.get_type_hints(cls)
-    return cls(**{k: _value(hints[k], v, f"{path}.{k}") for k, v in raw.items()})
+    values = {k: _value(hints[k], v, f"{path}.{k}") for k, v in raw.items()}
+    try:
+        return cls(**values)
+    except UserError as error:  # a section names itself; where it stands is known here
+        raise UserError(str(error) if path == "config" else f"{path}: {error}") from None
 
 
 def _check_keys(names: Iterable[str], raw: Mapping[str, Any], path: str) -> None:
     for key in raw:
         if key not in names:
-            near = difflib.get_close_matches(key, names, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
-            raise UserError(f"unknown config key {path}.{key}; {hint}")
+            raise UserError(f"unknown config key {path}.{key}; {did_you_mean(key, names)}")
 
 
 def _value(hint: Any, value: Any, path: str) -> Any:
@@ -465,6 +485,8 @@ def _value(hint: Any, value: Any, path: str) -> Any:
         return _build(hint, value, path)  # type: ignore[arg-type]
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if hint is float and isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{path}={value}; give a finite number")
     if isinstance(hint, type) and (
         not isinstance(value, hint) or (hint is int and isinstance(value, bool))
     ):

@@ -35,7 +35,8 @@ from jax.sharding import AbstractMesh
 from agentcpm_jax.mesh import AXES, MeshConfig, mesh_shape
 from agentcpm_jax.model.config import QWEN3_0_6B, QWEN3_4B, ModelConfig
 from agentcpm_jax.plan import flops, memory
-from agentcpm_jax.plan.aot import TOPOLOGIES, compile_step, device_count, topology_devices
+from agentcpm_jax.plan.aot import compile_step, topology_devices
+from agentcpm_jax.plan.slices import TOPOLOGIES, device_count
 from agentcpm_jax.sharding import make_mesh
 from agentcpm_jax.train.config import OptimizerConfig
 from agentcpm_jax.train.losses.config import LossConfig

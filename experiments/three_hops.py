@@ -22,9 +22,9 @@ from agentcpm_jax.evaluate.passk import estimate, mean_at_k
 from agentcpm_jax.run.commandline import parse
 from agentcpm_jax.run.context import open_context
 from agentcpm_jax.run.evaluation import evaluate_model
-from agentcpm_jax.run.multihost import StopSignal
 from agentcpm_jax.run.observe.summary import scores_of
 from agentcpm_jax.run.sampling import evaluation_tasks
+from agentcpm_jax.run.start.signals import StopSignal
 
 MODELS = ("base", "sft", "merge", "rl")
 

@@ -14,40 +14,45 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from agentcpm_jax.types import UserError
+from agentcpm_jax.run.start.signals import StopSignal, say
 
 
 def main(argv: list[str]) -> int:
-    """Parse, work, say how much was handed in."""
+    """Work until the run ends; a signal may come while all the rest is still imported."""
     if {"-h", "--help"} & set(argv):
         print(__doc__)
         return 0
-    try:
-        from agentcpm_jax.rollout.stream import StreamError
-        from agentcpm_jax.run.commandline import parse
-        from agentcpm_jax.run.worker import run_worker
+    with StopSignal(answer=say):
+        try:
+            return work(argv)
+        except KeyboardInterrupt:  # its claims go to others when their lease ends
+            return 130
 
+
+def work(argv: list[str]) -> int:
+    """Parse, work, say how much was handed in."""
+    from agentcpm_jax.run.commandline import parse
+    from agentcpm_jax.types import UserError
+
+    try:
         command = parse([flag for flag in argv if not flag.startswith("--groups=")])
         groups = [flag.partition("=")[2] for flag in argv if flag.startswith("--groups=")]
         if groups and not (groups[-1].isdecimal() and int(groups[-1])):
             raise UserError(f"--groups={groups[-1]}: give a whole number of at least 1")
         count = int(groups[-1]) if groups else 0
-        handed_in = run_worker(command.config, command.workdir, groups=count, announce=say)
+        from agentcpm_jax.rollout.groups import StreamError
+        from agentcpm_jax.run.worker import run_worker
+
+        try:
+            handed_in = run_worker(command.config, command.workdir, groups=count, announce=say)
+        except StreamError as failed:  # the engine or the tools, not the command
+            say(f"failed: {failed}; its claims are free again")
+            return 1
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return 2
-    except StreamError as failed:  # the engine or the tools, not the command
-        print(f"failed: {failed}; its claims are free again", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; its claims go to others when their lease ends", file=sys.stderr)
-        return 130
     print(f"{handed_in} groups handed in")
     return 0
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 if __name__ == "__main__":

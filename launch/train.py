@@ -1,12 +1,12 @@
 """Run or resume an experiment.
 
     python launch/train.py --config=configs/quickstart.py:smoke --workdir=/tmp/smoke
-    python launch/train.py --config=configs/quickstart.py --config.seed=1 --doctor
 
-The same command resumes an interrupted run, and runs on every host of a job that Slurm, GKE, a TPU
-pod or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID describe. --doctor examines pool,
-judge, database, disk and stops; a launch does so first, unless --nodoctor. --explain: what a run
-takes on --slice. Exit codes: 0 done, 2 a mistake of yours (one line says which), 130 resumable.
+The same command resumes an interrupted run, and runs on every host of a job (Slurm, GKE, a TPU pod,
+or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID). --doctor examines pool, judge,
+database, disk and stops; a launch does so first, unless --nodoctor. --explain: what a run takes on
+--slice. --config: Python, YAML, a run's config.json. Exit codes: 0 done, 2 a mistake of yours (one
+line says which), 130 resumable.
 """
 
 import sys
@@ -14,45 +14,49 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tqdm import tqdm
-
-from agentcpm_jax.run.commandline import explained, parse
-from agentcpm_jax.types import UserError
+from agentcpm_jax.run.start.signals import Interrupted, StopSignal, say
 
 
 def main(argv: list[str]) -> int:
-    """Parse, run, say where the report is."""
+    """Run, or say why not; a signal may come while all the rest is still imported."""
     if {"-h", "--help"} & set(argv):
         print(__doc__)
         return 0
+    with StopSignal(answer=say) as stop:
+        try:
+            return run(argv, stop)
+        except Interrupted as stopped:
+            say(f"interrupted: {stopped}")
+        except KeyboardInterrupt:
+            pass  # `stop` has answered
+        return 130
+
+
+def run(argv: list[str], stop: StopSignal) -> int:
+    """Parse, run, say where the report is."""
+    from agentcpm_jax.run.commandline import check_workdir, explained, parse
+    from agentcpm_jax.types import UserError
+
     try:
         command = parse(argv)  # a mistake is answered before jax and all the rest are imported
-        from agentcpm_jax.rollout.stream import StreamError
-        from agentcpm_jax.run.doctor import check
-        from agentcpm_jax.run.multihost import Interrupted, join
-        from agentcpm_jax.run.stages import run_experiment
+        check_workdir(command)
+        from agentcpm_jax.rollout.groups import StreamError
+        from agentcpm_jax.run import doctor, multihost, stages
+        from agentcpm_jax.run.observe.progress import announce, progress
 
-        join(announce=tqdm.write)
-        if explained(command, announce=print) or check(command, announce=tqdm.write):
+        multihost.join(announce)
+        if explained(command, announce=print) or doctor.check(command, announce):
             return 0
-        report = run_experiment(*command[:2], progress=progress, announce=tqdm.write)
+        shown = {"progress": progress, "announce": announce, "stop": stop}
+        try:
+            print(f"report: {stages.run_experiment(*command[:2], **shown)}")
+        except StreamError as failed:  # engine, tools or tasks, not the command
+            say(f"failed: {failed}; the same command resumes")
+            return 1
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return 2
-    except (Interrupted, KeyboardInterrupt) as stopped:
-        print(f"interrupted: {str(stopped) or 'the same command resumes'}", file=sys.stderr)
-        return 130
-    except StreamError as failed:  # engine, tools or tasks, not the command
-        print(f"failed: {failed}; the same command resumes", file=sys.stderr)
-        return 1
-    print(f"report: {report}")
     return 0
-
-
-def progress(description: str, total: int, initial: int = 0) -> tqdm:
-    """A bar on a terminal; a line every ten seconds elsewhere."""
-    seconds = 0.1 if sys.stderr.isatty() else 10.0
-    return tqdm(desc=description, total=total, initial=initial, mininterval=seconds, ncols=110)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from agentcpm_jax.engine.server import ServerConfig
 from agentcpm_jax.migrations import Migration, rename
 from agentcpm_jax.rollout.config import StreamConfig
 from agentcpm_jax.run.commandline import CHECKOUT, parse
-from agentcpm_jax.run.context import check_config
+from agentcpm_jax.run.start.resume import check_config
 from agentcpm_jax.types import UserError
 
 QUICKSTART = "--config=configs/quickstart.py"
@@ -277,10 +277,10 @@ def test_what_version_1_said_in_other_words(old: dict, path: str, value: object)
 
 def test_the_shipped_quickstart_resumes_what_version_1_began(tmp_path: Path) -> None:
     shutil.copy(STORED["quickstart"], tmp_path / "config.json")
-    check_config(parse([QUICKSTART, "--config.hang_seconds=5"]).config, tmp_path / "config.json")
+    check_config(parse([QUICKSTART, "--config.hang_seconds=5"]).config, tmp_path)
     changed = parse([QUICKSTART, "--config.seed=3", "--config.stage.rl.loss.name=grpo"]).config
     with pytest.raises(UserError, match=r"another configuration \(seed, stages\[3\]\.rl\.loss"):
-        check_config(changed, tmp_path / "config.json")
+        check_config(changed, tmp_path)
 
 
 @pytest.fixture
@@ -321,11 +321,11 @@ def test_a_config_of_an_older_version_is_migrated_before_it_is_compared(
     raw = json.loads(STORED[name].read_text())
     file = tmp_path / "config.json"
     file.write_text(json.dumps(raw))
-    check_config(of_version_3(raw), file)
+    check_config(of_version_3(raw), tmp_path)
     at = next(i for i, stage in enumerate(raw["stages"]) if stage["kind"] == "rl")
     for key, value in (("attempts", 9), ("stall_timeout", 1800.0), ("fair", True)):
         with pytest.raises(UserError, match=rf"\(stages\[{at}\]\.rl\.stream\.{key} differ\)"):
-            check_config(of_version_3(raw, **{key: value}), file)
+            check_config(of_version_3(raw, **{key: value}), tmp_path)
     assert json.loads(file.read_text()) == raw, "the file stays as it was written"
 
 
@@ -335,10 +335,10 @@ def test_a_key_that_is_absent_had_the_default_of_its_own_version(tmp_path: Path)
     wanted = of_version_3(raw, stall_timeout=900.0)
     del raw["stages"][0]["rl"]["stream"]["stall_timeout"]
     (tmp_path / "config.json").write_text(json.dumps(raw))
-    check_config(wanted, tmp_path / "config.json")
+    check_config(wanted, tmp_path)
     assert read_config(tmp_path) == wanted
     with pytest.raises(UserError, match="stall_timeout differ"):  # version 3's own default
-        check_config(of_version_3(raw, stall_timeout=1800.0), tmp_path / "config.json")
+        check_config(of_version_3(raw, stall_timeout=1800.0), tmp_path)
 
 
 @pytest.mark.usefixtures("version_3")
@@ -362,7 +362,7 @@ def test_what_cannot_be_read_is_refused_by_name(
     file = tmp_path / "config.json"
     file.write_text(json.dumps(raw | change))
     with pytest.raises(UserError) as error:
-        check_config(wanted, file)
+        check_config(wanted, tmp_path)
     for word in [str(file), *words]:
         assert word in str(error.value)
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from agentcpm_jax.data.rows import Row, demo_row
-from agentcpm_jax.ranges import check_choice
+from agentcpm_jax.ranges import check_choice, check_least
 from agentcpm_jax.types import Segment, UserError
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -33,6 +33,7 @@ class SFTDataConfig:
 
     def __post_init__(self) -> None:
         check_choice(self, "data", {"mask": ("all", "last")})
+        check_least(self, "data", {"max_length": 1})
 
 
 @dataclass(frozen=True)

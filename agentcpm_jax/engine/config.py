@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from agentcpm_jax.ranges import check_least
 from agentcpm_jax.types import UserError
 
 MAX_STOP_IDS = 8  # of one request
@@ -22,6 +23,10 @@ class EngineConfig:
     token_buckets: tuple[int, ...] = (16, 64)  # prompt tokens that a row is fed in a call
     length_buckets: tuple[int, ...] = ()  # of the cache that is read; `capacity` is the last
     tensor: int = 1  # devices of this process that heads, ffw and vocabulary are split over
+
+    def __post_init__(self) -> None:
+        sizes = ("slots", "capacity", "chunk", "row_buckets", "token_buckets", "length_buckets")
+        check_least(self, "engine", dict.fromkeys((*sizes, "tensor"), 1))
 
 
 def check_capacity(cfg: EngineConfig, max_context: int) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 
 from agentcpm_jax.engine.config import MAX_STOP_IDS
 from agentcpm_jax.engine.sessions import GenerationJob, version_spans
+from agentcpm_jax.ranges import did_you_mean
 from agentcpm_jax.types import UserError
 
 DEFAULT_NEW_TOKENS = 128
@@ -37,6 +38,12 @@ _OPTIONS: dict[str, tuple[float, Callable[[float], bool], str]] = {
     "top_k": (0, lambda k: k == int(k) and k >= -1, "-1 for all, or a positive integer"),
     "min_p": (0.0, lambda p: 0 <= p <= 1, "a number from 0 to 1"),
 }
+#: SGLang's sampling parameters; the last line changes nothing of what this server returns.
+_PARAMETERS = (
+    *("max_new_tokens", "temperature", "sampling_seed", *_OPTIONS, *_NEUTRAL),
+    *("stop", "stop_token_ids", "ignore_eos", "no_stop_trim"),
+    *("skip_special_tokens", "spaces_between_special_tokens", "stream_interval", "custom_params"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +97,10 @@ def make_job(
     if not all(isinstance(i, int) and 0 <= i < limits.vocab_size for i in prompt):
         bad = next(i for i in prompt if not (isinstance(i, int) and 0 <= i < limits.vocab_size))
         raise UserError(f"input_ids holds {bad!r}; the vocabulary has {limits.vocab_size} ids")
+    for key in params:
+        if key not in _PARAMETERS:
+            hint = did_you_mean(key, _PARAMETERS)
+            raise UserError(f"unknown sampling parameter sampling_params.{key}; {hint}")
     new = params.get("max_new_tokens", DEFAULT_NEW_TOKENS)
     if not isinstance(new, int) or new < 1:
         raise UserError(f"max_new_tokens={new!r} must be a positive integer")

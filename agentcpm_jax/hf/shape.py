@@ -57,7 +57,7 @@ def common_shape(
         nothing says the shape.
     """
     found = dict(recorded or {})
-    said = {name: "the run's own config.json" for name in found}
+    said = dict.fromkeys(found, "the run's own config.json")
     for model in dict.fromkeys(names):
         shape, where = _looked_up(model, planned)
         for field in SHAPE:

@@ -7,7 +7,6 @@ never how fast it runs or what it computes.
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Sequence
@@ -21,24 +20,13 @@ from jax.sharding import Mesh
 from agentcpm_jax.files import size_text
 from agentcpm_jax.model.config import ModelConfig
 from agentcpm_jax.plan.memory import MemoryEstimate, estimate
+from agentcpm_jax.plan.slices import TOPOLOGIES
 from agentcpm_jax.train.losses.config import LossConfig
 from agentcpm_jax.train.optimizer import Schedule
 from agentcpm_jax.train.placement import abstract_base, abstract_inputs, step_shardings
 from agentcpm_jax.train.step import Frozen, make_rl_step, make_sft_step, needs_reference
 from agentcpm_jax.types import UserError
 
-#: Cloud name of a slice (v5p counts cores, two per chip) -> libtpu's name of its topology.
-TOPOLOGIES = {
-    "v5e-1": "v5e:1x1",
-    "v5e-8": "v5e:2x4",
-    "v5e-64": "v5e:8x8",
-    "v6e-64": "v6e:8x8",
-    "v5p-32": "v5p:2x2x4",
-    "v5p-64": "v5p:2x4x4",
-    "v5p-128": "v5p:4x4x4",
-}
-#: GPUs, named '<kind>-<count>': only estimated, because their compiler needs the device itself.
-GPUS = ("t4", "h200")
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 
@@ -56,16 +44,6 @@ class Compiled(NamedTuple):
     def hbm_bytes(self) -> int:
         """Memory held while the step runs; donated arguments count once."""
         return self.argument_bytes + self.output_bytes - self.alias_bytes + self.temp_bytes
-
-
-def device_count(name: str) -> int:
-    """Chips of a slice, or GPUs of 't4-1', 'h200-8'; raises `UserError` for an unknown name."""
-    if name in TOPOLOGIES:
-        return math.prod(int(size) for size in TOPOLOGIES[name].split(":")[1].split("x"))
-    kind, _, count = name.partition("-")
-    if kind in GPUS and count.isdigit() and int(count):
-        return int(count)
-    raise UserError(f"unknown slice {name!r}; use one of {', '.join(TOPOLOGIES)}, t4-1, h200-1")
 
 
 def topology_devices(name: str, slices: int = 1) -> Sequence[Any]:

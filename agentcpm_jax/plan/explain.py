@@ -28,13 +28,12 @@ from agentcpm_jax.model.attention.choice import fit_to
 from agentcpm_jax.model.config import ModelConfig
 from agentcpm_jax.plan import flops, memory
 from agentcpm_jax.plan.aot import (
-    TOPOLOGIES,
     Compiled,
     compile_step,
-    device_count,
     raise_if_too_large,
     topology_devices,
 )
+from agentcpm_jax.plan.slices import TOPOLOGIES, device_count
 from agentcpm_jax.sharding import make_mesh
 from agentcpm_jax.train.config import OptimizerConfig
 from agentcpm_jax.train.losses.config import LossConfig
@@ -77,7 +76,7 @@ def explain(
     """The plan of a run as a page of text.
 
     Args:
-      slice_name: a TPU slice (a key of `aot.TOPOLOGIES`) or GPUs ('t4-1'), used `mesh.slices`
+      slice_name: a TPU slice (a key of `slices.TOPOLOGIES`) or GPUs ('t4-1'), used `mesh.slices`
         times. Empty: the smallest slice that the estimate fits.
       compiled: also compile every step for the slice (minutes; needs libtpu).
       arrays: also list the sharding of every array of the state and the batch.

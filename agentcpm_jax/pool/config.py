@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 from urllib.parse import urlsplit
 
+from agentcpm_jax.ranges import check_least, check_seconds
 from agentcpm_jax.types import UserError
 
 #: The environment variable that SGLang reads its admin key from.
@@ -40,6 +41,11 @@ class PoolConfig:
     control_timeout: float = 60.0  # s for pause, continue, information
     update_timeout: float = 300.0  # s for one worker to load weights
     health_every: float = 10.0  # s between looks at each worker
+
+    def __post_init__(self) -> None:
+        times = ("start", "request", "attempt", "control", "update")
+        check_seconds(self, "pool", *(f"{name}_timeout" for name in times), "health_every")
+        check_least(self, "pool", {"keep_versions": 1, "agent_port": 1, "max_gap": 0})
 
 
 @dataclass(frozen=True)

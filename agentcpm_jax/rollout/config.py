@@ -12,15 +12,22 @@ DEADLINE_STALLS = 4
 
 @dataclass(frozen=True)
 class EpisodeConfig:
-    """Limits of one episode, in turns or tokens; `max_context` holds prompt and all turns."""
+    """Limits of one episode, in turns or tokens; `max_context` holds prompt and all turns.
+
+    The defaults fit those of the model, the engine's slots and the rows of an RL stage.
+    """
 
     system_prompt: str | None = None  # None: the conversation begins with the question
     max_turns: int = 100
-    max_context: int = 32768
-    max_new_tokens: int = 4096  # of one turn
+    max_context: int = 512
+    max_new_tokens: int = 128  # of one turn
     reserve: int = 64  # tokens of context that must be left for a turn to be worth starting
     temperature: float = 1.0
     repetition_stop: int = 4  # an assistant text that stands this often in the context ends it
+
+    def __post_init__(self) -> None:
+        counts = ("max_turns", "max_context", "max_new_tokens", "repetition_stop")
+        check_least(self, "episode", dict.fromkeys(counts, 1) | {"reserve": 0, "temperature": 0})
 
 
 @dataclass(frozen=True)

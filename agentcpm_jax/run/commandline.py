@@ -5,20 +5,27 @@ absl and ml_collections raise while they parse; here every such mistake becomes 
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import io
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from agentcpm_jax.config import ExperimentConfig, from_config_dict
+from agentcpm_jax.plan.slices import device_count
+from agentcpm_jax.ranges import did_you_mean
+from agentcpm_jax.run.start.document import CHECKOUT, read_document
+from agentcpm_jax.run.start.job import settings
+from agentcpm_jax.run.start.limits import check_limits
+from agentcpm_jax.run.start.owner import check_unowned
+from agentcpm_jax.run.start.resume import check_config
 from agentcpm_jax.types import UserError
 
-CHECKOUT = Path(__file__).resolve().parents[2]
+__all__ = ["CHECKOUT", "Command", "check_workdir", "explained", "parse"]
 #: Values of `--explain=`; without a value it is the first.
 EXPLAINED = ("estimate", "aot", "arrays")
 
@@ -35,12 +42,12 @@ class Command(NamedTuple):
 
 
 def parse(argv: Sequence[str]) -> Command:
-    """Parse the flags; raises `UserError` for a missing file, unknown flag or key, wrong type."""
-    first, rest = _config_first(argv)
+    """Parse the flags; raises `UserError` for a missing file, unknown flag or key, wrong type, and
+    for limits that contradict each other."""
+    name, rest = _config_first(argv)
     rest = ["--explain=estimate" if flag.lstrip("-") == "explain" else flag for flag in rest]
-    ordered = ["train", first, *rest]
+    ordered = ["train", *rest]
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=ordered)
     flags.DEFINE_string("workdir", "", "where the run lives", flag_values=values)
     flags.DEFINE_boolean("doctor", None, "examine what the config names", flag_values=values)
     flags.DEFINE_enum("explain", "", ["", *EXPLAINED], "", flag_values=values)
@@ -48,6 +55,12 @@ def parse(argv: Sequence[str]) -> Command:
     flags.DEFINE_string("prices", "", "JSON file of prices for --explain", flag_values=values)
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # absl logs what it then raises
+            document = read_document(name)
+            for flag in rest:
+                _check_key(document, flag)
+            config_flags.DEFINE_config_dict(
+                "config", document, flag_values=values, sys_argv=ordered
+            )
             positional = values(ordered)
     except flags.UnrecognizedFlagError as error:
         raise UserError(
@@ -59,15 +72,30 @@ def parse(argv: Sequence[str]) -> Command:
         text = " ".join(str(error).replace("\\n", " ").replace("\\", "").split())
         if text[:1] in ("'", '"') and text[-1:] == text[:1]:
             text = text[1:-1]
-        raise UserError(f"{text}; look the key up in {first.removeprefix('--config=')}") from None
+        raise UserError(f"{text}; look the key up in {name}") from None
     if positional[1:]:
         raise UserError(f"unexpected argument {positional[1]!r}; overrides are --config.a.b=value")
     loaded: Any = values["config"].value
     workdir = Path(values["workdir"].value or loaded.workdir)
     planned = bool(values["explain"].value)
     config = from_config_dict(loaded, workdir, planned=planned)
+    check_limits(config)
+    if values["slice"].value:
+        device_count(values["slice"].value)
     rest: list[Any] = [values[name].value for name in Command._fields[2:]]
     return Command(config, workdir, *rest)
+
+
+def check_workdir(command: Command) -> None:
+    """Check, before anything heavy is imported, that the command may go on in its workdir.
+
+    Raises `UserError`: another process owns it, or it holds a run of another configuration.
+    """
+    if command.explain:
+        return
+    if not command.doctor and settings(os.environ) is None:  # else it may be this job's process 0
+        check_unowned(command.workdir)
+    check_config(command.config, command.workdir)
 
 
 def explained(command: Command, announce: Callable[[str], None]) -> bool:
@@ -81,35 +109,34 @@ def explained(command: Command, announce: Callable[[str], None]) -> bool:
     return True
 
 
-def find_config(path: str) -> Path:
-    """Find a config file: a relative path is tried in the working directory, then the checkout."""
-    tried = dict.fromkeys(directory / path for directory in (Path.cwd(), CHECKOUT))
-    for candidate in tried:
-        if candidate.is_file():
-            return candidate
-    where = " and ".join(str(p) for p in tried)
-    known = ", ".join(sorted(f"configs/{p.name}" for p in (CHECKOUT / "configs").glob("*.py")))
-    raise UserError(f"no config file {path!r}: tried {where}; there are {known}")
-
-
 def _config_first(argv: Sequence[str]) -> tuple[str, list[str]]:
-    """(--config=<absolute path>[:variant], the other flags); overrides may precede --config."""
-    given = [a for a in argv if a.startswith(("--config=", "-config="))]
-    rest = [a for a in argv if a not in given]
+    """(FILE or FILE:variant of --config=FILE or --config FILE, the other flags)."""
+    given, rest, words = [], [], iter(argv)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag not in ("--config", "-config"):
+            rest.append(word)
+        elif name := value if equals else next(words, ""):
+            given.append(name)
     if len(given) != 1:
         raise UserError(
             "give one --config=FILE, e.g. --config=configs/quickstart.py"
             + (f"; got {len(given)}" if given else "")
         )
-    path, _, variant = given[0].partition("=")[2].partition(":")
-    found = find_config(path)
-    _check_syntax(found)
-    return f"--config={found}" + (f":{variant}" if variant else ""), rest
+    return given[0], rest
 
 
-def _check_syntax(path: Path) -> None:
-    try:
-        ast.parse(path.read_text())
-    except (SyntaxError, UnicodeDecodeError) as error:
-        line = getattr(error, "lineno", "?")
-        raise UserError(f"{path}:{line} is not Python: {error}; mend the config file") from None
+def _check_key(document: Any, flag: str) -> None:
+    """Check that the configuration has the key of `--config.a.b=value`, however deep."""
+    key = flag.lstrip("-").removeprefix("no").partition("=")[0]
+    if not (flag.startswith("-") and key.startswith("config.")):
+        return
+    at, path = document, "config"
+    for name in key.split(".")[1:]:
+        name = name.partition("[")[0]
+        if not isinstance(at, ConfigDict):
+            raise UserError(f"unknown config key {key}; {path} is a value and has no keys")
+        if name not in at:
+            hint = did_you_mean(name, at.keys())
+            raise UserError(f"unknown config key {key}: {path} has no {name!r}; {hint}")
+        at, path = at[name], f"{path}.{name}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import json
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -17,8 +16,7 @@ from jax.sharding import Mesh
 
 from agentcpm_jax.chat.format import ChatFormat, template_text
 from agentcpm_jax.checkpoint import newest_snapshot
-from agentcpm_jax.config import ExperimentConfig, Stage, outside_models, read_config, to_json
-from agentcpm_jax.files import write_atomically
+from agentcpm_jax.config import ExperimentConfig, Stage, outside_models
 from agentcpm_jax.hf.load import check_weights, load_hf
 from agentcpm_jax.hf.locate import find_model
 from agentcpm_jax.hf.save import save_hf, save_peft
@@ -27,16 +25,16 @@ from agentcpm_jax.log.experience import ExperienceLog
 from agentcpm_jax.log.snapshots import locate_log, restore_snapshot
 from agentcpm_jax.model import params as model_params
 from agentcpm_jax.model.attention.choice import fit_to_device
-from agentcpm_jax.run.multihost import StopSignal, gathered, is_main, main_first
+from agentcpm_jax.run.multihost import gathered, is_main, main_first
 from agentcpm_jax.run.observe.card import describe
 from agentcpm_jax.run.observe.metrics import Progress, silent
 from agentcpm_jax.run.observe.watchdog import Watchdog
+from agentcpm_jax.run.start.resume import CONFIG as RUN_CONFIG
+from agentcpm_jax.run.start.resume import check_config, claim
+from agentcpm_jax.run.start.signals import StopSignal
 from agentcpm_jax.sharding import make_mesh
 from agentcpm_jax.types import UserError
 from agentcpm_jax.world.vocabulary import write_tokenizer
-
-#: Keys that a resume may change: they change no result, or (mesh) only its last bits.
-FREE = ("workdir", "hang_seconds", "profile", "mesh")
 
 
 @dataclass(frozen=True)
@@ -52,6 +50,7 @@ class RunContext:
     stop: StopSignal
     mesh: Mesh
     announce: Callable[[str], None] = lambda line: None  # shows a line to the user
+    claim: Callable[[], None] = lambda: None  # the workdir is this configuration's from now on
     watchdog: Watchdog = field(default_factory=Watchdog)
 
     def directory(self, stage: Stage | str) -> Path:
@@ -82,6 +81,7 @@ class RunContext:
     def save_model(self, directory: Path, params: Any) -> None:
         """Save a Hugging Face directory with the run's tokenizer; replaces an unfinished one."""
         if is_main():
+            self.claim()
             shutil.rmtree(directory, ignore_errors=True)
         described = partial(self.describe, directory)
         tokenizer = self.tokenizer
@@ -144,19 +144,24 @@ def open_context(
         todo = [stage for stage in cfg.stages if not (workdir / stage.name / "DONE").exists()]
         for name in outside_models(cfg, todo):
             check_weights(name, cfg.model)
-        check_config(cfg, workdir / "config.json")
-        made = workdir / "tokenizer"
-        if not cfg.tokenizer and not made.exists():
+        changed = check_config(cfg, workdir)
+        made, claimed = workdir / "tokenizer", (workdir / RUN_CONFIG).exists()
+        if not cfg.tokenizer and is_main() and not (made.exists() and claimed):
+            shutil.rmtree(made, ignore_errors=True)  # of a start that came to nothing
             shutil.copytree(scratch, made)
         tokenizer = find_model(cfg.tokenizer or made)
     watchdog = Watchdog(cfg.hang_seconds, announce, workdir)
     if not is_main():  # it announces only a hang, and its log is not used
         progress, announce = silent, lambda line: None
     log = open_log(cfg, workdir, announce) if is_main() else _no_log()
-    for line in fallbacks:
+    for line in [*fallbacks, *(f"resuming: {change}" for change in changed)]:
         announce(line)
+    own = partial(claim, cfg, workdir) if is_main() else lambda: None
+    if changed:
+        own()
     cfg = replace(cfg, model=model)
-    return RunContext(cfg, workdir, tokenizer, chat, log, progress, stop, mesh, announce, watchdog)
+    said = {"announce": announce, "claim": own, "watchdog": watchdog}
+    return RunContext(cfg, workdir, tokenizer, chat, log, progress, stop, mesh, **said)
 
 
 def open_log(
@@ -184,31 +189,3 @@ def _no_log() -> ExperienceLog:
     scratch = tempfile.TemporaryDirectory()
     atexit.register(scratch.cleanup)
     return ExperienceLog.open(Path(scratch.name) / "experience.db")
-
-
-def check_config(cfg: ExperimentConfig, path: Path) -> None:
-    """Check that a workdir is resumed under its own configuration; a new one stores `cfg`."""
-    if path.exists():
-        old = to_json(read_config(path.parent))
-        changed = sorted(set(_differences(old, to_json(cfg))))
-        changed = [key for key in changed if key.split(".")[0] not in FREE]
-        if changed:
-            raise UserError(
-                f"{path.parent} was started with another configuration ({', '.join(changed[:5])} "
-                "differ); use another --workdir or remove it"
-            )
-        return
-    write_atomically(path, json.dumps(to_json(cfg), indent=2) + "\n")
-
-
-def _differences(old: Any, new: Any, path: str = "") -> list[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        found = []
-        for key in old.keys() | new.keys():
-            inner = f"{path}.{key}" if path else key
-            found += _differences(old.get(key), new.get(key), inner)
-        return found
-    if isinstance(old, tuple) and isinstance(new, tuple) and len(old) == len(new):
-        pairs = zip(old, new, strict=True)
-        return [d for i, (a, b) in enumerate(pairs) for d in _differences(a, b, f"{path}[{i}]")]
-    return [] if old == new else [path]

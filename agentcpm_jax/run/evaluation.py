@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from agentcpm_jax.chat.format import ChatFormat
-from agentcpm_jax.config import ExperimentConfig, Stage
+from agentcpm_jax.config import Stage
 from agentcpm_jax.engine.config import check_capacity
 from agentcpm_jax.engine.local import LocalEngine
 from agentcpm_jax.evaluate.passk import TaskScore
@@ -29,9 +29,9 @@ from agentcpm_jax.rollout.episode import check_prompt
 from agentcpm_jax.rollout.policy import TokenPolicy
 from agentcpm_jax.run.context import RunContext
 from agentcpm_jax.run.custom import make_reward, make_tools
-from agentcpm_jax.run.multihost import Interrupted
 from agentcpm_jax.run.sampling import evaluation_tasks, make_run_sample
-from agentcpm_jax.types import Provenance, Task, UserError
+from agentcpm_jax.run.start.signals import Interrupted
+from agentcpm_jax.types import Provenance, Task
 from agentcpm_jax.world.names import FIRST, RELATIONS, SECOND
 from agentcpm_jax.world.questions import demonstration
 from agentcpm_jax.world.search import search_index
@@ -40,18 +40,6 @@ from agentcpm_jax.world.tools import SCHEMAS, config_of
 DECISIONS = ("syntax", "relation", "lookup", "copying")
 DECISION_TASKS = 96
 DECISION_ROWS = 16  # episodes of a forward pass
-
-
-def check_attempts(cfg: ExperimentConfig) -> None:
-    """No eval stage reports on more attempts than it draws; asked before the first stage runs."""
-    for stage in cfg.stages:
-        spec = stage.eval
-        if spec is not None and not all(1 <= k <= spec.samples for k in spec.k):
-            key = f"stage.{stage.name}"
-            raise UserError(
-                f"{key}.k is {spec.k} and {key}.samples is {spec.samples}: "
-                f"pass@k needs k samples per task; keep k from 1 to {spec.samples} or raise samples"
-            )
 
 
 def run_eval(ctx: RunContext, stage: Stage) -> None:
@@ -65,6 +53,7 @@ def run_eval(ctx: RunContext, stage: Stage) -> None:
     for name, source in sources.items():
         path = ctx.directory(stage) / f"{name}.json"
         if not path.exists():
+            ctx.claim()
             swept = name not in spec.models
             results = evaluate_model(ctx, stage, name, ctx.load_params(source), tasks, brief=swept)
             write_atomically(path, json.dumps(results, indent=1) + "\n")

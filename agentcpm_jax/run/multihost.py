@@ -10,12 +10,9 @@ from __future__ import annotations
 import atexit
 import json
 import os
-import signal
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
-from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
 import jax
@@ -24,50 +21,13 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from agentcpm_jax.data.batch import Batch
+from agentcpm_jax.run.start.job import EXPLICIT, settings
+from agentcpm_jax.run.start.signals import Interrupted
 from agentcpm_jax.types import UserError
 
 T = TypeVar("T")
 
-EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
 _FOREVER_MS = 1000 * 3600 * 24 * 30  # process 0 may be long at rollouts and evaluations
-
-
-class Interrupted(Exception):
-    """The run was asked to stop and left a resumable workdir."""
-
-
-class StopSignal:
-    """In its context the first SIGINT or SIGTERM sets `requested`; a second one acts as usual."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignal:
-        try:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._on_signal)
-        except ValueError:  # not the main thread (notebooks, tests): there is nothing to catch
-            self._previous = {}
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._restore()
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous = {}
 
 
 def join(
@@ -94,42 +54,6 @@ def join(
     atexit.register(jax.distributed.shutdown)
     place = f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()}"
     announce(f"{place}: {jax.local_device_count()} of {jax.device_count()} devices")
-
-
-def settings(environ: Mapping[str, str]) -> dict[str, Any] | None:
-    """Arguments of `jax.distributed.initialize`; None for a job of one process.
-
-    They are all three of `EXPLICIT`. Without them JAX asks Slurm (`srun` of several tasks), GKE and
-    multi-slice TPU jobs (TPU_WORKER_HOSTNAMES, MEGASCALE_COORDINATOR_ADDRESS), or the metadata of a
-    TPU machine. Raises `UserError` when only some of the three are set, or they are not numbers.
-    """
-    several_tasks = all(name in environ for name in SLURM) and environ.get("SLURM_NTASKS") != "1"
-    hosts = environ.get("TPU_PROCESS_ADDRESSES", environ.get("TPU_WORKER_HOSTNAMES", ""))
-    given = [name for name in EXPLICIT if name in environ]
-    if len(given) == len(EXPLICIT):
-        address, count, index = (environ[name] for name in EXPLICIT)
-        if not (count.isdecimal() and index.isdecimal() and int(index) < int(count)):
-            raise UserError(
-                f"{EXPLICIT[1]}={count!r} and {EXPLICIT[2]}={index!r} must be numbers, the second "
-                "below the first; correct the environment"
-            )
-        return {
-            "coordinator_address": address,
-            "num_processes": int(count),
-            "process_id": int(index),
-        }
-    if several_tasks or "," in hosts or "MEGASCALE_COORDINATOR_ADDRESS" in environ:
-        return {}
-    if given:
-        missing = [name for name in EXPLICIT if name not in given]
-        raise UserError(
-            f"{' and '.join(given)} is set, {' and '.join(missing)} not; set all of "
-            f"{', '.join(EXPLICIT)}, or none for a job of one process"
-        )
-    on_tpu = environ.get("JAX_PLATFORMS", "tpu").startswith("tpu") and not (
-        {"TPU_SKIP_MDS_QUERY", "TPU_WORKER_HOSTNAMES"} & environ.keys()
-    )
-    return {} if on_tpu and any(map(_exists, ("/dev/accel0", "/dev/vfio/0"))) else None
 
 
 def is_main() -> bool:
@@ -279,7 +203,3 @@ def _receive(name: str) -> Any:
     if "failed" in received:
         raise Interrupted(f"process 0 stopped ({received['failed']}); the same command resumes")
     return received["value"]
-
-
-def _exists(path: str) -> bool:
-    return Path(path).exists()

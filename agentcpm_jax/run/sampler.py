@@ -146,6 +146,7 @@ def open_sampler(
             groups=groups,
         )
         closing.callback(stream.stop)
+        ctx.claim()  # the stream writes the log's first rows
         stream.start(version)
         yield Sampler(rl, ctx.log, engine, stream, store, meter)
 

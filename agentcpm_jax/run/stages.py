@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 from agentcpm_jax.config import ExperimentConfig, Stage
@@ -12,15 +13,17 @@ from agentcpm_jax.files import write_atomically
 from agentcpm_jax.plan.explain import naming_what_is_too_large
 from agentcpm_jax.run.context import RunContext, open_context
 from agentcpm_jax.run.custom import check_custom
-from agentcpm_jax.run.evaluation import check_attempts, run_eval
+from agentcpm_jax.run.evaluation import run_eval
 from agentcpm_jax.run.loop import train
 from agentcpm_jax.run.merging import run_merge
-from agentcpm_jax.run.multihost import StopSignal, decide, is_main
+from agentcpm_jax.run.multihost import decide, is_main
 from agentcpm_jax.run.observe.metrics import Progress, silent
 from agentcpm_jax.run.observe.summary import write_summary
 from agentcpm_jax.run.sampling import check_held_out
+from agentcpm_jax.run.start.limits import check_limits
+from agentcpm_jax.run.start.owner import owned
+from agentcpm_jax.run.start.signals import Interrupted, StopSignal
 from agentcpm_jax.run.supervised import run_pretrain, run_sft
-from agentcpm_jax.types import UserError
 
 
 def run_experiment(
@@ -29,20 +32,22 @@ def run_experiment(
     *,
     progress: Progress = silent,
     announce: Callable[[str], None] = lambda line: None,
+    stop: StopSignal | None = None,
 ) -> Path:
     """Run (or resume) every stage; returns the path of the HTML report.
 
     Raises:
       UserError: a mistake that the user can fix.
-      Interrupted: a signal asked the run to stop; the same call resumes it.
+      Interrupted: a signal (of `stop`, if it is given) asked the run to stop; the same call resumes
+        it.
     """
-    if not cfg.stages:
-        raise UserError("config.stages is empty; name at least one stage")
+    check_limits(cfg)
     check_custom(cfg)
     check_held_out(cfg)
-    check_attempts(cfg)
-    with StopSignal() as stop:
-        ctx = open_context(cfg, Path(workdir or cfg.workdir), progress, stop, announce)
+    place = Path(workdir or cfg.workdir)
+    with nullcontext(stop) if stop else StopSignal() as stop, ExitStack() as ending:
+        decide("owner", lambda: ending.enter_context(owned(place, announce)))
+        ctx = open_context(cfg, place, progress, stop, announce)
         with ctx.log:
             for stage in cfg.stages:
                 done = ctx.directory(stage) / "DONE"
@@ -54,6 +59,8 @@ def run_experiment(
                 seconds = time.monotonic() - started
                 mark_done(ctx, stage, seconds)
                 ctx.announce(f"{stage.name}: done in {seconds:.0f} s")
+                if decide(f"{stage.name}/stop", lambda: ctx.stop.requested):
+                    raise Interrupted(f"stopped after {stage.name}; same command resumes")
             return Path(decide("report", lambda: str(write_summary(ctx, ctx.announce))))
 
 
@@ -73,5 +80,6 @@ def mark_done(ctx: RunContext, stage: Stage, seconds: float) -> None:
     """Write DONE, which marks a stage as complete."""
     if not is_main():
         return
+    ctx.claim()
     content = {"stage": stage.name, "kind": stage.kind, "seconds": round(seconds, 1)}
     write_atomically(ctx.directory(stage) / "DONE", json.dumps(content) + "\n")

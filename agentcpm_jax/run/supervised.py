@@ -198,6 +198,7 @@ def _train(
             state, values = step_fn(state, placed, Frozen(base))
             if ctx.cfg.profile:
                 jax.block_until_ready(values)  # times the step alone
+            on_phase(step, "reading the loss")
             unread.append((step, batch, values["train/loss"]))
             stopping = any_process(ctx.stop.requested)
             saves = step % shape.checkpoint_every == 0 or step == shape.steps or stopping
@@ -216,6 +217,7 @@ def _train(
                 on_phase(step, "saving the checkpoint")
                 where = iterator.get_state()
                 config = to_json(ctx.cfg)
+                ctx.claim()
                 checkpoints.save(step, state=state, loader_state=where, config=config)
             if stopping and step < shape.steps:
                 raise Interrupted(f"stopped after step {step} of {name}; same command resumes")

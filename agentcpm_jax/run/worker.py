@@ -20,9 +20,9 @@ from agentcpm_jax.rollout.policy import Engine, TokenPolicy
 from agentcpm_jax.rollout.worker import ClaimWorker
 from agentcpm_jax.run.context import RunContext, open_context
 from agentcpm_jax.run.custom import make_reward, make_tools
-from agentcpm_jax.run.multihost import StopSignal
 from agentcpm_jax.run.observe.metrics import silent
 from agentcpm_jax.run.sampling import make_run_sample
+from agentcpm_jax.run.start.signals import StopSignal
 from agentcpm_jax.types import UserError
 from agentcpm_jax.weights.publish import load_version
 from agentcpm_jax.weights.store import versions

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from agentcpm_jax.ranges import check_choice, check_least
+from agentcpm_jax.ranges import check_between, check_choice, check_least
 
 NAMES = ("adamw", "adafactor", "muon")
 MOMENTS = ("float32", "bfloat16")
@@ -37,7 +37,9 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         choices = {"name": NAMES, "schedule": SCHEDULES, "moments": MOMENTS}
         check_choice(self, "optimizer", choices)
-        check_least(self, "optimizer", {"warmup": 0})
+        zero = ("lr", "adam_lr", "eps", "weight_decay", "clip_norm", "warmup", "final_fraction")
+        check_least(self, "optimizer", dict.fromkeys(zero, 0))
+        check_between(self, "optimizer", {"b2": (0, 1)})
 
     def warmup_steps(self, total_steps: int) -> int:
         """Updates until the full rate."""

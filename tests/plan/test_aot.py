@@ -7,9 +7,10 @@ from typing import Any
 import jax
 import pytest
 
-from agentcpm_jax.plan.aot import TOPOLOGIES, compile_ahead, device_count, topology_devices
+from agentcpm_jax.plan.aot import compile_ahead, topology_devices
 from agentcpm_jax.plan.flops import GIB
 from agentcpm_jax.plan.memory import MemoryEstimate
+from agentcpm_jax.plan.slices import TOPOLOGIES, device_count
 from agentcpm_jax.types import UserError
 
 #: What libtpu 0.0.42 says.

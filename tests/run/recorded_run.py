@@ -29,9 +29,9 @@ from agentcpm_jax.rollout.config import EpisodeConfig, StreamConfig
 from agentcpm_jax.rollout.stream import GroupOutcome
 from agentcpm_jax.run.context import open_context
 from agentcpm_jax.run.loop import train
-from agentcpm_jax.run.multihost import StopSignal
 from agentcpm_jax.run.observe.metrics import silent
 from agentcpm_jax.run.sampling import make_finish
+from agentcpm_jax.run.start.signals import StopSignal
 from agentcpm_jax.train.config import OptimizerConfig
 from agentcpm_jax.types import (
     Decision,

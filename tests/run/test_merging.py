@@ -31,7 +31,7 @@ from agentcpm_jax.model.config import TINY
 from agentcpm_jax.hf.save import save_hf
 from agentcpm_jax.model.params import init, param_specs
 from agentcpm_jax.run import context, merging
-from agentcpm_jax.run.multihost import StopSignal
+from agentcpm_jax.run.start.signals import StopSignal
 from agentcpm_jax.run.observe.metrics import silent
 from agentcpm_jax.sharding import param_shardings
 

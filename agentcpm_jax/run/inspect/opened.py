@@ -17,8 +17,8 @@ from agentcpm_jax.log.experience import ExperienceLog
 from agentcpm_jax.log.schema import Issue
 from agentcpm_jax.log.snapshots import locate_log, restore_snapshot
 from agentcpm_jax.run.context import RunContext
-from agentcpm_jax.run.multihost import StopSignal
 from agentcpm_jax.run.observe.metrics import silent
+from agentcpm_jax.run.start.signals import StopSignal
 from agentcpm_jax.sharding import make_mesh
 from agentcpm_jax.types import UserError
 

@@ -28,6 +28,8 @@ from agentcpm_jax.run.multihost import is_main
 #: Steps before the first that is traced (they compile), and how many are traced.
 WARM, STEPS = 2, 3
 TOP = 15
+#: The phases after the computation of a step.
+COMPUTED = ("reading the loss", "publishing the weights")
 
 #: `Device.device_kind` contains the key -> name in `CHIPS`.
 KINDS = {"v5p": "v5p", "v5 lite": "v5e", "v5e": "v5e", "v6": "v6e", "T4": "t4", "H200": "h200"}
@@ -61,7 +63,7 @@ def watched(
       start: steps that were complete before.
       rows, row_length: of a batch.
     """
-    with ctx.watchdog.watching() as watch:
+    with ctx.watchdog.watching() as seen, _patient(ctx, start, seen) as watch:
         if not (ctx.cfg.profile and is_main()):
             yield watch
             return
@@ -77,6 +79,26 @@ def watched(
             profile.stop()
         written = profile.write(ctx.cfg.model, rows, row_length)
         ctx.announce(written or f"no profile: the stage ended within {WARM} steps")
+
+
+@contextmanager
+def _patient(
+    ctx: RunContext, start: int, watch: Callable[[int, str], None]
+) -> Iterator[Callable[[int, str], None]]:
+    """A signal waits for the step under way; not for the first one of a process, which compiles.
+
+    Of several processes none may leave a step, since the others wait for it.
+    """
+    ctx.stop.patient = jax.process_count() > 1
+
+    def on_phase(step: int, phase: str) -> None:
+        ctx.stop.patient |= step > start + 1 or phase in COMPUTED
+        watch(step, phase)
+
+    try:
+        yield on_phase
+    finally:
+        ctx.stop.patient = False
 
 
 class Profile:

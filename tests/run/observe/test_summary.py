@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from agentcpm_jax.config import EvalStage, ExperimentConfig, MergeStage, Stage
-from agentcpm_jax.run.evaluation import check_attempts
 from agentcpm_jax.run.observe.summary import (
     attempts_table,
     differences,
@@ -17,6 +16,7 @@ from agentcpm_jax.run.observe.summary import (
     summarize,
 )
 from agentcpm_jax.run.stages import run_experiment
+from agentcpm_jax.run.start.limits import check_limits
 from agentcpm_jax.types import UserError
 
 
@@ -81,7 +81,7 @@ def test_a_k_above_the_samples_is_refused_before_the_run(tmp_path: Path) -> None
     spec = EvalStage(samples=4, k=(1, 4))
     validation = MergeStage(validation=EvalStage(samples=1))  # its k and samples are not read
     stages = (Stage("m", validation), Stage("e", spec))
-    check_attempts(ExperimentConfig(stages=stages))
+    check_limits(ExperimentConfig(stages=stages))
     for k in ((1, 8), (0,)):
         broken = Stage("e", replace(spec, k=k))
         with pytest.raises(UserError, match=r"stage\.e\.k is .*samples is 4"):
