@@ -48,7 +48,7 @@ def recipe() -> Any:
     c.workdir = "runs/rl_qwen3_4b"
     c.model.dtype, c.model.remat = "bfloat16", "full"
     c.mesh = to_config_dict(MeshConfig(fsdp=4, context=8))
-    c.tokenizer = "checkpoints/sft-merge"
+    c.tokenizer = "checkpoints/Qwen3-4B-Thinking-2507"
     c.episode = to_config_dict(
         EpisodeConfig(
             max_turns=100,
@@ -61,7 +61,7 @@ def recipe() -> Any:
     c.stages = ("rl",)
     c.stage.rl = stage_dict(
         "rl",
-        "checkpoints/sft-merge",
+        "checkpoints/Qwen3-4B-Thinking-2507",  # yours after SFT and merging: see above
         tasks_path="data/tasks.jsonl",
         shape=TrainShape(row_length=131_072, rows=4, micro_rows=4, steps=1000, checkpoint_every=3),
         optimizer=OptimizerConfig(
