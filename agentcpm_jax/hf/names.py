@@ -12,7 +12,9 @@ from typing import Protocol, runtime_checkable
 
 from agentcpm_jax.types import UserError
 
-CONFIG = "config.json"
+CONFIG, GENERATION = "config.json", "generation_config.json"
+#: Keys of both that are ids of tokens.
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
