@@ -1,12 +1,11 @@
-"""Run or resume an experiment.
+"""Run or resume an experiment; the same command resumes an interrupted run.
 
     python launch/train.py --config=configs/quickstart.py:smoke --workdir=/tmp/smoke
 
-The same command resumes an interrupted run, and runs on every host of a job (Slurm, GKE, a TPU pod,
-or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID). --doctor examines pool, judge,
-database, disk and stops; a launch does so first, unless --nodoctor. --explain: what a run takes on
---slice. --config: Python, YAML, a run's config.json. Exit codes: 0 done, 2 a mistake of yours (one
-line says which), 130 resumable.
+--config: Python, YAML, a run's config.json. On every host of a job: Slurm, GKE, a TPU pod, or
+JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID. --doctor examines pool, judge, database,
+disk and stops; a launch does so first, unless --nodoctor. --explain: what it takes on --slice. Exit
+codes: 0 done, 2 a mistake of yours, 130 resumable.
 """
 
 import sys
@@ -25,15 +24,13 @@ def main(argv: list[str]) -> int:
     with StopSignal(answer=say) as stop:
         try:
             return run(argv, stop)
-        except Interrupted as stopped:
-            say(f"interrupted: {stopped}")
-        except KeyboardInterrupt:
-            pass  # `stop` has answered
-        return 130
+        except (Interrupted, KeyboardInterrupt) as stopped:
+            if str(stopped):  # else `stop` has answered
+                say(f"interrupted: {stopped}")
+            return 130
 
 
 def run(argv: list[str], stop: StopSignal) -> int:
-    """Parse, run, say where the report is."""
     from agentcpm_jax.run.commandline import check_workdir, explained, parse
     from agentcpm_jax.types import UserError
 

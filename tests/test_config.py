@@ -287,13 +287,13 @@ def test_the_shipped_quickstart_resumes_what_version_1_began(tmp_path: Path) -> 
 
 @pytest.fixture
 def version_3(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A release whose streams say `attempts` for `retries`, stall later, and can be `fair`."""
+    """A release whose streams say `attempts` for `retries`, draw more, and can be `fair`."""
     kept = [
         (f.name, typing.get_type_hints(StreamConfig)[f.name], f)
         for f in dataclasses.fields(StreamConfig)
-        if f.name not in ("retries", "stall_timeout")
+        if f.name not in ("retries", "group_size")
     ]
-    new = [("attempts", int, 3), ("stall_timeout", float, 1800.0), ("fair", bool, False)]
+    new = [("attempts", int, 3), ("group_size", int, 16), ("fair", bool, False)]
     stream = dataclasses.make_dataclass("StreamConfig", [*kept, *new], frozen=True)
     monkeypatch.setattr(config_module, "StreamConfig", stream)
     for module in (config_module, migrations):
@@ -302,7 +302,7 @@ def version_3(monkeypatch: pytest.MonkeyPatch) -> None:
     def respell(raw: dict[str, Any]) -> None:
         rename(raw, "stages.rl.stream.retries", "attempts")
 
-    step = Migration({"stages.rl.stream.stall_timeout": 900.0}, respell)
+    step = Migration({"stages.rl.stream.group_size": 8}, respell)
     monkeypatch.setitem(migrations.MIGRATIONS, 2, step)
 
 
@@ -325,7 +325,7 @@ def test_a_config_of_an_older_version_is_migrated_before_it_is_compared(
     file.write_text(json.dumps(raw))
     check_config(of_version_3(raw), tmp_path)
     at = next(i for i, stage in enumerate(raw["stages"]) if stage["kind"] == "rl")
-    for key, value in (("attempts", 9), ("stall_timeout", 1800.0), ("fair", True)):
+    for key, value in (("attempts", 9), ("group_size", 16), ("fair", True)):
         with pytest.raises(UserError, match=rf"\(stages\[{at}\]\.rl\.stream\.{key} differ\)"):
             check_config(of_version_3(raw, **{key: value}), tmp_path)
     assert json.loads(file.read_text()) == raw, "the file stays as it was written"
@@ -334,13 +334,13 @@ def test_a_config_of_an_older_version_is_migrated_before_it_is_compared(
 @pytest.mark.usefixtures("version_3")
 def test_a_key_that_is_absent_had_the_default_of_its_own_version(tmp_path: Path) -> None:
     raw = json.loads(STORED["async"].read_text())
-    wanted = of_version_3(raw, stall_timeout=900.0)
-    del raw["stages"][0]["rl"]["stream"]["stall_timeout"]
+    wanted = of_version_3(raw, group_size=8)
+    del raw["stages"][0]["rl"]["stream"]["group_size"]
     (tmp_path / "config.json").write_text(json.dumps(raw))
     check_config(wanted, tmp_path)
     assert read_config(tmp_path) == wanted
-    with pytest.raises(UserError, match="stall_timeout differ"):  # version 3's own default
-        check_config(of_version_3(raw, stall_timeout=1800.0), tmp_path)
+    with pytest.raises(UserError, match="group_size differ"):  # version 3's own default
+        check_config(of_version_3(raw, group_size=16), tmp_path)
 
 
 @pytest.mark.usefixtures("version_3")

@@ -42,6 +42,9 @@ from agentcpm_jax.types import (
     Verdict,
 )
 
+#: Why the groups of a batch that was recorded and could not be trained were dropped.
+SET_ASIDE = "set_aside"
+
 
 class ExperienceLog:
     """The log of a run. Make one with `open`; `close` it or use it as a context manager.
@@ -247,6 +250,26 @@ class ExperienceLog:
             conn.execute(sa.insert(db.shipped), rows)
             for issue_id, decision in decisions:
                 _decide(conn, issue_id, [decision])
+
+    def set_aside(self, stage: str, step: int, reason: str) -> list[int]:
+        """Takes back the batch of `step`, the newest, which cannot be trained; returns its issues.
+
+        They end `dropped` as `SET_ASIDE`, with a decision that holds the reason. The step is then
+        the next one to ship. Raises ValueError when a later step is recorded, or this one is not.
+        """
+        c = db.shipped.c
+        with self._write(durable=True, announces=("settled",)) as conn:
+            newest = conn.scalar(sa.select(sa.func.max(c.step)).where(c.stage == stage))
+            if newest != step:
+                raise ValueError(f"stage {stage!r} step {step} is not the newest, {newest} is")
+            here = [c.stage == stage, c.step == step]
+            query = sa.select(c.issue_id).where(*here).distinct().order_by(c.issue_id)
+            issues = list(conn.scalars(query))
+            conn.execute(sa.delete(db.shipped).where(*here))
+            for issue_id in issues:
+                _move(conn, issue_id, ("shipped",), "dropped", SET_ASIDE)
+                _decide(conn, issue_id, [Decision(-1, SET_ASIDE, f"step {step + 1}: {reason}")])
+        return issues
 
     # ---- reading
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from agentcpm_jax.config import RLStage, Stage
-from agentcpm_jax.log.experience import ExperienceLog
+from agentcpm_jax.data.rows import shipped_rows
+from agentcpm_jax.log.experience import SET_ASIDE, ExperienceLog
 from agentcpm_jax.rewards.grade import Reward
 from agentcpm_jax.rollout.episode import check_prompt
 from agentcpm_jax.rollout.groups import ClaimedGroups, RunSample
@@ -20,8 +22,11 @@ from agentcpm_jax.run.engines import engine_metrics, open_engine
 from agentcpm_jax.run.observe.meter import RolloutMeter
 from agentcpm_jax.run.sampling import make_run_sample
 from agentcpm_jax.run.worker import WorkerThread, make_worker
-from agentcpm_jax.types import ShippedSegment, Task, TrajectoryGroup
+from agentcpm_jax.types import Decision, ShippedSegment, Task, Trajectory, TrajectoryGroup
 from agentcpm_jax.weights.versions import VersionStore
+
+#: The filter's name of what cannot be a row of a batch.
+UNTRAINABLE = "untrainable"
 
 
 @dataclass
@@ -135,20 +140,76 @@ def open_sampler(
             worker = _worker(ctx, stage, rl, engine, sample, groups)
             closing.callback(worker.stop)
             worker.start()
+        row_length = rl.shape.row_length
         stream = Stream(
             ctx.log,
             stage.name,
             tasks,
             meter.watching(sample),
-            advantage,
+            partial(without_untrainable, advantage, row_length),
             rl.stream,
             use_version=use_version,
             groups=groups,
         )
         closing.callback(stream.stop)
+        set_aside(ctx, stage, version, row_length)
         ctx.claim()  # the stream writes the log's first rows
         stream.start(version)
         yield Sampler(rl, ctx.log, engine, stream, store, meter)
+
+
+def without_untrainable(
+    finish: Callable[[TrajectoryGroup], GroupOutcome], row_length: int, group: TrajectoryGroup
+) -> GroupOutcome:
+    """What `finish` makes of a group, without the samples that could not be rows of a batch.
+
+    They are decided about here, before a batch that holds them is recorded.
+    """
+    outcome = finish(group)
+    bad = {
+        t.sample: why
+        for t in (group.trajectories if outcome.keep else ())
+        if (why := untrainable(_segments(t, outcome), row_length))
+    }
+    if not bad:
+        return outcome
+    credits = {place: c for place, c in outcome.credits.items() if place[0] not in bad}
+    said = [Decision(sample, UNTRAINABLE, why) for sample, why in bad.items()]
+    return GroupOutcome(
+        bool(credits), "" if credits else UNTRAINABLE, credits, [*outcome.decisions, *said]
+    )
+
+
+def untrainable(segments: Sequence[ShippedSegment], row_length: int) -> str:
+    """Why these segments cannot be rows of at most `row_length` tokens; empty when they can."""
+    try:
+        longest = max(map(len, shipped_rows(segments)), default=0)
+    except ValueError as error:
+        return str(error)
+    too_long = f"a row of {longest} tokens, shape.row_length is {row_length}"
+    return too_long if longest > row_length else ""
+
+
+def set_aside(ctx: RunContext, stage: Stage, version: int, row_length: int) -> None:
+    """Takes recorded batches from `version` on back that cannot be trained, newest first."""
+    while (step := ctx.log.last_shipped_step(stage.name)) >= version:
+        why = untrainable(ctx.log.shipped(stage.name, step), row_length)
+        if not why:
+            return
+        issues = ctx.log.set_aside(stage.name, step, why)
+        ctx.announce(
+            f"{stage.name}: the recorded batch of step {step + 1} cannot be trained ({why}); its "
+            f"{len(issues)} groups are dropped as {SET_ASIDE}, others take their place"
+        )
+
+
+def _segments(trajectory: Trajectory, outcome: GroupOutcome) -> list[ShippedSegment]:
+    issue, sample = trajectory.issue_id, trajectory.sample
+    return [
+        ShippedSegment(issue, sample, i, segment, outcome.credits[sample, i])
+        for i, segment in enumerate(trajectory.segments)
+        if (sample, i) in outcome.credits
+    ]
 
 
 def _worker(

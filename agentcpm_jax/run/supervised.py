@@ -26,6 +26,7 @@ from agentcpm_jax.run.context import RunContext
 from agentcpm_jax.run.learner import first_state, make_cut, plain
 from agentcpm_jax.run.multihost import Interrupted, any_process, is_main, local_rows, on_devices
 from agentcpm_jax.run.observe.health import stop_if_not_finite
+from agentcpm_jax.run.observe.machine import start_line
 from agentcpm_jax.run.observe.metrics import MetricsWriter, NoMetrics
 from agentcpm_jax.run.observe.profile import watched
 from agentcpm_jax.sharding import batch_sharding
@@ -185,6 +186,7 @@ def _train(
     micro_rows = shape.micro_rows or 0
     step_fn = make_sft_step(model, tx, schedule, micro_rows=micro_rows, shardings=shardings)
     cut = make_cut(shape, ctx.mesh)
+    ctx.announce(start_line(ctx, name, shape, start))
     bar = ctx.progress(name, shape.steps, start)
     unread: list[tuple[int, Batch, Any]] = []  # steps whose loss is not checked yet
 
@@ -240,5 +242,5 @@ def _check_finite(values: dict[str, Any], name: str, step: int) -> None:
     if values["train/nonfinite"] > 10:
         raise UserError(
             f"{name}: more than 10 updates were skipped for a non-finite gradient by step "
-            f"{step}; lower the learning rate or look at the data"
+            f"{step}; look at the data, or lower the learning rate in another --workdir"
         )

@@ -7,12 +7,15 @@ that make a step worthless to those that make it slow; the first that applies gi
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
 from typing import Any
+
+from agentcpm_jax.run.start.resume import COMPUTES, is_listed
 
 Row = Mapping[str, Any]
 WINDOW = 9  # rows considered; odd: five bad ones outvote four good ones
@@ -79,7 +82,7 @@ class Alerts:
         self._rows.append(row)
         line = advise(self._rows, lockstep=self._lockstep)
         if line and topic(line) != self._topic:
-            self._say(f"step {row.get('step', '?')}: {line}")
+            self._say(f"step {row.get('step', '?')}: {line}{_elsewhere(line)}")
         self._topic = topic(line)
 
 
@@ -101,6 +104,13 @@ def history(rows: Sequence[Row], *, lockstep: bool = False) -> list[tuple[int, i
 def topic(line: str) -> str:
     """The topic of an advice: its words before the colon, which do not depend on figures."""
     return line.partition(":")[0]
+
+
+def _elsewhere(line: str) -> str:
+    """Of the keys in an advice, those that a run keeps to its end."""
+    keys = re.findall(r"\b(?:optimizer|stream)\.\w+", line)
+    pinned = [key for key in keys if is_listed(f"rl.{key}", COMPUTES)]
+    return f" (another --workdir may change {' and '.join(pinned)})" if pinned else ""
 
 
 # ---- the rules
@@ -127,7 +137,9 @@ def _equal_rewards(rows: Sequence[Row], limits: Thresholds) -> str:
         fix = "change the difficulty of the tasks"
     else:
         fix = f"mean reward {reward:.2f}: the tasks are too {'easy' if reward > 0.5 else 'hard'}"
-    return f"no gradient: most groups have equal rewards ({share}; {fix}, or raise group_size)"
+    return (
+        f"no gradient: most groups have equal rewards ({share}; {fix}, or raise stream.group_size)"
+    )
 
 
 def _mismatch(rows: Sequence[Row], limits: Thresholds) -> str:
@@ -174,7 +186,7 @@ def _stale_long(rows: Sequence[Row], limits: Thresholds) -> str:
     return (
         f"stale drops concentrate in long trajectories: {long:.0%} of the longest 30 % are lost, "
         f"{short:.0%} of the shorter half; raise stream.max_staleness or lower "
-        "max_concurrent_groups"
+        "stream.max_concurrent_groups"
     )
 
 

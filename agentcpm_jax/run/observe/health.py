@@ -64,9 +64,11 @@ def stop_if_not_finite(
     np.savez_compressed(path, **arrays)
     ids = sorted(set(issue_ids))
     of_issues = f" of issues {', '.join(map(str, ids))}" if ids else ""
+    then = "the same command goes on from there with another batch, " if ids else ""
     raise UserError(
         f"{name}: the loss of step {step} is {loss}; the batch{of_issues} is in {path}, the last "
-        "good checkpoint is kept; look for absurd rewards or weights in it, or lower the rate"
+        f"good checkpoint is kept; {then}look for absurd rewards or weights in this one, or lower "
+        "the rate in another --workdir"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 from collections.abc import Mapping
@@ -11,6 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+
+from agentcpm_jax import tree
+from agentcpm_jax.config import TrainShape
+from agentcpm_jax.model.params import param_specs
+from agentcpm_jax.run.context import RunContext
 
 FILE = "machines.jsonl"
 
@@ -31,6 +37,20 @@ def describe() -> dict[str, Any]:
         else os.cpu_count(),
         "xla_flags": " ".join(sorted(os.environ.get("XLA_FLAGS", "").split())),
     }
+
+
+def start_line(ctx: RunContext, name: str, shape: TrainShape, start: int) -> str:
+    """What a stage computes, on what, and from where."""
+    model = ctx.cfg.model
+    parameters = sum(math.prod(spec.shape) for spec in tree.flatten(param_specs(model)).values())
+    adapters = f" with adapters of rank {model.lora_rank}" if model.lora_rank else ""
+    axes = " x ".join(f"{axis} {size}" for axis, size in ctx.mesh.shape.items() if size > 1)
+    at = f"resumed after step {start} of" if start else "from the first of"
+    return (
+        f"{name}: {ctx.mesh.size} x {jax.devices()[0].device_kind}, mesh {axes or 'of one device'}; "
+        f"{parameters:,} parameters{adapters}; {shape.rows} rows of {shape.row_length} tokens; "
+        f"{at} {shape.steps} steps"
+    )
 
 
 def record(directory: Path, completed: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from typing import Any
@@ -55,6 +56,7 @@ class Recorder:
         """
         values = dict(jax.device_get(values))
         where = self._ctx.directory(self._stage), self._stage.name, step
+        self._set_aside(step, values["train/loss"])
         stop_if_not_finite(values, batch, *where, (s.issue_id for s in shipped))
         if not is_main():
             return
@@ -74,6 +76,12 @@ class Recorder:
         self._bar.set_postfix_str(f"{shown}age {values['stale/age_mean']:.1f}")
         self._bar.update(1)
 
+    def _set_aside(self, step: int, loss: float) -> None:
+        """Of a loss that is not finite: a resume takes another batch, unless later ones follow."""
+        log, stage = self._ctx.log, self._stage.name
+        if is_main() and not math.isfinite(loss) and log.last_shipped_step(stage) == step - 1:
+            log.set_aside(stage, step - 1, f"the loss is {loss}")
+
     def close(self) -> None:
         """Leaves the progress bar as it is."""
         self._bar.close()
@@ -84,5 +92,6 @@ def open_recorder(ctx: RunContext, stage: Stage, rl: RLStage, start: int) -> Ite
     """A recorder; removes the metrics of steps after `start` and records the machine."""
     if is_main():
         machine.record(ctx.directory(stage), start)
+    ctx.announce(machine.start_line(ctx, stage.name, rl.shape, start))
     with closing(Recorder(ctx, stage, rl, start)) as recorder:
         yield recorder
