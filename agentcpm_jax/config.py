@@ -301,9 +301,10 @@ def from_config_dict(
         checkpoint that is not here, or not of the model that is configured.
     """
     cfg, model = _read(config)
-    begun = workdir is not None and (workdir / "config.json").is_file()
-    recorded = read_config(workdir).model if workdir is not None and begun else None
-    todo = [s for s in cfg.stages if not (recorded and (workdir / s.name / "DONE").exists())]
+    recorded, todo = None, list(cfg.stages)
+    if workdir is not None and (workdir / "config.json").is_file():
+        recorded = read_config(workdir).model
+        todo = [stage for stage in todo if not (workdir / stage.name / "DONE").exists()]
     given = {name: model.pop(name) for name in SHAPE if name in model}
     shape = common_shape(
         given if cfg.stages else _shape(TINY) | given,
@@ -316,14 +317,17 @@ def from_config_dict(
 
 def outside_models(cfg: ExperimentConfig, stages: Iterable[Stage]) -> list[str]:
     """Names of the models that these stages read and that the run does not make."""
-    names = []
-    for stage in stages:
-        names.append(stage.init_from)
-        if stage.pretrain is not None and cfg.base != "scratch":
-            names[-1] = cfg.base
-        if stage.merge is not None:
-            names += [stage.merge.general, *stage.merge.soup]
-    return [n for n in dict.fromkeys(names) if n != "random" and not n.startswith("stage:")]
+    names = dict.fromkeys(name for stage in stages for name in sources_of(cfg, stage))
+    return [n for n in names if n != "random" and not n.startswith("stage:")]
+
+
+def sources_of(cfg: ExperimentConfig, stage: Stage) -> list[str]:
+    """Names of the models that a stage begins with, as `Stage.init_from` spells them."""
+    if stage.pretrain is not None and cfg.base != "scratch":
+        return [cfg.base]
+    if stage.merge is not None:
+        return [stage.init_from, stage.merge.general, *stage.merge.soup]
+    return [stage.init_from] if stage.eval is None else []
 
 
 def to_json(config: ExperimentConfig) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 import hashlib
+import shutil
 from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any

@@ -65,6 +65,7 @@ def save_hf(
     dtype: str = "",
     tokenizer_from: str | os.PathLike[str] | None = None,
     describe: Describe = lambda hashes: {},
+    token_ids: Mapping[str, Any] = {},
 ) -> None:
     """Writes a directory that `load_hf` and `transformers.AutoModelForCausalLM` read.
 
@@ -79,6 +80,7 @@ def save_hf(
       tokenizer_from: a directory whose tokenizer, chat template and generation config are copied.
       describe: {weight file: sha256} -> {file: text} of what else goes into the directory, such as
         a model card.
+      token_ids: what config.json says of them: `eos_token_id` ...
 
     Raises:
       UserError: the place holds something else than a checkpoint, there is no tokenizer in
@@ -88,7 +90,7 @@ def save_hf(
     directory = Path(directory).absolute()
     if directory.exists() and not _replaceable(directory):
         raise UserError(f"{directory} exists and is no checkpoint directory; choose another place")
-    contents = directory_contents(params, cfg, dtype, tokenizer_from)
+    contents = directory_contents(params, cfg, dtype, tokenizer_from, token_ids)
     if jax.process_index() > 0:
         for _, pieces in contents:  # this process's part of every gathering
             deque(pieces, maxlen=0)
@@ -117,6 +119,7 @@ def directory_contents(
     cfg: ModelConfig,
     dtype: str = "",
     tokenizer_from: str | os.PathLike[str] | None = None,
+    token_ids: Mapping[str, Any] = {},
 ) -> Iterator[tuple[str, Iterable[Any]]]:
     """(name, bytes-like pieces) of every file of a directory, to be taken in order.
 
@@ -129,7 +132,7 @@ def directory_contents(
     flat, specs = tree.flatten(params), tree.flatten(param_specs(cfg))
     _check_params(flat, specs)
     saved = dtype or str(np.dtype(params["embed"].dtype))
-    config = to_hf_config(dataclasses.replace(cfg, param_dtype=saved))
+    config = {**to_hf_config(dataclasses.replace(cfg, param_dtype=saved)), **token_ids}
 
     def contents() -> Iterator[tuple[str, Iterable[Any]]]:
         yield from _weight_files(flat, specs, saved, MAX_FILE_BYTES)

@@ -83,6 +83,16 @@ def common_shape(
     return found
 
 
+def shape_text(model: ModelConfig) -> str:
+    """One line for people."""
+    tied = "tied" if model.tied_embeddings else "untied"
+    return (
+        f"{model.num_layers} layers of width {model.width}, {model.num_heads} heads of "
+        f"{model.head_dim} over {model.num_kv_heads}, {model.vocab_size:,} ids ({tied}), "
+        f"rope theta {model.rope_theta:g}"
+    )
+
+
 def where_said(names: Iterable[str]) -> str:
     """What tells the shape, for people."""
     name = next(iter(names), None)

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from agentcpm_jax.chat.format import ChatFormat
 from agentcpm_jax.hf.companions import (
     TEMPLATE,
+    TOKENIZERS,
     chat_template,
     id_list,
     token_ids,
@@ -32,28 +33,30 @@ def load_chat(directory: str | os.PathLike[str], **template_kwargs: Any) -> Chat
       UserError: tokenizer or template is missing or damaged.
     """
     path = find_model(directory)
-    tokenizer = load_tokenizer(path)
+    return chat_of(load_tokenizer(path), path, **template_kwargs)
+
+
+def chat_of(tokenizer: Tokenizer, path: Path, **template_kwargs: Any) -> ChatFormat:
+    """The same of a tokenizer that is loaded from `path`."""
     template = chat_template(path)
     if template is None:
         raise UserError(f"no chat template in {path}; add {TEMPLATE}")
     return ChatFormat.from_parts(tokenizer, template, **template_kwargs)
 
 
-def check_ids(tokenizer: Path, model: Path) -> None:
-    """Check that a tokenizer gives ids as a model means them.
+def check_ids(used: Tokenizer, tokenizer: Path, model: Path) -> None:
+    """Check that a tokenizer, loaded from `tokenizer`, gives ids as a model means them.
 
-    Every token that the model's own tokenizer has too must have the same id there; where the model
-    carries none, the ids that its configuration names (end of text ...) must be added tokens.
+    Every token that the model's own tokenizer has too must have the same id there, and the ids that
+    the model's configuration names (end of text ...) must be added tokens.
 
     Raises:
       UserError: names the token and both ids, or the id that is no such token.
     """
     own = tokenizer_file(model)
-    if own is not None and tokenizer_digest(model) == tokenizer_digest(tokenizer):
-        return
-    used = load_tokenizer(tokenizer)
-    ids = used.get_vocab(with_added_tokens=True)
-    if own is not None:
+    readable = own is not None and own.name == TOKENIZERS[0]  # others need transformers
+    if readable and tokenizer_digest(model) != tokenizer_digest(tokenizer):
+        ids = used.get_vocab(with_added_tokens=True)
         theirs = load_tokenizer(model).get_vocab(with_added_tokens=True)
         wrong = [token for token, i in theirs.items() if ids.get(token, i) != i]
         if wrong:

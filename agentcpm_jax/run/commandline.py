@@ -96,6 +96,11 @@ def check_workdir(command: Command) -> None:
     if not command.doctor and settings(os.environ) is None:  # else it may be this job's process 0
         check_unowned(command.workdir)
     check_config(command.config, command.workdir)
+    if not command.doctor:  # which says it beside its other findings
+        from agentcpm_jax.run.start.tokenizer import check_tokenizer, tokenizer_of
+
+        with tokenizer_of(command.config) as used:
+            check_tokenizer(command.config, command.workdir, used)
 
 
 def explained(command: Command, announce: Callable[[str], None]) -> bool:

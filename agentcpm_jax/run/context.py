@@ -14,13 +14,14 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from agentcpm_jax.chat.format import ChatFormat, template_text
+from agentcpm_jax.chat.format import ChatFormat
 from agentcpm_jax.checkpoint import newest_snapshot
-from agentcpm_jax.config import ExperimentConfig, Stage, outside_models
+from agentcpm_jax.config import ExperimentConfig, Stage, outside_models, sources_of
+from agentcpm_jax.hf.companions import generation, tokenizer_digest
 from agentcpm_jax.hf.load import check_weights, load_hf
 from agentcpm_jax.hf.locate import find_model
+from agentcpm_jax.hf.names import GENERATION
 from agentcpm_jax.hf.save import save_hf, save_peft
-from agentcpm_jax.hf.tokenizer import load_chat
 from agentcpm_jax.log.experience import ExperienceLog
 from agentcpm_jax.log.snapshots import locate_log, restore_snapshot
 from agentcpm_jax.model import params as model_params
@@ -32,9 +33,9 @@ from agentcpm_jax.run.observe.watchdog import Watchdog
 from agentcpm_jax.run.start.resume import CONFIG as RUN_CONFIG
 from agentcpm_jax.run.start.resume import check_config, claim
 from agentcpm_jax.run.start.signals import StopSignal
+from agentcpm_jax.run.start.tokenizer import check_tokenizer, record_tokenizer, tokenizer_of
 from agentcpm_jax.sharding import make_mesh
 from agentcpm_jax.types import UserError
-from agentcpm_jax.world.vocabulary import write_tokenizer
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,14 @@ class RunContext:
         if is_main():
             self.claim()
             shutil.rmtree(directory, ignore_errors=True)
-        described = partial(self.describe, directory)
-        tokenizer = self.tokenizer
-        save_hf(directory, params, self.cfg.model, tokenizer_from=tokenizer, describe=described)
+        save_hf(
+            directory,
+            params,
+            self.cfg.model,
+            tokenizer_from=self.tokenizer,
+            describe=partial(self.describe, directory),
+            token_ids=self._generation(self._stage_of(directory))[0],
+        )
 
     def _source(self, source: str) -> Path | None:
         """The directory of an `init_from`; None for random parameters."""
@@ -103,17 +109,24 @@ class RunContext:
             return None
 
     def describe(self, directory: Path, weights: Mapping[str, str]) -> dict[str, str]:
-        """File name -> text of the model card for an export in a stage's directory."""
-        name = directory.relative_to(self.workdir).parts[0]
-        stage = next(stage for stage in self.cfg.stages if stage.name == name)
-        made_from = [stage.init_from]
-        if stage.merge is not None:
-            made_from += [stage.merge.general, *stage.merge.soup]
-        if stage.kind == "pretrain" and self.cfg.base != "scratch":
-            made_from = [self.cfg.base]
-        sources = {source: self._found(source) for source in made_from}
+        """File name -> text of what goes beside the weights of a stage's directory."""
+        stage = self._stage_of(directory)
+        sources = {source: self._found(source) for source in sources_of(self.cfg, stage)}
         metrics = self.directory(stage) / "metrics.jsonl"
-        return describe(self.cfg, stage, sources, metrics, weights)
+        files = describe(self.cfg, stage, sources, metrics, weights)
+        settings = self._generation(stage)[1]
+        return files | ({GENERATION: settings} if settings else {})
+
+    def _stage_of(self, directory: Path) -> Stage:
+        name = directory.relative_to(self.workdir).parts[0]
+        return next(stage for stage in self.cfg.stages if stage.name == name)
+
+    def _generation(self, stage: Stage) -> tuple[dict[str, Any], str]:
+        """`companions.generation`: what a stage's model began with stops it still; every turn that
+        SFT and RL train ends with the chat's own end."""
+        found = self._found(sources_of(self.cfg, stage)[0])
+        stop = self.chat.im_end_id if stage.kind in ("sft", "rl") else None
+        return generation([*([found] if found else []), self.tokenizer], stop)
 
 
 def open_context(
@@ -132,15 +145,8 @@ def open_context(
     mesh = make_mesh(cfg.mesh)
     model, fallbacks = fit_to_device(cfg.model, mesh.devices.flat[0])
     # Nothing is written before all checks passed.
-    with main_first("context"), tempfile.TemporaryDirectory() as scratch:
-        if not cfg.tokenizer:
-            write_tokenizer(scratch, template_text(cfg.template))
-        chat = load_chat(cfg.tokenizer or scratch)
-        if chat.vocab_size > cfg.model.vocab_size:
-            raise UserError(
-                f"tokenizer {cfg.tokenizer or 'of the offline world'} has {chat.vocab_size} ids, "
-                f"config.model.vocab_size is {cfg.model.vocab_size}; raise it"
-            )
+    with main_first("context"), tokenizer_of(cfg) as used:
+        chat, digest = check_tokenizer(cfg, workdir, used), tokenizer_digest(used)
         todo = [stage for stage in cfg.stages if not (workdir / stage.name / "DONE").exists()]
         for name in outside_models(cfg, todo):
             check_weights(name, cfg.model)
@@ -148,7 +154,7 @@ def open_context(
         made, claimed = workdir / "tokenizer", (workdir / RUN_CONFIG).exists()
         if not cfg.tokenizer and is_main() and not (made.exists() and claimed):
             shutil.rmtree(made, ignore_errors=True)  # of a start that came to nothing
-            shutil.copytree(scratch, made)
+            shutil.copytree(used, made)
         tokenizer = find_model(cfg.tokenizer or made)
     watchdog = Watchdog(cfg.hang_seconds, announce, workdir)
     if not is_main():  # it announces only a hang, and its log is not used
@@ -156,12 +162,17 @@ def open_context(
     log = open_log(cfg, workdir, announce) if is_main() else _no_log()
     for line in [*fallbacks, *(f"resuming: {change}" for change in changed)]:
         announce(line)
-    own = partial(claim, cfg, workdir) if is_main() else lambda: None
+    own = partial(_own, cfg, workdir, digest) if is_main() else lambda: None
     if changed:
         own()
     cfg = replace(cfg, model=model)
     said = {"announce": announce, "claim": own, "watchdog": watchdog}
     return RunContext(cfg, workdir, tokenizer, chat, log, progress, stop, mesh, **said)
+
+
+def _own(cfg: ExperimentConfig, workdir: Path, tokenizer: str) -> None:
+    record_tokenizer(workdir, tokenizer)
+    claim(cfg, workdir)
 
 
 def open_log(

@@ -12,7 +12,7 @@ from agentcpm_jax.config import ExperimentConfig, outside_models
 from agentcpm_jax.files import write_atomically
 from agentcpm_jax.hf.companions import tokenizer_digest
 from agentcpm_jax.hf.locate import find_model
-from agentcpm_jax.hf.tokenizer import check_ids, load_chat
+from agentcpm_jax.hf.tokenizer import chat_of, check_ids, load_tokenizer
 from agentcpm_jax.types import UserError
 from agentcpm_jax.world.vocabulary import write_tokenizer
 
@@ -34,7 +34,8 @@ def check_tokenizer(cfg: ExperimentConfig, workdir: Path, directory: Path) -> Ch
     Raises `UserError`: it has more ids than the model, other ids, or is not that of the run.
     """
     name = cfg.tokenizer or "of the offline world"
-    chat = load_chat(directory)
+    tokenizer = load_tokenizer(directory)
+    chat = chat_of(tokenizer, directory)
     if chat.vocab_size > cfg.model.vocab_size:
         raise UserError(
             f"tokenizer {name} has {chat.vocab_size} ids, the model {cfg.model.vocab_size} "
@@ -42,7 +43,7 @@ def check_tokenizer(cfg: ExperimentConfig, workdir: Path, directory: Path) -> Ch
         )
     todo = [stage for stage in cfg.stages if not (workdir / stage.name / "DONE").exists()]
     for model in outside_models(cfg, todo):
-        check_ids(directory, find_model(model))
+        check_ids(tokenizer, directory, find_model(model))
     file = workdir / DIGEST
     if file.is_file() and file.read_text().strip() != tokenizer_digest(directory):
         raise UserError(
