@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,13 @@ from agentcpm_jax.hf.files import read_json, sha256_of
 CARD, LINEAGE = "README.md", "lineage.json"
 
 
-def model_card(tag: str, title: str, body: Iterable[str]) -> str:
-    """README.md with the metadata that the Hub reads."""
-    head = ["---", "library_name: transformers", "tags:", f"- {tag}", "---", f"# {title}", ""]
-    return "\n".join([*head, *body, ""])
+def model_card(tag: str, title: str, body: Iterable[str], made_from: Iterable[str] = ()) -> str:
+    """README.md with the metadata that the Hub reads; `made_from`: the models it came from."""
+    # JSON is YAML, whatever is in a name
+    names = [json.dumps(name, ensure_ascii=False) for name in dict.fromkeys(made_from)]
+    bases = ["base_model:", *(f"- {name}" for name in names)] if names else []
+    head = ["---", "library_name: transformers", *bases, "tags:", f"- {tag}", "---", f"# {title}"]
+    return "\n".join([*head, "", *body, ""])
 
 
 def file_table(
@@ -42,6 +46,16 @@ def parent(name: str, directory: Path | None) -> dict[str, Any]:
         found = read_json(directory / LINEAGE)
         return {"source": name, **{k: found[k] for k in ("run", "stage", "weights", "parents")}}
     return {"source": name, "weights": dict(_hashes(directory))}
+
+
+def origins(parents: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The models at the roots of a lineage, which others made; a run's own stages are none."""
+    found: list[str] = []
+    for model in parents:
+        source = model["source"]
+        own = source == "random" or source.startswith("stage:")
+        found += origins(model.get("parents", ())) or ([] if own else [source])
+    return found
 
 
 def lineage_files(lineage: Mapping[str, Any]) -> list[tuple[str, Mapping[str, str] | None]]:

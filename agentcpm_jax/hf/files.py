@@ -12,6 +12,7 @@ not, and writes a block's columns, four lines each, from there.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -25,7 +26,7 @@ from typing import Any
 import ml_dtypes  # registers bfloat16 with numpy
 import numpy as np
 
-from agentcpm_jax.hf.names import CONFIG, INDEX, SINGLE
+from agentcpm_jax.hf.names import CONFIG, INDEX, SINGLE, embedding_names, text_config
 from agentcpm_jax.types import UserError
 
 FLOATS = {
@@ -36,6 +37,11 @@ FLOATS = {
 }
 CODES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 LONGEST_HEADER = 100_000_000  # bytes; what the format allows
+HEADS = ("head", "output", "embed_out")  # in the names of matrices from states to tokens
+# The bits of the exponent: all ones in NaN and infinities, and nowhere else. Comparing them takes a
+# quarter of the time of np.isfinite, on half the bytes.
+EXPONENT = {FLOATS["float16"]: np.uint16(0x7C00), FLOATS["bfloat16"]: np.uint16(0x7F80)}
+IN_CACHE = 1 << 16  # numbers that are looked at together
 BLOCK = (128, 1024)  # rows and columns of a transposing copy
 APART = 32  # numbers between its rows
 
@@ -75,6 +81,7 @@ class Checkpoint:
                 self.tensors[name], self.places[name] = info, path
                 self._mapped[name] = (mapped, start, end)
         self._check_index()
+        self._check_tied()
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -100,11 +107,30 @@ class Checkpoint:
 
     def _check_index(self) -> None:
         index = self.directory / INDEX
-        if index.exists():
+        if self.files != [self.directory / SINGLE] or SINGLE in _named(index):
             for name in sorted(read_json(index)["weight_map"].keys() - self.tensors.keys()):
                 raise UserError(
                     f"tensor {name} of {index} is in none of its files; copy them again"
                 )
+
+    def _check_tied(self) -> None:
+        """Leaves the copy of a tied embedding out; raises UserError if it is no copy."""
+        if not text_config(self.config).get("tie_word_embeddings"):
+            return
+        names = embedding_names(self.config, self.tensors)
+        heads = [name for name in names if any(word in name for word in HEADS)]
+        for head in heads if len(names) == 2 and len(heads) == 1 else ():
+            (embedding,) = {*names} - {head}
+            ours, copy = (self.read(name).view(np.uint8) for name in (embedding, head))
+            same = self.tensors[embedding] == self.tensors[head] and np.array_equal(ours, copy)
+            self.release(embedding)
+            if not same:
+                raise UserError(
+                    f"{self.places[head]}: tensor {head} differs from {embedding}, but {CONFIG} "
+                    "has tie_word_embeddings true; set it to false, or remove the tensor"
+                )
+            self.release(head)
+            del self.tensors[head]
 
 
 def read_file(path: Path) -> dict[str, np.ndarray]:
@@ -239,6 +265,22 @@ def as_bytes(array: np.ndarray) -> memoryview:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
+def not_finite(x: np.ndarray) -> int:
+    """How many numbers are NaN or infinite."""
+    flat = x.reshape(-1)
+    pieces = (flat[at : at + IN_CACHE] for at in range(0, flat.size, IN_CACHE))
+    broken = (piece for piece in pieces if not all_finite(piece))
+    return sum(int(piece.size - np.count_nonzero(np.isfinite(piece))) for piece in broken)
+
+
+def all_finite(x: np.ndarray) -> bool:
+    """Whether none is."""
+    exponent = EXPONENT.get(x.dtype)
+    if exponent is None:
+        return bool(np.isfinite(x).all())
+    return not x.size or bool((x.view(np.uint16) & exponent).max() < exponent)
+
+
 def transpose_into(target: np.ndarray, source: np.ndarray) -> None:
     """target [I,O] = source^T, whose axes [*O,*I] multiply to them; casts when dtypes differ."""
     source = source.reshape(target.shape[1], target.shape[0])
@@ -319,19 +361,53 @@ def _groups(tensors: Mapping[str, TensorInfo], max_file_bytes: int) -> Iterator[
 
 
 def _weight_files(directory: Path) -> list[Path]:
-    index = directory / INDEX
-    if index.exists():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise UserError(f"{index} has no weight_map; copy or convert the directory again")
-        names = sorted(set(weight_map.values()))
+    """The one file, as transformers reads first, or those of the index.
+
+    An index may be left from an earlier save; when its files are too, which are meant is unknown.
+    """
+    if (directory / SINGLE).is_file():
+        shards = _named(directory / INDEX)
+        for name in shards if SINGLE not in shards else ():
+            if (directory / name).is_file():
+                raise UserError(
+                    f"{directory} has two sets of weights, {SINGLE} and those of {INDEX} ({name}); "
+                    "remove one of them"
+                )
+        shards = shards if SINGLE in shards else []
     else:
-        names = [SINGLE]
-    for name in names:
+        shards = _shards(directory / INDEX)
+    for name in shards or [SINGLE]:
         if not (directory / name).is_file():
-            pickled = sorted(p.name for p in directory.glob("*.bin"))
-            hint = f" ({pickled[0]} is not read: it may run code)" if pickled else ""
             raise UserError(
-                f"{directory / name} is missing{hint}; copy or convert the directory again"
+                f"{directory / name} is missing{_instead(directory)}; copy or convert the "
+                "directory again"
             )
-    return [directory / name for name in names]
+    return [directory / name for name in shards or [SINGLE]]
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index names; none where there is no index."""
+    if not index.exists():
+        return []
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise UserError(f"{index} has no weight_map; copy or convert the directory again")
+    for name in names.values():
+        if not isinstance(name, str) or Path(name).name != name:
+            raise UserError(f"{index} names {name!r}, which is no file beside it; copy it again")
+    return sorted(set(names.values()))
+
+
+def _named(index: Path) -> list[str]:
+    """The same of an index that nothing depends on, whatever is wrong with it."""
+    with contextlib.suppress(UserError):
+        return _shards(index)
+    return []
+
+
+def _instead(directory: Path) -> str:
+    """What lies there that is not read, for a message."""
+    if pickled := sorted(p.name for p in directory.glob("*.bin")):
+        return f" ({pickled[0]} is not read: it may run code)"
+    found = sorted(p.name for p in directory.glob("*.safetensors"))
+    return f" ({found[0]} is there, but no {INDEX})" if found else ""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from agentcpm_jax.types import UserError
 
@@ -70,6 +70,31 @@ def inputs_outputs(spec: Spec) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Our axes of one layer that make a matrix's inputs, and the others; no inputs: no matrix."""
     shape = spec.shape[1:] if stacked(spec) else spec.shape
     return shape[: spec.hf_inputs], shape[spec.hf_inputs :]
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings of the language model, which a multimodal model nests."""
+    nested = config.get("text_config")
+    return {**config, **nested} if isinstance(nested, Mapping) else config
+
+
+def embedding_names(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> list[str]:
+    """Matrices with one row per token, by shape and place: outside the layers, `vocab_size` rows.
+
+    Where no matrix has so many rows, those with the most. `tensors` have a `shape`.
+    """
+    shapes = {name: tuple(info.shape) for name, info in tensors.items()}
+    outside = [n for n, s in shapes.items() if len(s) == 2 and not _in_layer(n)]
+    rows = text_config(config).get("vocab_size")
+    if not any(shapes[name][0] == rows for name in outside):
+        rows = max((shapes[name][0] for name in outside), default=0)
+    found = [name for name in outside if shapes[name][0] == rows]
+    words = [name for name in found if "position" not in name and "wpe" not in name]
+    return words or found
+
+
+def _in_layer(name: str) -> bool:
+    return any(part.isdigit() for part in name.split("."))
 
 
 def check_shape(

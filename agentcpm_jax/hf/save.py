@@ -32,6 +32,7 @@ from agentcpm_jax.hf.files import (
     as_bytes,
     index_text,
     json_text,
+    not_finite,
     plan_files,
     transpose_into,
     write_file,
@@ -46,6 +47,7 @@ from agentcpm_jax.hf.names import (
     file_tensors,
     inputs_outputs,
 )
+from agentcpm_jax.hf.place import check_replaceable, output_place
 from agentcpm_jax.model.config import DTYPES, ModelConfig, to_hf_config
 from agentcpm_jax.model.lora import adapter_specs
 from agentcpm_jax.model.params import ParamSpec, param_specs
@@ -83,22 +85,19 @@ def save_hf(
       token_ids: what config.json says of them: `eos_token_id` ...
 
     Raises:
-      UserError: the place holds something else than a checkpoint, there is no tokenizer in
-        `tokenizer_from`, or the dtype is unknown.
+      UserError: the place cannot be written or holds something else than a model of ours, there is
+        no tokenizer in `tokenizer_from`, the dtype is unknown, or a parameter is not finite.
       ValueError: `params` are not the parameters of `cfg`.
     """
-    directory = Path(directory).absolute()
-    if directory.exists() and not _replaceable(directory):
-        raise UserError(f"{directory} exists and is no checkpoint directory; choose another place")
+    place = output_place(Path(directory))
+    check_replaceable(place)
     contents = directory_contents(params, cfg, dtype, tokenizer_from, token_ids)
     if jax.process_index() > 0:
         for _, pieces in contents:  # this process's part of every gathering
             deque(pieces, maxlen=0)
         return
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    fresh, old = (
-        directory.with_name(f".{directory.name}.{w}-{os.getpid()}") for w in ("tmp", "old")
-    )
+    place.parent.mkdir(parents=True, exist_ok=True)
+    fresh, old = (place.with_name(f".{place.name}.{w}-{os.getpid()}") for w in ("tmp", "old"))
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir()
     try:
@@ -106,12 +105,23 @@ def save_hf(
         weights = {name: h for name, h in hashes.items() if name.endswith(".safetensors")}
         for name, text in describe(weights).items():
             (fresh / name).write_text(text)
-        if directory.exists():
-            directory.rename(old)
-        fresh.rename(directory)
+        check_replaceable(place)  # it may have been filled meanwhile
+        _exchange(fresh, place, old)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(fresh: Path, place: Path, old: Path) -> None:
+    """Puts one directory in the place of another, which is removed only then."""
+    if place.exists():
+        place.rename(old)
+    try:
+        fresh.rename(place)
+    except OSError:
+        if old.exists():
+            old.rename(place)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def directory_contents(
@@ -189,12 +199,6 @@ def _check_params(flat: Mapping[str, Any], specs: Mapping[str, ParamSpec]) -> No
         check_shape(path, flat[path].shape, spec.shape, fix, ValueError)
 
 
-def _replaceable(directory: Path) -> bool:
-    if not directory.is_dir():
-        return False
-    return (directory / CONFIG).is_file() or not any(directory.iterdir())
-
-
 def _weight_files(
     flat: Mapping[str, Any], specs: Mapping[str, ParamSpec], dtype: str, max_file_bytes: int
 ) -> Iterator[tuple[str, Iterable[Any]]]:
@@ -204,14 +208,17 @@ def _weight_files(
     layouts = plan_files(infos, max_file_bytes)
     for layout in layouts:
         places = [sources[key] for key, _ in layout.tensors]
-        parts = [(flat[path], layer, specs[path]) for path, layer in places]
+        parts = [
+            (key, flat[path], layer, specs[path])
+            for (key, _), (path, layer) in zip(layout.tensors, places, strict=True)
+        ]
         yield layout.name, _file(layout, parts, dtype)
     if len(layouts) > 1:
         yield INDEX, [index_text(layouts, infos).encode()]
 
 
 def _file(
-    layout: FileLayout, parts: Iterable[tuple[Any, int | None, ParamSpec]], dtype: str
+    layout: FileLayout, parts: Iterable[tuple[str, Any, int | None, ParamSpec]], dtype: str
 ) -> Iterator[Any]:
     """A safetensors file as byte buffers: the header, then every tensor in pieces.
 
@@ -228,14 +235,26 @@ def _file(
         free.append(memory)
 
     with ThreadPoolExecutor(2) as converters:
-        for leaf, layer, spec in parts:
+        for key, leaf, layer, spec in parts:
             for work in _pieces(leaf, layer, spec, dtype):
                 memory = free.pop()
-                waiting.append((converters.submit(work, memory), memory))
+                waiting.append((converters.submit(_checked, key, work, memory), memory))
                 if not free:
                     yield from oldest()
         while waiting:
             yield from oldest()
+
+
+def _checked(key: str, work: Callable[[np.ndarray], np.ndarray], memory: np.ndarray) -> np.ndarray:
+    """A piece that a reader would take."""
+    with np.errstate(over="ignore"):
+        piece = work(memory)
+    if count := not_finite(piece):
+        raise UserError(
+            f"tensor {key} has {count} values that are not finite as {piece.dtype}; use an earlier "
+            "checkpoint, or another dtype"
+        )
+    return piece
 
 
 def _pieces(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,17 +12,15 @@ from typing import Any
 from agentcpm_jax.hf.card import file_table, model_card
 from agentcpm_jax.hf.companions import chat_template, copy_companions, set_chat_template
 from agentcpm_jax.hf.files import json_digest, json_text, read_json
-from agentcpm_jax.hf.names import CONFIG
+from agentcpm_jax.hf.names import CONFIG, GENERATION, TOKEN_IDS, text_config
 from agentcpm_jax.merge.inputs import MergeInput
 from agentcpm_jax.merge.recipe import COMPAT, MergeRecipe
 from agentcpm_jax.merge.resolve import TensorJob
 from agentcpm_jax.merge.vocabulary import Vocabulary, token_ids
 from agentcpm_jax.types import UserError
 
-GENERATION = "generation_config.json"
 #: Spell the vocabulary out a second time; wrong once tokens are added.
 OLD_VOCABULARIES = ("vocab.json", "merges.txt", "added_tokens.json", "tokenizer.model")
-TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + "
     "message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
@@ -80,7 +79,12 @@ def card(
         *([""] if notes else []),
         *file_table(("input", "file", "content"), hashes.items()),
     ]
-    return model_card("merge", "Merged model", body)
+    return model_card("merge", "Merged model", body, map(_hub_name, recipe.models))
+
+
+def _hub_name(model: str) -> str:
+    """Of a model without its revision and adapter, if they are there: what the Hub links to."""
+    return model if Path(model).is_dir() else re.split(r"[@+]", model, maxsplit=1)[0]
 
 
 def donor_of(recipe: MergeRecipe) -> str:
@@ -94,24 +98,29 @@ def merged_config(
     jobs: Sequence[TensorJob],
     vocabulary: Vocabulary | None,
 ) -> dict[str, Any]:
-    """The donor's config.json with the depth, vocabulary and dtype of the output."""
+    """The donor's config.json with the depth, vocabulary and dtype of the output, not quantised."""
     donor = models[donor_of(recipe)]
-    config = dict(donor.config)
+    config = {k: v for k, v in donor.config.items() if k != "quantization_config"}
+    nested = isinstance(config.get("text_config"), dict)
+    text = dict(config["text_config"]) if nested else config
     dtypes = {job.info.dtype for job in jobs}
     if len(dtypes) == 1:
-        config["torch_dtype" if "torch_dtype" in config else "dtype"] = next(iter(dtypes))
-        if "torch_dtype" in config and "dtype" in config:
-            config["dtype"] = config["torch_dtype"]
+        (dtype,) = dtypes
+        for part in (config, text):
+            for key in {"dtype", "torch_dtype"} & part.keys() or {"dtype"}:
+                part[key] = dtype
     if recipe.slices[0].sources[0].layers is not None:
-        config["num_hidden_layers"] = 1 + max(j.layer for j in jobs if j.layer is not None)
-        if isinstance(config.get("layer_types"), list):
-            config["layer_types"] = _layer_types(recipe, models)
-        if config.get("max_window_layers") == donor.config.get("num_hidden_layers"):
-            config["max_window_layers"] = config["num_hidden_layers"]
+        text["num_hidden_layers"] = 1 + max(j.layer for j in jobs if j.layer is not None)
+        if isinstance(text.get("layer_types"), list):
+            text["layer_types"] = _layer_types(recipe, models)
+        if text.get("max_window_layers") == text_config(donor.config).get("num_hidden_layers"):
+            text["max_window_layers"] = text["num_hidden_layers"]
     if vocabulary:
-        config["vocab_size"] = vocabulary.rows
-        config = _with_moved_ids(config, donor, vocabulary)
-    return config
+        for part in (config, text):
+            if part is text or "vocab_size" in part:
+                part["vocab_size"] = vocabulary.rows
+            _with_moved_ids(part, donor, vocabulary)
+    return {**config, "text_config": text} if nested else config
 
 
 def template_for(recipe: MergeRecipe, models: Mapping[str, MergeInput]) -> str | None:
@@ -138,7 +147,7 @@ def _layer_types(recipe: MergeRecipe, models: Mapping[str, MergeInput]) -> list[
     types = []
     for part in recipe.slices:
         first, last = part.sources[0].layers or (0, 0)
-        own = models[part.sources[0].model].config.get("layer_types") or []
+        own = text_config(models[part.sources[0].model].config).get("layer_types") or []
         types += own[first:last] or ["full_attention"] * (last - first)
     return types
 

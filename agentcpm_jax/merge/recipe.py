@@ -16,14 +16,17 @@
     out_dtype: bfloat16   # the result is rounded to this; default: `dtype`
     tokenizer: {source: union}
     chat_template: auto
-    compat: mergekit-0.1.5                # reproduce its quirks, bit for bit where it is repeatable
+    compat: mergekit-0.1.5                # its formulas and quirks, see below
 
 A setting of a parameter is a value; a list of values, which is a gradient over the layers of a
 slice; or a list of `{filter, value}`, whose first entry that fits the tensor's name counts.
 
-    position of layer i of L:  t = i / (L - 1), 0 where there is one layer or none
+    position of layer i of L:  t = i / (L - 1), 1 of a single layer, 0 outside the layers
     gradient of K numbers:     s = t (K - 1), i = floor(s), (1 - s + i) v_i + (s - i) v_(i+1)
     gradient of K others:      v_floor(s)
+
+`compat` gives mergekit's numbers up to the order of sums: 2e-6 relative in float32, one step of the
+dtype in 16 bits. Its random masks come from a generator of PyTorch's and are not reproduced.
 
 Deviation from mergekit: what is unknown, misspelt or without effect is an error. Under `compat`
 such keys are ignored, as there, but reported as notes.

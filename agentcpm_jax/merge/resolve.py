@@ -10,16 +10,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from agentcpm_jax.hf.files import FLOATS, TensorInfo
+from agentcpm_jax.hf.names import text_config
 from agentcpm_jax.merge.inputs import MergeInput
-from agentcpm_jax.merge.kernels.methods import REQUIRED
+from agentcpm_jax.merge.kernels.methods import REQUIRED, promoted_dtype
 from agentcpm_jax.merge.kernels.ops import SMALLEST_SUM
 from agentcpm_jax.merge.recipe import MISSING, MergeRecipe, Slice, Source, filters, value_for
 from agentcpm_jax.types import UserError
 
-#: Tensors outside the layers that come before them; all others come after.
+#: In names of matrices before the layers, where layers lie at the top and place says nothing.
 BEFORE_LAYERS = ("embed", "wte", "wpe")
 
 
@@ -74,7 +73,7 @@ def resolve_jobs(recipe: MergeRecipe, models: Mapping[str, MergeInput]) -> list[
                 place = _Place(out, depth, start + depth)
                 jobs[out] = _job(recipe, part, sources, base, names, place, models, used)
         for out in _union(u.outside for u in used):
-            before = any(word in out for word in BEFORE_LAYERS)
+            before = _before_layers(out, used[0].stem, models[sources[0].model])
             if number == (0 if before else last):
                 place = _Place(out, None, None)
                 jobs[out] = _job(
@@ -96,6 +95,18 @@ def unmatched_filters(recipe: MergeRecipe, jobs: Sequence[TensorJob]) -> list[st
         for f, key in sorted(wanted)
         if not any(f in name for name in names)
     ]
+
+
+def rounding_notes(jobs: Sequence[TensorJob], models: Mapping[str, MergeInput]) -> list[str]:
+    """A note for each dtype of the inputs that the output rounds."""
+    rounded: dict[tuple[str, str], int] = {}
+    for job in jobs:
+        kinds = {models[model].tensors[name].dtype for model, name in job.places}
+        stored = promoted_dtype([FLOATS[kind] for kind in kinds]).name
+        if promoted_dtype([FLOATS[stored], FLOATS[job.info.dtype]]).name != job.info.dtype:
+            pair = (stored, job.info.dtype)
+            rounded[pair] = rounded.get(pair, 0) + 1
+    return [f"{n} tensors are rounded from {a} to {b}" for (a, b), n in sorted(rounded.items())]
 
 
 def layer_of(name: str) -> tuple[str, int, str] | None:
@@ -134,11 +145,19 @@ class _Layout:
         for name in model.tensors:
             if place := layer_of(name):
                 stacks.setdefault(place[0], set()).add(place[1])
-        wanted = model.config.get("num_hidden_layers")
+        wanted = text_config(model.config).get("num_hidden_layers")
         for stem, numbers in sorted(stacks.items()):
             if len(numbers) == wanted:
                 return stem
         return max(sorted(stacks), key=lambda stem: len(stacks[stem]), default="")
+
+
+def _before_layers(name: str, stem: str, model: MergeInput) -> bool:
+    """Matrices beside the stack of layers come before it; norms and what lies above it, after."""
+    if name not in model.tensors or len(model.tensors[name].shape) != 2:
+        return False
+    parent = stem.rpartition(".")[0]
+    return name.startswith(f"{parent}.") if parent else any(w in name for w in BEFORE_LAYERS)
 
 
 @dataclass(frozen=True)
@@ -176,7 +195,7 @@ def _job(
                 "vocabulary, or align vocabularies with `tokenizer: {source: base}`"
             )
     depth = _depth(sources, used)
-    t = place.depth / (depth - 1) if place.depth is not None and depth > 1 else 0.0
+    t = 0.0 if place.depth is None else place.depth / (depth - 1) if depth > 1 else 1.0
     scopes = (part.parameters, *recipe.scopes)
     shared = {
         key: _value(key, place.name, t, scopes, default)
@@ -293,7 +312,7 @@ def _out_dtype(recipe: MergeRecipe, name: str, infos: Sequence[TensorInfo]) -> s
             )
     if recipe.out_dtype:
         return recipe.out_dtype
-    promoted = recipe.dtype or np.result_type(*(FLOATS[i.dtype] for i in infos)).name
+    promoted = recipe.dtype or promoted_dtype([FLOATS[i.dtype] for i in infos]).name
     if recipe.compat and recipe.merge_method == "arcee_fusion" and promoted != "float64":
         return "float32"  # its score is float32, and mergekit keeps what that promotes to
     return promoted

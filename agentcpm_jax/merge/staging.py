@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO
 
 from agentcpm_jax.files import sync_directory
+from agentcpm_jax.hf.place import check_free
 from agentcpm_jax.types import UserError
 
 JOURNAL = "journal.json"
@@ -73,10 +74,12 @@ def staging(out: Path, key: str) -> Iterator[Staging]:
             raise UserError(f"output {out} cannot be created: {e}; choose another") from None
         try:
             fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise UserError(
                 f"output {out} is being written by another process; wait for it"
             ) from None
+        except OSError:
+            pass  # a disk without locks: nobody can be told apart, and the work is none the worse
         done = _continued(journal, key)
         if done is None:
             _restart(path, journal, key)
@@ -84,9 +87,6 @@ def staging(out: Path, key: str) -> Iterator[Staging]:
         try:
             yield grown
             grown.close()
-            (path / JOURNAL).unlink()
-            os.replace(path, out)
-            sync_directory(out.absolute().parent)
         except KeyboardInterrupt:
             grown.close()
             raise  # the same command goes on
@@ -99,17 +99,25 @@ def staging(out: Path, key: str) -> Iterator[Staging]:
                     f"output {out} cannot be written: {e}; free space or choose another disk"
                 ) from e
             raise
+        _finish(path, out)
+
+
+def _finish(path: Path, out: Path) -> None:
+    """Gives the result its name; raises UserError that says where it lies when that fails."""
+    try:
+        (path / JOURNAL).unlink()
+        os.replace(path, out)
+    except OSError as e:
+        raise UserError(
+            f"the output is whole but cannot be renamed to {out}: {e}; move {path} by hand"
+        ) from None
+    with contextlib.suppress(OSError):  # not every disk syncs directories
+        sync_directory(out.parent)
 
 
 def staging_path(out: Path) -> Path:
     """Where the unfinished output lies."""
-    return out.absolute().with_name(f".{out.absolute().name}.partial")
-
-
-def check_free(out: Path) -> None:
-    """Raises UserError if something is at `out`."""
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"output {out} already exists; choose another or remove it")
+    return out.with_name(f".{out.name}.partial")
 
 
 def _continued(journal: IO[bytes], key: str) -> int | None:

@@ -10,35 +10,32 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from agentcpm_jax.files import nearest_existing, size_text
 from agentcpm_jax.hf.card import CARD
-from agentcpm_jax.hf.files import FLOATS, index_text, json_digest, plan_files, write_files
+from agentcpm_jax.hf.files import (
+    FLOATS,
+    index_text,
+    json_digest,
+    not_finite,
+    plan_files,
+    write_files,
+)
 from agentcpm_jax.hf.names import INDEX
+from agentcpm_jax.hf.place import check_free, output_place
+from agentcpm_jax.merge.agreement import check_models, check_rows
 from agentcpm_jax.merge.companions import card, donor_of, template_for, write_companions
 from agentcpm_jax.merge.inputs import MergeInput, fingerprint, identity, open_input
 from agentcpm_jax.merge.kernels.methods import merge_tensors
 from agentcpm_jax.merge.recipe import MergeRecipe
-from agentcpm_jax.merge.resolve import TensorJob, resolve_jobs, unmatched_filters
-from agentcpm_jax.merge.staging import check_free, staging, staging_path
+from agentcpm_jax.merge.resolve import TensorJob, resolve_jobs, rounding_notes, unmatched_filters
+from agentcpm_jax.merge.staging import staging, staging_path
 from agentcpm_jax.merge.trimming import with_kept_counts
 from agentcpm_jax.merge.vocabulary import Vocabulary, align, check_same_ids
 from agentcpm_jax.types import UserError
 
-#: Equal shapes do not make equal models: these must agree where both configs name them.
-ARCHITECTURE = (
-    "model_type",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "tie_word_embeddings",
-    "rope_theta",
-    "rope_scaling",
-    "rms_norm_eps",
-)
 MAX_FILE_BYTES = 5_000_000_000  # of weights; a new file is begun before one grows beyond this
 #: Written bytes between two entries of the journal.
 SAVE_EVERY = 256_000_000
@@ -102,13 +99,15 @@ def merge_checkpoints(
       UserError: missing, truncated or mismatched checkpoint, `out` taken, disk full; nothing is
         left behind.
     """
-    check_free(out)
+    place = output_place(out)
+    check_free(place)
     with open_inputs(recipe, roots) as opened:
+        output_place(out, {path.parent for m in opened.models.values() for path in m.files})
         tensors = {job.name: job.info for job in opened.jobs}
         files = plan_files(tensors, MAX_FILE_BYTES)
         key = _identity(recipe, seed, opened.models)
-        _check_space(out, opened.nbytes)
-        with staging(out, key) as grown, _hashes(opened.models) as hashes:
+        _check_space(place, opened.nbytes)
+        with staging(place, key) as grown, _hashes(opened.models) as hashes:
             jobs = {j.name: j for j in with_kept_counts(recipe, opened.jobs, opened.models)}
             sizes = [tensors[name].nbytes for file in files for name, _ in file.tensors]
             written = _Written(list(itertools.accumulate(sizes)), grown.record, progress)
@@ -147,18 +146,20 @@ def open_inputs(recipe: MergeRecipe, roots: Sequence[Path]) -> Iterator[Opened]:
     """
     with contextlib.ExitStack() as stack:
         stored = {n: stack.enter_context(open_input(n, roots)) for n in recipe.models}
-        _check_architecture(stored)
+        check_models({name: model.config for name, model in stored.items()})
         models: Mapping[str, MergeInput] = stored
         vocabulary = None
+        notes = [*recipe.notes, *(n for m in stored.values() for n in getattr(m, "notes", ()))]
+        check_rows(stored)
         if recipe.tokenizer is None:
-            check_same_ids(stored)
+            notes += check_same_ids(stored, donor_of(recipe), recipe.compat)
         else:
             models, vocabulary = align(
                 recipe.tokenizer, recipe.base_model, stored, donor_of(recipe), recipe.compat
             )
         template = template_for(recipe, models)
         jobs = resolve_jobs(recipe, models)
-        notes = [*recipe.notes, *unmatched_filters(recipe, jobs)]
+        notes += [*unmatched_filters(recipe, jobs), *rounding_notes(jobs, models)]
         notes += vocabulary.notes if vocabulary else ()
         yield Opened(models, jobs, vocabulary, template, tuple(notes))
 
@@ -183,7 +184,14 @@ def merged_tensor(
     )
     for model, name in job.places:
         models[model].release(name)
-    return merged.astype(FLOATS[job.info.dtype], copy=False)
+    with np.errstate(over="ignore"):
+        merged = merged.astype(FLOATS[job.info.dtype], copy=False)
+    if count := not_finite(merged):
+        raise UserError(
+            f"tensor {job.name} has {count} values that {job.info.dtype} cannot hold; give "
+            "out_dtype bfloat16 or float32, or smaller weights"
+        )
+    return merged
 
 
 def _identity(recipe: MergeRecipe, seed: int, models: Mapping[str, MergeInput]) -> str:
@@ -199,26 +207,6 @@ def _cast(value: np.ndarray, recipe: MergeRecipe) -> np.ndarray:
     if recipe.dtype == "float32" and value.dtype.itemsize == 2 and not recipe.compat:
         return value
     return value.astype(FLOATS[recipe.dtype])
-
-
-def _check_architecture(models: Mapping[str, MergeInput]) -> None:
-    """Raises UserError if two configs describe different models; depth may differ, for slices."""
-    first_name, first = next((name, _flat(model.config)) for name, model in models.items())
-    for name, model in models.items():
-        config = _flat(model.config)
-        for key in ARCHITECTURE:
-            a, b = first.get(key), config.get(key)
-            if a is not None and b is not None and a != b:
-                raise UserError(
-                    f"{key} is {a!r} in {first_name} but {b!r} in {name}; "
-                    "merge models of one architecture"
-                )
-
-
-def _flat(config: dict[str, Any]) -> dict[str, Any]:
-    """The config with rope settings under their older names, which transformers 5 nests."""
-    rope = config.get("rope_parameters")
-    return {**config, "rope_theta": rope.get("rope_theta")} if isinstance(rope, dict) else config
 
 
 def _check_space(out: Path, nbytes: int) -> None:

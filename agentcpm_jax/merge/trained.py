@@ -48,8 +48,9 @@ class TrainingStep:
 
         self._model = ModelConfig(**model)
         self.config = to_hf_config(self._model)
-        tokenizer = directory.parents[2] / "tokenizer"  # of the run's working directory
-        self.companions = tokenizer if tokenizer.is_dir() else directory
+        # beside a converted checkpoint, or in the run's working directory
+        places = (directory.absolute().parents[i] / "tokenizer" for i in (0, 2))
+        self.companions = next((place for place in places if place.is_dir()), directory)
 
     def __enter__(self) -> TrainingStep:
         from agentcpm_jax import tree

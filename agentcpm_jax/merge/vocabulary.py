@@ -20,12 +20,12 @@ from typing import Any
 
 import numpy as np
 
+from agentcpm_jax.hf.companions import TOKENIZER_CONFIG
 from agentcpm_jax.hf.files import TensorInfo, read_json
+from agentcpm_jax.hf.names import embedding_names
 from agentcpm_jax.merge.inputs import MergeInput
 from agentcpm_jax.types import UserError
 
-#: Parts of the names of tensors with one row per token.
-PER_TOKEN = ("embed_tokens.", "lm_head.", "wte.", "word_embeddings.", "embed_out.")
 Rows = dict[str, np.ndarray]  # model -> for every output row, its row there or -1
 
 
@@ -153,6 +153,7 @@ class Aligned:
     ):
         self._name, self._models, self._base, self._vocabulary = name, models, base, vocabulary
         self._inner = inner = models[name]
+        self._per_token = per_token(inner)
         place = vocabulary.places[name]
         self._unmoved = np.array_equal(place, np.arange(len(place)))
         self.directory, self.companions = inner.directory, inner.companions
@@ -163,7 +164,7 @@ class Aligned:
     def read(self, name: str) -> np.ndarray:
         """The tensor in its stored dtype, rows in the output's order."""
         stored = self._inner.read(name)
-        if not _per_token(name):
+        if name not in self._per_token:
             return stored
         place = self._vocabulary.places[self._name]
         if self._unmoved:
@@ -175,7 +176,7 @@ class Aligned:
 
     def copies(self, name: str) -> bool:
         """Whether rows are moved or made up."""
-        return _per_token(name) and not self._unmoved
+        return name in self._per_token and not self._unmoved
 
     def _fill(self, name: str, rows: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         """What stands in for output rows this model lacks, in float32."""
@@ -199,7 +200,7 @@ class Aligned:
         return total
 
     def _info(self, name: str, info: TensorInfo) -> TensorInfo:
-        if not _per_token(name):
+        if name not in self._per_token:
             return info
         return TensorInfo((self._vocabulary.rows, *info.shape[1:]), info.dtype)
 
@@ -216,27 +217,60 @@ def token_ids(directory: Path) -> dict[str, int]:
     return {**vocab, **{t["content"]: t["id"] for t in data.get("added_tokens", [])}}
 
 
-def check_same_ids(models: Mapping[str, MergeInput]) -> None:
-    """Raises UserError if two tokenizers give one token different ids."""
-    first_name, first = "", {}
-    for name, model in models.items():
-        ids = token_ids(model.companions)
-        if not first:
-            first_name, first = name, ids
-        for token, i in ids.items():
-            if first.get(token, i) != i:
+def known_ids(directory: Path) -> dict[str, int]:
+    """Token -> id, from whatever files say it: for comparing, not for writing."""
+    ids = token_ids(directory)
+    if not ids and (old := directory / "vocab.json").is_file():
+        ids = read_json(old)
+    if (added := directory / "added_tokens.json").is_file():
+        ids = {**read_json(added), **ids}
+    if (path := directory / TOKENIZER_CONFIG).is_file():
+        decoder = read_json(path).get("added_tokens_decoder") or {}
+        ids = {**{entry["content"]: int(i) for i, entry in decoder.items()}, **ids}
+    return ids
+
+
+def check_same_ids(models: Mapping[str, MergeInput], donor: str, compat: bool) -> list[str]:
+    """Raises UserError if two tokenizers differ in an id, or the output's lacks a token.
+
+    Under `compat` a lacking token is a note: the `donor` has the tokenizer that is copied.
+    """
+    union = "add `tokenizer: {source: union}`"
+    known = {name: known_ids(model.companions) for name, model in models.items()}
+    ids: dict[str, tuple[int, str]] = {}
+    tokens: dict[int, tuple[str, str]] = {}
+    for name, own in known.items():
+        for token, i in own.items():
+            other, where = ids.setdefault(token, (i, name))
+            if other != i:
                 raise UserError(
-                    f"token {token!r} has id {first[token]} in {first_name} but {i} in {name}; "
+                    f"token {token!r} has id {other} in {where} but {i} in {name}; "
                     "merge models of one tokenizer, or add `tokenizer: {source: base}`"
                 )
+            taken, where = tokens.setdefault(i, (token, name))
+            if taken != token:
+                raise UserError(
+                    f"id {i} is token {taken!r} in {where} but {token!r} in {name}; {union}"
+                )
+    lost = [(token, where) for token, (_, where) in ids.items() if token not in known[donor]]
+    if not lost or not known[donor]:
+        return []
+    token, where = lost[0]
+    text = f"{len(lost)} tokens are not in the tokenizer of {donor}, such as {token!r} of {where}"
+    if not compat:
+        raise UserError(f"{text}; {union}, or make {where} the base_model")
+    return [f"{text}; lost"]
 
 
-def _per_token(name: str) -> bool:
-    return any(part in f"{name}." for part in PER_TOKEN)
+def per_token(model: MergeInput) -> set[str]:
+    """Tensors with one row per token: embedding, head, and a bias of the head."""
+    matrices = embedding_names(model.config, model.tensors)
+    biases = {f"{name.removesuffix('.weight')}.bias" for name in matrices}
+    return {*matrices, *(biases & model.tensors.keys())}
 
 
 def _row_count(model: MergeInput) -> int:
-    return max((t.shape[0] for n, t in model.tensors.items() if _per_token(n)), default=0)
+    return max((model.tensors[name].shape[0] for name in per_token(model)), default=0)
 
 
 def _places(ids: Mapping[str, int], own: Mapping[str, int], rows: int, has: int) -> np.ndarray:

@@ -146,7 +146,7 @@ def test_save_refuses_foreign_places_and_wrong_trees(tmp_path):
     params = make(CFG)
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match="home exists and is no checkpoint"):
+    with pytest.raises(UserError, match=r"home already exists and holds thesis\.tex"):
         save_hf(tmp_path / "home", params, CFG)
     with pytest.raises(UserError, match=r"tokenizer\.json is missing"):
         save_hf(tmp_path / "m", params, CFG, tokenizer_from=tmp_path / "home")

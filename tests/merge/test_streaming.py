@@ -244,16 +244,28 @@ def rewrite(path: Path, data: bytes) -> None:
             "model.norm.weight has shape (64,) in base but (3,) in ft1",
         ),
         (
-            lambda m: edit(m, lambda t: t.update({"lm_head.weight": np.ones((512, 64), "f4")})),
+            lambda m: (
+                edit(m, lambda t: t.update({"lm_head.weight": np.ones((512, 64), "f4")})),
+                edit_config(m, tie_word_embeddings=False),
+                edit_config(m.parent / "base", tie_word_embeddings=False),
+            ),
             "lm_head.weight is missing from base; merge models of one architecture, all with tied",
+        ),
+        (
+            lambda m: edit(m, lambda t: t.update({"lm_head.weight": np.ones((512, 64), "f4")})),
+            "lm_head.weight differs from model.embed_tokens.weight, but config.json has tie_word",
         ),
         (lambda m: edit_config(m, tie_word_embeddings=False), "tie_word_embeddings is True in"),
         (
-            lambda m: edit(
-                m,
-                lambda t: t.update({k: v[:500] for k, v in t.items() if "embed" in k}),
+            lambda m: (
+                edit(m, lambda t: t.update({k: v[:500] for k, v in t.items() if "embed" in k})),
+                edit_config(m, vocab_size=500),
             ),
             "model.embed_tokens.weight has shape (512, 64) in base but (500, 64) in ft1",
+        ),
+        (
+            lambda m: edit_config(m, vocab_size=500),
+            "vocab_size is 500 in config.json of ft1, but model.embed_tokens.weight has 512 rows",
         ),
         (
             lambda m: edit(m, lambda t: t.update({NORM: np.ones(64, np.int64)})),

@@ -27,7 +27,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from agentcpm_jax.merge.kernels.chunked import FLOATS, Chunked
+from agentcpm_jax.hf.files import FLOATS
+from agentcpm_jax.merge.kernels.chunked import Chunked
 from agentcpm_jax.merge.kernels.means import model_stock, ram, sce, weighted_mean
 from agentcpm_jax.merge.kernels.ops import Array, Ops
 from agentcpm_jax.merge.kernels.pairs import arcee_fusion, nearswap, passthrough
@@ -177,7 +178,7 @@ def merge_tensors(
     names = list(labels) or [f"model {i + 1}" for i in range(len(tensors))] + ["the base"]
     _check_arrays(arrays, name)
     stored = [np.dtype(x.dtype) for x in arrays]
-    promoted = np.result_type(*stored)
+    promoted = promoted_dtype(stored)
     native = compat and method not in FLOAT32_IN_MERGEKIT
     on_host = all(isinstance(x, np.ndarray) for x in arrays)
     compute = promoted if native and on_host else np.result_type(np.float32, promoted)
@@ -195,10 +196,17 @@ def merge_tensors(
 
 def result_dtype(method: str, dtypes: Sequence[Any], compat: bool) -> np.dtype:
     """What `merge_tensors` returns: the promoted dtype; float32 of mergekit's arcee_fusion."""
-    promoted = np.result_type(*(np.dtype(d) for d in dtypes))
+    promoted = promoted_dtype(dtypes)
     if compat and method == "arcee_fusion":
         return np.result_type(promoted, np.float32)
     return promoted
+
+
+def promoted_dtype(dtypes: Sequence[Any]) -> np.dtype:
+    """The least dtype that holds all: float32 of float16 and bfloat16, as in PyTorch."""
+    kinds = {np.dtype(d) for d in dtypes}
+    halves = {FLOATS["float16"], FLOATS["bfloat16"]}
+    return np.result_type(*((kinds - halves) | {FLOATS["float32"]} if halves <= kinds else kinds))
 
 
 def spec_of(method: Any) -> MethodSpec:

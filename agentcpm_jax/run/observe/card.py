@@ -14,6 +14,7 @@ from agentcpm_jax.hf.card import (
     file_table,
     lineage_files,
     model_card,
+    origins,
     parent,
 )
 from agentcpm_jax.hf.files import json_digest
@@ -82,7 +83,8 @@ def _card(
         json.dumps(section, indent=1),
         "```",
     ]
-    return model_card("agentcpm_jax", f"{cfg.name}: {lineage['stage'] or 'converted'}", body)
+    title = f"{cfg.name}: {lineage['stage'] or 'converted'}"
+    return model_card("agentcpm_jax", title, body, origins(lineage["parents"]))
 
 
 def _of_stage(config: dict[str, Any], stage: Stage) -> dict[str, Any]:

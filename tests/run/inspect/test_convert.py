@@ -114,5 +114,5 @@ def test_what_is_neither_a_model_nor_checkpoints_is_named(tmp_path: Path, capsys
     assert f"error: {tmp_path} is neither" in capsys.readouterr().err
     save_hf(tmp_path / "hf", init(jax.random.key(0), MODEL), MODEL)
     convert(tmp_path / "hf", tmp_path / "orbax")
-    with pytest.raises(UserError, match="holds checkpoints; choose another place"):
+    with pytest.raises(UserError, match="orbax already exists; choose another"):
         convert(tmp_path / "hf", tmp_path / "orbax")
