@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,22 +17,16 @@ from agentcpm_jax import tree
 from agentcpm_jax.hf.files import Checkpoint, transpose_into
 from agentcpm_jax.hf.locate import find_model
 from agentcpm_jax.hf.names import (
-    CONFIG,
-    check_shape,
-    file_shapes,
     inputs_outputs,
     keys,
     stacked,
 )
-from agentcpm_jax.hf.shape import RECORDED_ONLY, stored_shape
-from agentcpm_jax.model.config import DTYPES, SHAPE, ModelConfig
+from agentcpm_jax.hf.shape import check_stored, stored_shape
+from agentcpm_jax.model.config import DTYPES, ModelConfig
 from agentcpm_jax.model.params import Params, ParamSpec, param_specs
 from agentcpm_jax.types import UserError
 
 PIECE_BYTES = 256 << 20  # of a parameter, on its way to a device
-READABLE = (*DTYPES, "float16")
-#: Written by some exporters although they hold nothing of their own.
-REDUNDANT = ("rotary_emb.inv_freq",)
 
 
 def load_hf(
@@ -64,14 +57,12 @@ def load_hf(
       UserError: something is missing, truncated, unexpected or of another shape.
     """
     with Checkpoint(find_model(directory)) as stored:
-        found = stored_shape(stored)
         if cfg is None:
-            cfg = found
+            cfg = stored_shape(stored)
         else:
-            _same_model(stored.directory, cfg, found)
             param_dtype = param_dtype or cfg.param_dtype
+        check_stored(stored, cfg)
         specs = param_specs(cfg)
-        _check_tensors(stored, file_shapes(tree.flatten(specs)), cfg.tied_embeddings)
         if param_dtype is None:
             param_dtype = _dtype(stored, specs["embed"].hf_key)
         cfg = dataclasses.replace(cfg, param_dtype=param_dtype)
@@ -83,32 +74,6 @@ def load_hf(
             return _layers(stored, spec, cfg, sharding, range(spec.shape[0]))
 
         return tree.map_with_path(leaf, specs, *([shardings] if shardings else [])), cfg
-
-
-def check_weights(directory: str | os.PathLike[str], cfg: ModelConfig) -> None:
-    """Raises what `load_hf` would, by the headers of the files alone."""
-    with Checkpoint(find_model(directory)) as stored:
-        _same_model(stored.directory, cfg, stored_shape(stored))
-        _check_tensors(stored, file_shapes(tree.flatten(param_specs(cfg))), cfg.tied_embeddings)
-
-
-def _check_tensors(stored: Checkpoint, expected: Mapping[str, tuple[int, ...]], tied: bool) -> None:
-    """Raises `UserError` for a tensor that is missing, too many, of another shape or dtype."""
-    for key, shape in expected.items():
-        if key not in stored.tensors:
-            raise UserError(f"{stored.directory} lacks tensor {key} of shape {shape}")
-        info, where = stored.tensors[key], f"{stored.places[key]}: tensor {key}"
-        check_shape(where, info.shape, shape, f"{CONFIG} and weights are of different models")
-        if info.dtype not in READABLE:
-            fix = f"convert it to {' or '.join(DTYPES)}"
-            raise UserError(f"{where} is stored as {info.dtype}, which is not supported; {fix}")
-    for key in sorted(stored.tensors.keys() - expected.keys()):
-        copy_of_embedding = key == "lm_head.weight" and tied
-        if not copy_of_embedding and not key.endswith(REDUNDANT):
-            raise UserError(
-                f"{stored.places[key]} has tensor {key}, which the model of {CONFIG} does not "
-                f"have; correct {CONFIG}"
-            )
 
 
 def _dtype(stored: Checkpoint, key: str) -> str:
@@ -187,13 +152,3 @@ def _aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     raw = np.empty(size + 64, np.uint8)
     start = -raw.ctypes.data % 64
     return raw[start : start + size].view(dtype).reshape(shape)
-
-
-def _same_model(directory: Path, cfg: ModelConfig, stored: ModelConfig) -> None:
-    for name in SHAPE:
-        ours, theirs = getattr(cfg, name), getattr(stored, name)
-        if name not in RECORDED_ONLY and ours != theirs:
-            raise UserError(
-                f"{directory / CONFIG} says {name} {theirs!r}, the config says {ours!r}; "
-                "make them agree"
-            )

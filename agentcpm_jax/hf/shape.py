@@ -10,12 +10,17 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from agentcpm_jax import tree
 from agentcpm_jax.hf.files import Checkpoint, read_json
 from agentcpm_jax.hf.locate import find_model
-from agentcpm_jax.hf.names import CONFIG
-from agentcpm_jax.model.config import PUBLISHED, SHAPE, ModelConfig, from_hf_config
+from agentcpm_jax.hf.names import CONFIG, check_shape, file_shapes
+from agentcpm_jax.model.config import DTYPES, PUBLISHED, SHAPE, ModelConfig, from_hf_config
+from agentcpm_jax.model.specs import param_specs
 from agentcpm_jax.types import UserError
 
+READABLE = (*DTYPES, "float16")
+#: Written by some exporters although they hold nothing of their own.
+REDUNDANT = ("rotary_emb.inv_freq",)
 #: Two models that differ in nothing else compute the same.
 RECORDED_ONLY = ("max_positions",)
 HEAD_NORM = "model.layers.0.self_attn.q_norm.weight"
@@ -23,8 +28,9 @@ HEAD_NORM = "model.layers.0.self_attn.q_norm.weight"
 
 def shape_of(directory: Path) -> ModelConfig:
     """The model of a directory. Raises `UserError` when it is not one that can be computed."""
-    if read_json(directory / CONFIG).get("head_dim") is not None:
-        return _read(directory, read_json(directory / CONFIG))
+    config = read_json(directory / CONFIG)
+    if config.get("head_dim") is not None:
+        return _read(directory, config)
     with Checkpoint(directory) as stored:
         return stored_shape(stored)
 
@@ -35,6 +41,41 @@ def stored_shape(stored: Checkpoint) -> ModelConfig:
     if config.get("head_dim") is None and HEAD_NORM in stored.tensors:
         config["head_dim"] = stored.tensors[HEAD_NORM].shape[0]
     return _read(stored.directory, config)
+
+
+def check_weights(directory: Path, cfg: ModelConfig) -> None:
+    """`check_stored` of a directory: the headers of its files are read, no weights."""
+    with Checkpoint(directory) as stored:
+        check_stored(stored, cfg)
+
+
+def check_stored(stored: Checkpoint, cfg: ModelConfig) -> None:
+    """Raises `UserError` for a directory of another model: by config.json, or for a tensor that is
+    missing, too many, of another shape or dtype."""
+    found = stored_shape(stored)
+    for name in SHAPE:
+        ours, theirs = getattr(cfg, name), getattr(found, name)
+        if name not in RECORDED_ONLY and ours != theirs:
+            raise UserError(
+                f"{stored.directory / CONFIG} says {name} {theirs!r}, the config says {ours!r}; "
+                "make them agree"
+            )
+    expected = file_shapes(tree.flatten(param_specs(cfg)))
+    for key, shape in expected.items():
+        if key not in stored.tensors:
+            raise UserError(f"{stored.directory} lacks tensor {key} of shape {shape}")
+        info, where = stored.tensors[key], f"{stored.places[key]}: tensor {key}"
+        check_shape(where, info.shape, shape, f"{CONFIG} and weights are of different models")
+        if info.dtype not in READABLE:
+            fix = f"convert it to {' or '.join(DTYPES)}"
+            raise UserError(f"{where} is stored as {info.dtype}, which is not supported; {fix}")
+    for key in sorted(stored.tensors.keys() - expected.keys()):
+        copy_of_embedding = key == "lm_head.weight" and cfg.tied_embeddings
+        if not copy_of_embedding and not key.endswith(REDUNDANT):
+            raise UserError(
+                f"{stored.places[key]} has tensor {key}, which the model of {CONFIG} does not "
+                f"have; correct {CONFIG}"
+            )
 
 
 def common_shape(

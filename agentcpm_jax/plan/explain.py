@@ -98,7 +98,8 @@ def explain(
     lines = [
         f"{cfg.name} on {where}: {chips}, mesh {split or 'of one device'}",
         *(f"  {change}" for change in changes),
-        f"  model: {shape_text(model)}, by {where_said(outside_models(cfg, cfg.stages))}",
+        _line("model", shape_text(model), "exact")
+        + f" by {where_said(outside_models(cfg, cfg.stages))}",
         _line("parameters", f"{model_params.count(model):,}", "exact"),
         _line("a published version", _size(published_bytes), "exact") + f" in {published}",
     ]

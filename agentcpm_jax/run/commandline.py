@@ -97,10 +97,10 @@ def check_workdir(command: Command) -> None:
         check_unowned(command.workdir)
     check_config(command.config, command.workdir)
     if not command.doctor:  # which says it beside its other findings
-        from agentcpm_jax.run.start.tokenizer import check_tokenizer, tokenizer_of
+        from agentcpm_jax.run.start.models import check_models, tokenizer_of
 
         with tokenizer_of(command.config) as used:
-            check_tokenizer(command.config, command.workdir, used)
+            check_models(command.config, command.workdir, used)
 
 
 def explained(command: Command, announce: Callable[[str], None]) -> bool:

@@ -16,9 +16,9 @@ from jax.sharding import Mesh
 
 from agentcpm_jax.chat.format import ChatFormat
 from agentcpm_jax.checkpoint import newest_snapshot
-from agentcpm_jax.config import ExperimentConfig, Stage, outside_models, sources_of
+from agentcpm_jax.config import ExperimentConfig, Stage, sources_of
 from agentcpm_jax.hf.companions import generation, tokenizer_digest
-from agentcpm_jax.hf.load import check_weights, load_hf
+from agentcpm_jax.hf.load import load_hf
 from agentcpm_jax.hf.locate import find_model
 from agentcpm_jax.hf.names import GENERATION
 from agentcpm_jax.hf.save import save_hf, save_peft
@@ -30,10 +30,10 @@ from agentcpm_jax.run.multihost import gathered, is_main, main_first
 from agentcpm_jax.run.observe.card import describe
 from agentcpm_jax.run.observe.metrics import Progress, silent
 from agentcpm_jax.run.observe.watchdog import Watchdog
+from agentcpm_jax.run.start.models import check_models, record_tokenizer, tokenizer_of
 from agentcpm_jax.run.start.resume import CONFIG as RUN_CONFIG
 from agentcpm_jax.run.start.resume import check_config, claim
 from agentcpm_jax.run.start.signals import StopSignal
-from agentcpm_jax.run.start.tokenizer import check_tokenizer, record_tokenizer, tokenizer_of
 from agentcpm_jax.sharding import make_mesh
 from agentcpm_jax.types import UserError
 
@@ -146,10 +146,7 @@ def open_context(
     model, fallbacks = fit_to_device(cfg.model, mesh.devices.flat[0])
     # Nothing is written before all checks passed.
     with main_first("context"), tokenizer_of(cfg) as used:
-        chat, digest = check_tokenizer(cfg, workdir, used), tokenizer_digest(used)
-        todo = [stage for stage in cfg.stages if not (workdir / stage.name / "DONE").exists()]
-        for name in outside_models(cfg, todo):
-            check_weights(name, cfg.model)
+        chat, digest = check_models(cfg, workdir, used), tokenizer_digest(used)
         changed = check_config(cfg, workdir)
         made, claimed = workdir / "tokenizer", (workdir / RUN_CONFIG).exists()
         if not cfg.tokenizer and is_main() and not (made.exists() and claimed):

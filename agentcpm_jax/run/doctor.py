@@ -30,8 +30,8 @@ from agentcpm_jax.database import try_writing
 from agentcpm_jax.files import nearest_existing, size_text
 from agentcpm_jax.hf.companions import tokenizer_file
 from agentcpm_jax.hf.files import sha256_of
-from agentcpm_jax.hf.load import check_weights
-from agentcpm_jax.hf.shape import shape_text, where_said
+from agentcpm_jax.hf.locate import find_model
+from agentcpm_jax.hf.shape import check_weights, shape_text, where_said
 from agentcpm_jax.hf.tokenizer import load_chat
 from agentcpm_jax.log.snapshots import locate_log
 from agentcpm_jax.model import params as model_params
@@ -49,7 +49,7 @@ from agentcpm_jax.run.custom import make_tools
 from agentcpm_jax.run.engines import probe_logprobs, weights_name, weights_place
 from agentcpm_jax.run.multihost import is_main
 from agentcpm_jax.run.sampling import task_sequence
-from agentcpm_jax.run.start.tokenizer import check_tokenizer, tokenizer_of
+from agentcpm_jax.run.start.models import check_models, tokenizer_of
 from agentcpm_jax.sharding import make_mesh, param_shardings
 from agentcpm_jax.types import Task, ToolStatus, UserError
 from agentcpm_jax.weights.publish import publish_version
@@ -180,13 +180,13 @@ def _model(cfg: ExperimentConfig, todo: list[Stage]) -> str:
     """Its shape, and what says it; the weights that the run reads are of that shape."""
     names = outside_models(cfg, todo)
     for name in names:
-        check_weights(name, cfg.model)
+        check_weights(find_model(name), cfg.model)
     return f"{shape_text(cfg.model)}, by {where_said(names)}"
 
 
 def _tokenizer(cfg: ExperimentConfig, workdir: Path) -> str:
     with tokenizer_of(cfg) as directory:
-        chat = check_tokenizer(cfg, workdir, directory)
+        chat = check_models(cfg, workdir, directory)
         file = tokenizer_file(directory)
         digest = sha256_of(file)[:12] if file else ""
     rendered = chat.prompt_ids([{"role": "user", "content": QUESTION.question}])

@@ -15,8 +15,8 @@ from safetensors.numpy import load_file, save_file
 
 from agentcpm_jax.config import from_config_dict, to_json
 from agentcpm_jax.files import SHIPPED
-from agentcpm_jax.hf.load import check_weights, load_hf
-from agentcpm_jax.hf.shape import common_shape, shape_of
+from agentcpm_jax.hf.load import load_hf
+from agentcpm_jax.hf.shape import check_weights, common_shape, shape_of
 from agentcpm_jax.model.config import PUBLISHED, SHAPE, TINY
 from agentcpm_jax.run.commandline import CHECKOUT, parse
 from agentcpm_jax.types import UserError

@@ -100,7 +100,7 @@ def _to_orbax(source: Path, out: Path, tokenizer: str, dtype: str) -> str:
     from agentcpm_jax.config import ExperimentConfig, to_json
     from agentcpm_jax.hf.load import load_hf
     from agentcpm_jax.hf.shape import shape_of
-    
+
     config = read_json(source / CONFIG)
     from_where = find_model(tokenizer) if tokenizer else source
     shardings = _shardings(shape_of(source))

@@ -1,4 +1,4 @@
-"""The tokenizer of a run is the model's, and stays the one that the run began with."""
+"""The models of a run are those of its configuration, and the tokenizer is theirs."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from agentcpm_jax.config import ExperimentConfig, outside_models
 from agentcpm_jax.files import write_atomically
 from agentcpm_jax.hf.companions import tokenizer_digest
 from agentcpm_jax.hf.locate import find_model
+from agentcpm_jax.hf.shape import check_weights
 from agentcpm_jax.hf.tokenizer import chat_of, check_ids, load_tokenizer
 from agentcpm_jax.types import UserError
 from agentcpm_jax.world.vocabulary import write_tokenizer
@@ -28,10 +29,11 @@ def tokenizer_of(cfg: ExperimentConfig) -> Iterator[Path]:
         yield find_model(cfg.tokenizer or scratch)
 
 
-def check_tokenizer(cfg: ExperimentConfig, workdir: Path, directory: Path) -> ChatFormat:
+def check_models(cfg: ExperimentConfig, workdir: Path, directory: Path) -> ChatFormat:
     """The tokenizer in `directory`, which fits the models that are still to be read.
 
-    Raises `UserError`: it has more ids than the model, other ids, or is not that of the run.
+    Raises `UserError`: one of the models is not whole or not that of the configuration, or the
+    tokenizer has more ids than it, other ids, or is not that of the run.
     """
     name = cfg.tokenizer or "of the offline world"
     tokenizer = load_tokenizer(directory)
@@ -42,8 +44,9 @@ def check_tokenizer(cfg: ExperimentConfig, workdir: Path, directory: Path) -> Ch
             "(vocab_size); use the model's own tokenizer"
         )
     todo = [stage for stage in cfg.stages if not (workdir / stage.name / "DONE").exists()]
-    for model in outside_models(cfg, todo):
-        check_ids(tokenizer, directory, find_model(model))
+    for model in map(find_model, outside_models(cfg, todo)):
+        check_weights(model, cfg.model)
+        check_ids(tokenizer, directory, model)
     file = workdir / DIGEST
     if file.is_file() and file.read_text().strip() != tokenizer_digest(directory):
         raise UserError(
