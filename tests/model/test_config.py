@@ -79,7 +79,7 @@ def test_round_trip(cfg):
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         (
             {"rope_parameters": {"rope_theta": 1e6}},
-            "rope_theta 5e.06 as rope_theta and 1e.06 as rope",
+            "5e.06 as rope_theta and 1e.06",
         ),
         ({"rope_parameters": {"rope_theta": 5e6, "factor": 2.0}}, "remove factor"),
         ({"logit_scale": 0.5}, "logit_scale 0.5 is not known"),
