@@ -2,8 +2,9 @@
 
 At the edge it is an ml_collections `ConfigDict` (`configs/*.py`, `--config.a.b=value`); inside it
 is `ExperimentConfig`. `from_config_dict` is the only door: it rejects unknown keys and wrong types
-by their full path. None is the one way to say that a value was not given. What a run has stored
-(`config.json`) comes back through `config_from_json`, of any schema version (`migrations`).
+by their full path, and completes `config.model` by the shape that the checkpoints say. None is the
+one way to say that a value was not given. What a run has stored (`config.json`) comes back through
+`config_from_json`, of any schema version (`migrations`).
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from ml_collections import ConfigDict, config_dict
 
 from agentcpm_jax.data.sft import SFTDataConfig
 from agentcpm_jax.engine.config import EngineConfig
+from agentcpm_jax.hf.shape import common_shape
 from agentcpm_jax.mesh import MeshConfig
 from agentcpm_jax.migrations import SCHEMA_VERSION, migrate
-from agentcpm_jax.model.config import TINY, ModelConfig
+from agentcpm_jax.model.config import SHAPE, TINY, ModelConfig
 from agentcpm_jax.pool.config import PoolConfig
 from agentcpm_jax.ranges import check_between, check_choice, check_least, did_you_mean
 from agentcpm_jax.rewards.advantages import AdvantageConfig, for_loss
@@ -240,7 +242,7 @@ class ExperimentConfig:
     seed: int = 0
     stages: tuple[Stage, ...] = ()
     base: str = "scratch"  # trained by the base stage; 'shipped:base' or a directory replaces it
-    model: ModelConfig = TINY
+    model: ModelConfig = TINY  # at the edge its shape is None: the checkpoint gives it
     mesh: MeshConfig = MeshConfig()
     tokenizer: str | None = None  # a directory; None: the offline world's
     template: str = "qwen3-instruct-2507"  # of the offline world's tokenizer
@@ -271,6 +273,9 @@ def default_config() -> Any:
     Typed `Any`: the keys of a `ConfigDict` are attributes that no checker knows.
     """
     config: Any = to_config_dict(ExperimentConfig())
+    kinds = typing.get_type_hints(ModelConfig)
+    for name in SHAPE:
+        config.model[name] = config_dict.FieldReference(None, field_type=kinds[name])
     config.stages = ()
     config.stage = ConfigDict()
     return config
@@ -282,27 +287,47 @@ def stage_dict(kind: str, init_from: str = "random", **section: Any) -> ConfigDi
     return ConfigDict({"kind": kind, "init_from": init_from} | _at_the_edge(chosen))
 
 
-def from_config_dict(config: Mapping[str, Any]) -> ExperimentConfig:
+def from_config_dict(
+    config: Mapping[str, Any], workdir: Path | None = None, *, planned: bool = False
+) -> ExperimentConfig:
     """Checked conversion. `stages` lists names in order; `stage.<name>` holds each one.
 
+    Args:
+      workdir: of the run, if there may be one: its model has the shape that it began with.
+      planned: nothing is started; the checkpoints need not be here if their shape is known.
+
     Raises:
-        UserError: unknown key (with the nearest known one), wrong type, unknown stage or kind.
+      UserError: unknown key (with the nearest known one), wrong type, unknown stage or kind, or a
+        checkpoint that is not here, or not of the model that is configured.
     """
-    raw = dict(config.to_dict() if isinstance(config, ConfigDict) else config)
-    sections = dict(raw.pop("stage", {}))
-    stages = []
-    for name in raw.pop("stages", ()):
-        if name not in sections:
-            hint = did_you_mean(name, sorted(sections))
-            raise UserError(f"config.stages: there is no section config.stage.{name}; {hint}")
-        stages.append(_stage(name, dict(sections[name])))
-    _check_order(stages)
-    version = raw.pop("schema_version", SCHEMA_VERSION)
-    if version != SCHEMA_VERSION:
-        raise UserError(
-            f"config.schema_version={version}, this release has {SCHEMA_VERSION}; leave it out"
-        )
-    return dataclasses.replace(_build(ExperimentConfig, raw, "config"), stages=tuple(stages))
+    cfg, model = _read(config)
+    recorded, todo = None, list(cfg.stages)
+    if workdir is not None and (workdir / "config.json").is_file():
+        recorded = read_config(workdir).model
+        todo = [stage for stage in todo if not (workdir / stage.name / "DONE").exists()]
+    given = {name: model.pop(name) for name in SHAPE if name in model}
+    shape = common_shape(
+        given if cfg.stages else _shape(TINY) | given,
+        outside_models(cfg, todo),
+        _shape(recorded) if recorded else None,
+        planned=planned,
+    )
+    return dataclasses.replace(cfg, model=ModelConfig(**model, **shape))
+
+
+def outside_models(cfg: ExperimentConfig, stages: Iterable[Stage]) -> list[str]:
+    """Names of the models that these stages read and that the run does not make."""
+    names = dict.fromkeys(name for stage in stages for name in sources_of(cfg, stage))
+    return [n for n in names if n != "random" and not n.startswith("stage:")]
+
+
+def sources_of(cfg: ExperimentConfig, stage: Stage) -> list[str]:
+    """Names of the models that a stage begins with, as `Stage.init_from` spells them."""
+    if stage.pretrain is not None and cfg.base != "scratch":
+        return [cfg.base]
+    if stage.merge is not None:
+        return [stage.init_from, stage.merge.general, *stage.merge.soup]
+    return [stage.init_from] if stage.eval is None else []
 
 
 def to_json(config: ExperimentConfig) -> dict[str, Any]:
@@ -332,7 +357,8 @@ def config_from_json(raw: Mapping[str, Any], file: str | Path = "config.json") -
             | stage[stage["kind"]]
             for stage in raw["stages"]
         }
-        return from_config_dict(flat)
+        cfg, model = _read(flat)
+        return dataclasses.replace(cfg, model=ModelConfig(**model))
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
     except (KeyError, TypeError) as error:
@@ -355,6 +381,42 @@ def read_config(workdir: Path) -> ExperimentConfig:
         kind = type(error).__name__
         raise UserError(f"{file} is not a run's configuration ({kind}); restore it") from None
     return config_from_json(raw, file)
+
+
+def _read(config: Mapping[str, Any]) -> tuple[ExperimentConfig, dict[str, Any]]:
+    """The configuration without its model, and what it gives of that."""
+    raw = dict(config.to_dict() if isinstance(config, ConfigDict) else config)
+    sections = dict(raw.pop("stage", {}))
+    stages = []
+    for name in raw.pop("stages", ()):
+        if name not in sections:
+            hint = did_you_mean(name, sorted(sections))
+            raise UserError(f"config.stages: there is no section config.stage.{name}; {hint}")
+        stages.append(_stage(name, dict(sections[name])))
+    _check_order(stages)
+    version = raw.pop("schema_version", SCHEMA_VERSION)
+    if version != SCHEMA_VERSION:
+        raise UserError(
+            f"config.schema_version={version}, this release has {SCHEMA_VERSION}; leave it out"
+        )
+    model = raw.pop("model", {})
+    model = vars(model) if isinstance(model, ModelConfig) else _model(model)
+    cfg = dataclasses.replace(_build(ExperimentConfig, raw, "config"), stages=tuple(stages))
+    return cfg, dict(model)
+
+
+def _model(raw: Any) -> dict[str, Any]:
+    """What is given of the model, with its types checked; None of its shape: not given."""
+    if not isinstance(raw, Mapping):
+        raise UserError(f"config.model={raw!r}; expected a section with keys")
+    hints = typing.get_type_hints(ModelConfig)
+    _check_keys(list(hints), raw, "config.model")
+    given = {k: v for k, v in raw.items() if v is not None or k not in SHAPE}
+    return {k: _value(hints[k], v, f"config.model.{k}") for k, v in given.items()}
+
+
+def _shape(model: ModelConfig) -> dict[str, Any]:
+    return {name: getattr(model, name) for name in SHAPE}
 
 
 def _stage(name: str, raw: dict[str, Any]) -> Stage:

@@ -58,6 +58,12 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
+def splits_tokens(mesh: Mesh | None) -> bool:
+    """Whether an axis that splits tokens has several devices: XLA compiles no `shard_map` that is
+    manual over axes of size 1 alone, and there is nothing to write out then."""
+    return mesh is not None and any(mesh.shape[axis] > 1 for axis in TOKEN_AXES)
+
+
 def param_shardings(specs: Mapping[str, Any], mesh: Mesh | AbstractMesh) -> dict[str, Any]:
     """A NamedSharding for every parameter that `specs` (from `model.params.param_specs`) describe.
 

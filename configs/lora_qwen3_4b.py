@@ -15,12 +15,10 @@ A T4 has no bfloat16: there the step computes in float32 from the bfloat16 param
 attention in blocks, and says so.
 """
 
-from dataclasses import replace
 from typing import Any
 
 from agentcpm_jax.config import TrainShape, default_config, stage_dict, to_config_dict
 from agentcpm_jax.data.sft import SFTDataConfig
-from agentcpm_jax.model.config import QWEN3_4B
 from agentcpm_jax.rollout.config import EpisodeConfig
 from agentcpm_jax.train.config import OptimizerConfig
 from configs.tiny import train_on_the_world
@@ -42,7 +40,8 @@ def recipe() -> Any:
     c = default_config()
     c.name = "lora_qwen3_4b"
     c.workdir = "runs/lora_qwen3_4b"
-    c.model = to_config_dict(replace(QWEN3_4B, remat="full", lm_head_fp32=False, lora_rank=16))
+    c.model.dtype = c.model.param_dtype = "bfloat16"
+    c.model.remat, c.model.lm_head_fp32, c.model.lora_rank = "full", False, 16
     c.tokenizer = "checkpoints/Qwen3-4B-Thinking-2507"
     c.episode = to_config_dict(EpisodeConfig(max_context=4096, max_new_tokens=1024))
     c.stages = ("sft",)

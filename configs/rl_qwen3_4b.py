@@ -20,13 +20,11 @@ Deviations: staleness is bounded (4 versions; the original has no bound), and th
 as a file of your own (the original's example names a benchmark's test set).
 """
 
-from dataclasses import replace
 from typing import Any
 
 from agentcpm_jax.config import TrainShape, default_config, stage_dict, to_config_dict
 from agentcpm_jax.engine.config import EngineConfig
 from agentcpm_jax.mesh import MeshConfig
-from agentcpm_jax.model.config import QWEN3_4B
 from agentcpm_jax.rewards.advantages import AdvantageConfig
 from agentcpm_jax.rewards.denoise import DenoiseConfig
 from agentcpm_jax.rollout.config import EpisodeConfig, StreamConfig
@@ -48,9 +46,9 @@ def recipe() -> Any:
     c = default_config()
     c.name = "rl_qwen3_4b"
     c.workdir = "runs/rl_qwen3_4b"
-    c.model = to_config_dict(replace(QWEN3_4B, param_dtype="float32", remat="full"))
+    c.model.dtype, c.model.remat = "bfloat16", "full"
     c.mesh = to_config_dict(MeshConfig(fsdp=4, context=8))
-    c.tokenizer = "checkpoints/sft-merge"
+    c.tokenizer = "checkpoints/Qwen3-4B-Thinking-2507"
     c.episode = to_config_dict(
         EpisodeConfig(
             max_turns=100,
@@ -63,7 +61,7 @@ def recipe() -> Any:
     c.stages = ("rl",)
     c.stage.rl = stage_dict(
         "rl",
-        "checkpoints/sft-merge",
+        "checkpoints/Qwen3-4B-Thinking-2507",  # yours after SFT and merging: see above
         tasks_path="data/tasks.jsonl",
         shape=TrainShape(row_length=131_072, rows=4, micro_rows=4, steps=1000, checkpoint_every=3),
         optimizer=OptimizerConfig(

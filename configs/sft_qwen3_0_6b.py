@@ -12,12 +12,10 @@ are therefore not stated. `--explain` says what it takes, `:runlocal` shrinks it
 A T4 has no bfloat16: there the step computes in float32, with attention in blocks, and says so.
 """
 
-from dataclasses import replace
 from typing import Any
 
 from agentcpm_jax.config import TrainShape, default_config, stage_dict, to_config_dict
 from agentcpm_jax.data.sft import SFTDataConfig
-from agentcpm_jax.model.config import QWEN3_0_6B
 from agentcpm_jax.rollout.config import EpisodeConfig
 from agentcpm_jax.train.config import OptimizerConfig
 from configs.tiny import train_on_the_world
@@ -38,8 +36,7 @@ def recipe() -> Any:
     c = default_config()
     c.name = "sft_qwen3_0_6b"
     c.workdir = "runs/sft_qwen3_0_6b"
-    trained = replace(QWEN3_0_6B, param_dtype="float32", remat="full", lm_head_fp32=False)
-    c.model = to_config_dict(trained)
+    c.model.dtype, c.model.remat, c.model.lm_head_fp32 = "bfloat16", "full", False
     c.tokenizer = "checkpoints/Qwen3-0.6B"
     c.episode = to_config_dict(EpisodeConfig(max_context=4096, max_new_tokens=1024))
     c.stages = ("sft",)

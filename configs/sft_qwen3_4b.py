@@ -15,12 +15,10 @@ Deviation: rows are packed with segment masks instead of one sequence per device
 number of tokens, not of sequences.
 """
 
-from dataclasses import replace
 from typing import Any
 
 from agentcpm_jax.config import TrainShape, default_config, stage_dict, to_config_dict
 from agentcpm_jax.data.sft import SFTDataConfig
-from agentcpm_jax.model.config import QWEN3_4B
 from agentcpm_jax.rollout.config import EpisodeConfig
 from agentcpm_jax.train.config import OptimizerConfig
 from configs.tiny import train_on_the_world
@@ -39,8 +37,7 @@ def recipe() -> Any:
     c = default_config()
     c.name = "sft_qwen3_4b"
     c.workdir = "runs/sft_qwen3_4b"
-    trained = replace(QWEN3_4B, param_dtype="float32", remat="full", lm_head_fp32=False)
-    c.model = to_config_dict(trained)
+    c.model.dtype, c.model.remat, c.model.lm_head_fp32 = "bfloat16", "full", False
     c.tokenizer = "checkpoints/Qwen3-4B-Thinking-2507"
     c.episode = to_config_dict(EpisodeConfig(max_context=128_768, max_new_tokens=32_768))
     c.stages = ("sft",)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import random
 import sys
@@ -33,7 +34,18 @@ CHECKED = ["model", "merge", "train", "sharding", "tree", "plan.aot", "plan.flop
 
 _hook = install_import_hook([f"agentcpm_jax.{name}" for name in CHECKED], "beartype.beartype")
 
+from agentcpm_jax.model.config import PUBLISHED, to_hf_config  # noqa: E402
 from tests.doubles.toy_pool import servers  # noqa: E402, F401  (a fixture; imports what is checked)
+
+
+@pytest.fixture
+def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The working directory holds the config.json of the checkpoints that recipes name."""
+    monkeypatch.chdir(tmp_path)
+    for name, model in PUBLISHED.items():
+        directory = Path("checkpoints", name)
+        directory.mkdir(parents=True)
+        (directory / "config.json").write_text(json.dumps(to_hf_config(model)))
 
 
 @pytest.fixture(autouse=True)

@@ -48,6 +48,7 @@ VARIANTS = [
 ]
 
 
+@pytest.mark.usefixtures("published")
 @pytest.mark.parametrize(("file", "variant"), VARIANTS)
 def test_shipped_configs_are_valid_and_survive_json(file: str, variant: str) -> None:
     command = parse([f"--config=configs/{file}" + (f":{variant}" if variant else "")])
@@ -59,6 +60,7 @@ def test_every_config_file_is_listed_here() -> None:
     assert {f for f, _ in VARIANTS} == {p.name for p in (CHECKOUT / "configs").glob("*.py")}
 
 
+@pytest.mark.usefixtures("published")
 def test_the_original_recipes_numbers() -> None:
     sft = parse(["--config=configs/sft_qwen3_4b.py"]).config.stages[0].sft
     assert sft is not None and sft.epochs == 3

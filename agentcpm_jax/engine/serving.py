@@ -48,6 +48,11 @@ def serve(
     chat = load_chat(path)
     served = ServedLocal(path, engine, dtype)
     try:
+        if chat.vocab_size > served.vocab_size:
+            raise UserError(
+                f"the tokenizer of {path} has {chat.vocab_size} ids, its model "
+                f"{served.vocab_size} (vocab_size); restore the model's own tokenizer"
+            )
         described = served.describe(path)
         keys = keys_from_environment()
         front = EngineServer(served, server, chat=chat, keys=keys, model=described, **options)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from pathlib import Path
+from typing import Any
 
 from agentcpm_jax.hf.files import json_text, read_json
+from agentcpm_jax.hf.names import CONFIG, GENERATION, TOKEN_IDS
 
 TEMPLATE = "chat_template.jinja"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -22,7 +25,7 @@ FILES = (
     TOKENIZER_CONFIG,
     TEMPLATE,
     PROCESSOR_TEMPLATE,
-    "generation_config.json",
+    GENERATION,
 )
 
 
@@ -41,6 +44,50 @@ def copy_companions(source: Path, target: Path, but: Container[str] = ()) -> Non
 def tokenizer_file(directory: Path) -> Path | None:
     """The file that holds the vocabulary; None: the directory has no tokenizer."""
     return next((directory / n for n in TOKENIZERS if (directory / n).is_file()), None)
+
+
+def tokenizer_digest(directory: Path) -> str:
+    """SHA-256 of what turns conversations into ids: the vocabulary and the chat template."""
+    digest = hashlib.sha256((chat_template(directory) or "").encode())
+    for name in (*TOKENIZERS, "merges.txt"):
+        if (path := directory / name).is_file():
+            digest.update(path.read_bytes())
+            if name == TOKENIZERS[0]:  # which is whole
+                break
+    return digest.hexdigest()
+
+
+def token_ids(directory: Path, name: str) -> dict[str, Any]:
+    """The ids of tokens that `CONFIG` or `GENERATION` names, where it is there."""
+    found = read_json(directory / name) if (directory / name).is_file() else {}
+    return {key: found[key] for key in TOKEN_IDS if found.get(key) is not None}
+
+
+def id_list(ids: Any) -> list[int]:
+    """An entry of these: one id, several, or none."""
+    return [] if ids is None else list(ids) if isinstance(ids, list) else [ids]
+
+
+def generation(directories: Iterable[Path], stop: int | None) -> tuple[dict[str, Any], str]:
+    """(ids of tokens for config.json, text of generation_config.json) of a model.
+
+    Args:
+      directories: of the model that it comes from and of its tokenizer; the first that says
+        something counts.
+      stop: a further id that ends its turns.
+    """
+    ids: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
+    for directory in directories:
+        ids = ids or token_ids(directory, CONFIG)
+        if not settings and (path := directory / GENERATION).is_file():
+            settings = read_json(path)
+    ends = id_list(settings.get("eos_token_id")) or id_list(ids.get("eos_token_id"))
+    ends += [stop] if stop is not None and stop not in ends else []
+    if ends:
+        eos = {"eos_token_id": ends[0] if len(ends) == 1 else ends}
+        ids, settings = {**ids, **eos}, {**ids, **settings, **eos}
+    return ids, json_text(settings) if settings else ""
 
 
 def chat_template(directory: Path) -> str | None:

@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,22 +17,16 @@ from agentcpm_jax import tree
 from agentcpm_jax.hf.files import Checkpoint, transpose_into
 from agentcpm_jax.hf.locate import find_model
 from agentcpm_jax.hf.names import (
-    CONFIG,
-    check_shape,
-    file_shape,
-    file_shapes,
     inputs_outputs,
     keys,
     stacked,
 )
-from agentcpm_jax.model.config import DTYPES, ModelConfig, from_hf_config
+from agentcpm_jax.hf.shape import check_stored, stored_shape
+from agentcpm_jax.model.config import DTYPES, ModelConfig
 from agentcpm_jax.model.params import Params, ParamSpec, param_specs
 from agentcpm_jax.types import UserError
 
 PIECE_BYTES = 256 << 20  # of a parameter, on its way to a device
-READABLE = (*DTYPES, "float16")
-#: Written by some exporters although they hold nothing of their own.
-REDUNDANT = ("rotary_emb.inv_freq",)
 
 
 def load_hf(
@@ -64,14 +57,12 @@ def load_hf(
       UserError: something is missing, truncated, unexpected or of another shape.
     """
     with Checkpoint(find_model(directory)) as stored:
-        found = from_hf_config(stored.config)
         if cfg is None:
-            cfg = found
+            cfg = stored_shape(stored)
         else:
-            _same_model(stored.directory, cfg, found)
             param_dtype = param_dtype or cfg.param_dtype
+        check_stored(stored, cfg)
         specs = param_specs(cfg)
-        _check_keys(stored, file_shapes(tree.flatten(specs)), cfg.tied_embeddings)
         if param_dtype is None:
             param_dtype = _dtype(stored, specs["embed"].hf_key)
         cfg = dataclasses.replace(cfg, param_dtype=param_dtype)
@@ -83,20 +74,6 @@ def load_hf(
             return _layers(stored, spec, cfg, sharding, range(spec.shape[0]))
 
         return tree.map_with_path(leaf, specs, *([shardings] if shardings else [])), cfg
-
-
-def _check_keys(stored: Checkpoint, expected: Mapping[str, tuple[int, ...]], tied: bool) -> None:
-    """Raises `UserError` when the files have a tensor too few or too many."""
-    for key in expected:
-        if key not in stored.tensors:
-            raise UserError(f"{stored.directory} lacks tensor {key} of shape {expected[key]}")
-    for key in sorted(stored.tensors.keys() - expected.keys()):
-        copy_of_embedding = key == "lm_head.weight" and tied
-        if not copy_of_embedding and not key.endswith(REDUNDANT):
-            raise UserError(
-                f"{stored.places[key]} has tensor {key}, which the model of {CONFIG} does not "
-                f"have; correct {CONFIG}"
-            )
 
 
 def _dtype(stored: Checkpoint, key: str) -> str:
@@ -157,7 +134,7 @@ def _slice(stored: Checkpoint, spec: ParamSpec, index: tuple[slice, ...], cfg: M
     inputs, outputs = inputs_outputs(spec)
     inner = index[1:] if layered else index
     for place, number in enumerate(ranges[0] if layered else (0,)):
-        found = _tensor(stored, names[number], file_shape(spec))
+        found = stored.read(names[number])
         target = out[place] if layered else out
         if inputs:
             cut = len(inputs)
@@ -169,31 +146,9 @@ def _slice(stored: Checkpoint, spec: ParamSpec, index: tuple[slice, ...], cfg: M
     return out
 
 
-def _tensor(stored: Checkpoint, key: str, shape: tuple[int, ...]) -> np.ndarray:
-    """A tensor as it lies in the mapped file; raises `UserError` for another shape or dtype."""
-    info, where = stored.tensors[key], f"{stored.places[key]}: tensor {key}"
-    check_shape(where, info.shape, shape, f"{CONFIG} and weights are of different models")
-    if info.dtype not in READABLE:
-        fix = f"convert it to {' or '.join(DTYPES)}"
-        raise UserError(f"{where} is stored as {info.dtype}, which is not supported; {fix}")
-    return stored.read(key)
-
-
 def _aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """An uninitialised array on a 64-byte boundary: XLA takes it over without a copy."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     raw = np.empty(size + 64, np.uint8)
     start = -raw.ctypes.data % 64
     return raw[start : start + size].view(dtype).reshape(shape)
-
-
-def _same_model(directory: Path, cfg: ModelConfig, stored: ModelConfig) -> None:
-    free = {"dtype", "param_dtype", "lm_head_fp32", "max_positions"}
-    free |= {"remat", "attention", "logits_chunk", "lora_rank", "lora_alpha"}
-    for field in dataclasses.fields(ModelConfig):
-        ours, theirs = getattr(cfg, field.name), getattr(stored, field.name)
-        if field.name not in free and ours != theirs:
-            raise UserError(
-                f"{directory / CONFIG} says {field.name} {theirs!r}, the config says "
-                f"{ours!r}; make them agree"
-            )

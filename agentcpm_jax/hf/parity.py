@@ -9,11 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from agentcpm_jax.hf.files import read_json
 from agentcpm_jax.hf.load import load_hf
 from agentcpm_jax.hf.locate import find_model
-from agentcpm_jax.hf.names import CONFIG
-from agentcpm_jax.model.config import from_hf_config
+from agentcpm_jax.hf.shape import shape_of
 from agentcpm_jax.model.qwen3 import forward
 from agentcpm_jax.types import UserError
 
@@ -50,7 +48,7 @@ def compare_logits(directory: str | Path) -> Parity:
       UserError: transformers or torch is missing, or the directory is not one of a Qwen3 model.
     """
     path = find_model(directory)
-    cfg = from_hf_config(read_json(path / CONFIG))
+    cfg = shape_of(path)
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, cfg.vocab_size, (1, length)) for length in LENGTHS]
     theirs = np.concatenate(_reference(path, prompts), axis=1)

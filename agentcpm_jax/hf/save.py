@@ -67,6 +67,7 @@ def save_hf(
     dtype: str = "",
     tokenizer_from: str | os.PathLike[str] | None = None,
     describe: Describe = lambda hashes: {},
+    token_ids: Mapping[str, Any] = {},
 ) -> None:
     """Writes a directory that `load_hf` and `transformers.AutoModelForCausalLM` read.
 
@@ -81,6 +82,7 @@ def save_hf(
       tokenizer_from: a directory whose tokenizer, chat template and generation config are copied.
       describe: {weight file: sha256} -> {file: text} of what else goes into the directory, such as
         a model card.
+      token_ids: what config.json says of them: `eos_token_id` ...
 
     Raises:
       UserError: the place cannot be written or holds something else than a model of ours, there is
@@ -89,7 +91,7 @@ def save_hf(
     """
     place = output_place(Path(directory))
     check_replaceable(place)
-    contents = directory_contents(params, cfg, dtype, tokenizer_from)
+    contents = directory_contents(params, cfg, dtype, tokenizer_from, token_ids)
     if jax.process_index() > 0:
         for _, pieces in contents:  # this process's part of every gathering
             deque(pieces, maxlen=0)
@@ -127,6 +129,7 @@ def directory_contents(
     cfg: ModelConfig,
     dtype: str = "",
     tokenizer_from: str | os.PathLike[str] | None = None,
+    token_ids: Mapping[str, Any] = {},
 ) -> Iterator[tuple[str, Iterable[Any]]]:
     """(name, bytes-like pieces) of every file of a directory, to be taken in order.
 
@@ -139,7 +142,7 @@ def directory_contents(
     flat, specs = tree.flatten(params), tree.flatten(param_specs(cfg))
     _check_params(flat, specs)
     saved = dtype or str(np.dtype(params["embed"].dtype))
-    config = to_hf_config(dataclasses.replace(cfg, param_dtype=saved))
+    config = {**to_hf_config(dataclasses.replace(cfg, param_dtype=saved)), **token_ids}
 
     def contents() -> Iterator[tuple[str, Iterable[Any]]]:
         yield from _weight_files(flat, specs, saved, MAX_FILE_BYTES)

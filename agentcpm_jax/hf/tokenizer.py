@@ -9,8 +9,17 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from agentcpm_jax.chat.format import ChatFormat
-from agentcpm_jax.hf.companions import TEMPLATE, chat_template, tokenizer_file
+from agentcpm_jax.hf.companions import (
+    TEMPLATE,
+    TOKENIZERS,
+    chat_template,
+    id_list,
+    token_ids,
+    tokenizer_digest,
+    tokenizer_file,
+)
 from agentcpm_jax.hf.locate import find_model
+from agentcpm_jax.hf.names import CONFIG, GENERATION
 from agentcpm_jax.types import UserError
 
 
@@ -24,11 +33,48 @@ def load_chat(directory: str | os.PathLike[str], **template_kwargs: Any) -> Chat
       UserError: tokenizer or template is missing or damaged.
     """
     path = find_model(directory)
-    tokenizer = load_tokenizer(path)
+    return chat_of(load_tokenizer(path), path, **template_kwargs)
+
+
+def chat_of(tokenizer: Tokenizer, path: Path, **template_kwargs: Any) -> ChatFormat:
+    """The same of a tokenizer that is loaded from `path`."""
     template = chat_template(path)
     if template is None:
         raise UserError(f"no chat template in {path}; add {TEMPLATE}")
     return ChatFormat.from_parts(tokenizer, template, **template_kwargs)
+
+
+def check_ids(used: Tokenizer, tokenizer: Path, model: Path) -> None:
+    """Check that a tokenizer, loaded from `tokenizer`, gives ids as a model means them.
+
+    Every token that the model's own tokenizer has too must have the same id there, and the ids that
+    the model's configuration names (end of text ...) must be added tokens.
+
+    Raises:
+      UserError: names the token and both ids, or the id that is no such token.
+    """
+    own = tokenizer_file(model)
+    readable = own is not None and own.name == TOKENIZERS[0]  # others need transformers
+    if readable and tokenizer_digest(model) != tokenizer_digest(tokenizer):
+        ids = used.get_vocab(with_added_tokens=True)
+        theirs = load_tokenizer(model).get_vocab(with_added_tokens=True)
+        wrong = [token for token, i in theirs.items() if ids.get(token, i) != i]
+        if wrong:
+            token = max(wrong, key=lambda token: token.startswith("<|"))
+            raise UserError(
+                f"token {token!r} has id {ids[token]} in {tokenizer} and {theirs[token]} in "
+                f"{model}: the tokenizer is not the model's ({len(wrong)} ids differ); set "
+                "config.tokenizer to the model's directory"
+            )
+    added = used.get_added_tokens_decoder()
+    for name in (CONFIG, GENERATION):
+        for key, value in token_ids(model, name).items():
+            for i in id_list(value):
+                if i not in added:
+                    raise UserError(
+                        f"{model / name} says {key} {i}, which is no added token of {tokenizer}; "
+                        "use the model's own tokenizer, or correct the id"
+                    )
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:

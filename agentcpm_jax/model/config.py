@@ -83,8 +83,8 @@ class ModelConfig:
                 )
 
 
-_NAMES = {"dtype": DTYPES, "param_dtype": DTYPES, "attention": ATTENTIONS, "remat": REMATS}
-_SIZES = (
+#: What a checkpoint's config.json gives; the other fields are numerics, which a run chooses.
+SHAPE = (
     "vocab_size",
     "width",
     "num_layers",
@@ -92,8 +92,13 @@ _SIZES = (
     "num_kv_heads",
     "head_dim",
     "ffw",
+    "rope_theta",
     "max_positions",
+    "norm_eps",
+    "tied_embeddings",
 )
+_NAMES = {"dtype": DTYPES, "param_dtype": DTYPES, "attention": ATTENTIONS, "remat": REMATS}
+_SIZES = tuple(name for name in SHAPE[:9] if name != "rope_theta")
 
 # Qwen3-4B-Thinking-2507 and -Instruct-2507; the first Qwen3-4B has theta 1e6 and 40,960 positions.
 QWEN3_4B = ModelConfig(
@@ -126,6 +131,58 @@ QWEN3_0_6B = ModelConfig(
 
 TINY = ModelConfig(rope_theta=1e4)
 
+#: By the last part of their name on the Hub: what `--explain` plans for before a download.
+PUBLISHED = {
+    "Qwen3-0.6B": QWEN3_0_6B,
+    "Qwen3-4B": dataclasses.replace(QWEN3_4B, rope_theta=1e6, max_positions=40_960),
+    "Qwen3-4B-Instruct-2507": QWEN3_4B,
+    "Qwen3-4B-Thinking-2507": QWEN3_4B,
+}
+
+
+#: Keys of config.json that say something else of the architecture -> the values this backbone has.
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "model_type": ("qwen3",),
+    "hidden_act": ("silu",),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "attention_dropout": (0.0,),
+    "use_qk_norm": (True,),
+    "use_mrope": (False,),
+    "partial_rotary_factor": (1.0,),
+    "pretraining_tp": (1,),
+    "quantization_config": (None,),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "tie_encoder_decoder": (False,),
+    "pruned_heads": ({},),
+    "is_decoder": (True, False),
+    "is_causal": (True,),
+}
+_READ = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
+    *("num_attention_heads", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps"),
+    *("tie_word_embeddings", "rope_theta", "rope_scaling", "rope_parameters", "dtype"),
+    *("torch_dtype", "layer_types", "use_sliding_window", "sliding_window", "max_window_layers"),
+)
+#: Keys that describe, or that only generation, training from scratch or a library reads.
+_DESCRIBES = (
+    *(
+        "architectures",
+        "transformers_version",
+        "_name_or_path",
+        "name_or_path",
+        "initializer_range",
+    ),
+    *("use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id"),
+    *("decoder_start_token_id", "tokenizer_class", "prefix", "task_specific_params"),
+    *("problem_type", "finetuning_task", "id2label", "label2id", "num_labels"),
+    *("chunk_size_feed_forward", "output_attentions", "output_hidden_states", "return_dict"),
+    *("torchscript", "use_bfloat16", "tf_legacy_loss", "_attn_implementation"),
+    *("_attn_implementation_autoset", "attn_implementation", "unsloth_fixed", "unsloth_version"),
+    *("transformers.js_config", "license", "model_name", "base_model"),
+)
+
 
 def from_hf_config(hf: Mapping[str, Any]) -> ModelConfig:
     """The ModelConfig of a Hugging Face Qwen3 `config.json`.
@@ -134,18 +191,18 @@ def from_hf_config(hf: Mapping[str, Any]) -> ModelConfig:
     `rope_parameters` (transformers 5). Keys that are absent take the defaults of `Qwen3Config`.
 
     Raises:
-      UserError: a key is missing or describes a model this backbone does not compute.
+      UserError: a key is missing, unknown, or describes a model this backbone does not compute.
     """
-    _require(hf, "model_type", ("qwen3",))
-    _require(hf, "hidden_act", ("silu",), default="silu")
-    _require(hf, "attention_bias", (False,), default=False)
-    _require(hf, "quantization_config", (None,), default=None)
+    _reject_unknown(hf)
     num_layers = _integer(hf, "num_hidden_layers")
     _reject_sliding_window(hf, num_layers)
     num_heads = _integer(hf, "num_attention_heads")
     dtype = hf.get("dtype") or hf.get("torch_dtype") or "float32"
     if dtype not in DTYPES:
         raise UserError(f"config.json: dtype {dtype!r} is not supported; use {' or '.join(DTYPES)}")
+    tied = hf.get("tie_word_embeddings", False)
+    if not isinstance(tied, bool):
+        raise UserError(f"config.json: tie_word_embeddings is {tied!r}; it must be true or false")
     return ModelConfig(
         vocab_size=_integer(hf, "vocab_size"),
         width=_integer(hf, "hidden_size"),
@@ -156,8 +213,8 @@ def from_hf_config(hf: Mapping[str, Any]) -> ModelConfig:
         ffw=_integer(hf, "intermediate_size"),
         rope_theta=_rope_theta(hf),
         max_positions=_integer(hf, "max_position_embeddings", 32_768),
-        norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
-        tied_embeddings=bool(hf.get("tie_word_embeddings", False)),
+        norm_eps=_positive("rms_norm_eps", hf.get("rms_norm_eps", 1e-6)),
+        tied_embeddings=tied,
         dtype=dtype,
         param_dtype=dtype,
     )
@@ -194,13 +251,23 @@ def to_hf_config(cfg: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _require(hf: Mapping[str, Any], key: str, allowed: tuple[Any, ...], **default: Any) -> None:
-    value = hf.get(key, *default.values())
-    if value not in allowed:
-        raise UserError(
-            f"config.json: {key} {value!r} is not supported; this backbone needs "
-            + " or ".join(repr(a) for a in allowed)
-        )
+def _reject_unknown(hf: Mapping[str, Any]) -> None:
+    """An unknown key may change what the model computes; null says nothing."""
+    if hf.get("model_type") is None:
+        raise UserError("config.json has no model_type; this backbone computes 'qwen3'")
+    for key, value in hf.items():
+        if value is None:
+            continue
+        if key in _FIXED and value not in _FIXED[key]:
+            raise UserError(
+                f"config.json: {key} {value!r} is not supported; this backbone needs "
+                + " or ".join(repr(allowed) for allowed in _FIXED[key])
+            )
+        if key not in (*_FIXED, *_READ, *_DESCRIBES):
+            raise UserError(
+                f"config.json: {key} {value!r} is not known here, and may change what the model "
+                "computes; remove it if it does not"
+            )
 
 
 def _integer(hf: Mapping[str, Any], key: str, default: int | None = None) -> int:
@@ -213,23 +280,34 @@ def _integer(hf: Mapping[str, Any], key: str, default: int | None = None) -> int
 
 
 def _rope_theta(hf: Mapping[str, Any]) -> float:
-    key = "rope_parameters" if hf.get("rope_parameters") is not None else "rope_scaling"
-    rope = hf.get(key) or {}
-    if not isinstance(rope, Mapping):
-        raise UserError(f"config.json: {key} is {rope!r}; it must be an object or null")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    per_layer = any(isinstance(value, Mapping) for value in rope.values())
-    if kind != "default" or per_layer:
-        raise UserError(
-            f"config.json: {key} {dict(rope)!r} is not supported; only plain rotary embeddings "
-            "(rope_type 'default') are: remove the scaling"
-        )
-    if rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise UserError("config.json: partial_rotary_factor is not supported; it must be 1.0")
-    theta = rope.get("rope_theta", hf.get("rope_theta", 10_000.0))
-    if isinstance(theta, bool) or not isinstance(theta, int | float) or theta <= 0:
-        raise UserError(f"config.json: rope_theta is {theta!r}; it must be a positive number")
-    return float(theta)
+    found = {}  # where it is said -> theta
+    if hf.get("rope_theta") is not None:
+        found["rope_theta"] = _positive("rope_theta", hf["rope_theta"])
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = hf.get(key)
+        if rope is None:
+            continue
+        if not isinstance(rope, Mapping):
+            raise UserError(f"config.json: {key} is {rope!r}; it must be an object or null")
+        plain = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0}
+        for name, value in rope.items():
+            if name != "rope_theta" and value is not None and plain.get(name) != value:
+                raise UserError(
+                    f"config.json: {key} {dict(rope)!r} is not supported; only plain rotary "
+                    f"embeddings (rope_type 'default') are: remove {name}"
+                )
+        if rope.get("rope_theta") is not None:
+            found[key] = _positive("rope_theta", rope["rope_theta"])
+    if len(set(found.values())) > 1:
+        said = " and ".join(f"{value:g} as {key}" for key, value in found.items())
+        raise UserError(f"config.json says rope_theta {said}; make them agree")
+    return next(iter(found.values()), 10_000.0)
+
+
+def _positive(key: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
+        raise UserError(f"config.json: {key} is {value!r}; it must be a positive number")
+    return float(value)
 
 
 def _reject_sliding_window(hf: Mapping[str, Any], num_layers: int) -> None:
@@ -240,6 +318,11 @@ def _reject_sliding_window(hf: Mapping[str, Any], num_layers: int) -> None:
             raise UserError(
                 f"config.json: layer_types has {odd[0]!r}, which is not supported; "
                 "every layer must be 'full_attention'"
+            )
+        if len(kinds) != num_layers:
+            raise UserError(
+                f"config.json: layer_types has {len(kinds)} entries for num_hidden_layers "
+                f"{num_layers}; make them agree"
             )
     elif (
         hf.get("use_sliding_window")

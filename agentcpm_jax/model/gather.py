@@ -17,7 +17,7 @@ from jax.sharding import Mesh, PartitionSpec
 from agentcpm_jax import tree
 from agentcpm_jax.model.config import ModelConfig
 from agentcpm_jax.model.params import param_specs
-from agentcpm_jax.sharding import RULES, TOKEN_AXES, WIDTH_AXES, constrain
+from agentcpm_jax.sharding import RULES, TOKEN_AXES, WIDTH_AXES, constrain, splits_tokens
 
 
 def gather_layer(
@@ -68,6 +68,9 @@ def embedding_rows(w: jax.Array, tokens: jax.Array, dtype: str, mesh: Mesh) -> j
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _rows(like: Any, dtype: str, mesh: Mesh, w: Any, tokens: Any) -> Any:
+    table = gather(w, dtype, mesh, ("vocab", "width"))
+    if not splits_tokens(mesh):
+        return table[tokens]
     split = PartitionSpec(RULES["batch"], RULES["time"])
     return jax.shard_map(
         lambda table, tokens: table[tokens],
@@ -76,7 +79,7 @@ def _rows(like: Any, dtype: str, mesh: Mesh, w: Any, tokens: Any) -> Any:
         out_specs=PartitionSpec(*split, None),
         axis_names=set(TOKEN_AXES),
         check_vma=False,
-    )(gather(w, dtype, mesh, ("vocab", "width")), tokens)
+    )(table, tokens)
 
 
 def _rows_forward(like: Any, dtype: str, mesh: Mesh, w: Any, tokens: Any) -> Any:
@@ -89,17 +92,20 @@ def _rows_backward(like: Any, dtype: str, mesh: Mesh, tokens: Any, grad: Any) ->
     def local(tokens: Any, grad: Any) -> Any:
         table = jnp.zeros(like.shape, jnp.float32)
         total = table.at[tokens].add(grad.astype(jnp.float32))
+        if not splits_tokens(mesh):
+            return total
         total = jax.lax.psum_scatter(total, WIDTH_AXES, scatter_dimension=1, tiled=True)
         return jax.lax.psum(total, "data")
 
-    summed = jax.shard_map(
+    spread = jax.shard_map(
         local,
         mesh=mesh,
         in_specs=(split, PartitionSpec(*split, None)),
         out_specs=PartitionSpec(None, WIDTH_AXES),
         axis_names=set(TOKEN_AXES),
         check_vma=False,
-    )(tokens, grad)
+    )
+    summed = (spread if splits_tokens(mesh) else local)(tokens, grad)
     return constrain(summed, mesh, "vocab", "width").astype(like.dtype), None
 
 

@@ -28,7 +28,7 @@ from agentcpm_jax.model import qwen3
 from agentcpm_jax.model.attention.context import reorder
 from agentcpm_jax.model.attention.reference import Attention
 from agentcpm_jax.model.config import ModelConfig
-from agentcpm_jax.sharding import RULES, TOKEN_AXES, WIDTH_AXES
+from agentcpm_jax.sharding import RULES, TOKEN_AXES, WIDTH_AXES, splits_tokens
 
 F32 = jnp.float32
 #: Logits in an automatic chunk, and its least number of tokens (matrix units need many rows).
@@ -192,7 +192,7 @@ def _head_backward(
         cut = _cutter(hidden.shape[:2], chunk or chunk_tokens(matrix.shape[0]))
         start = jnp.zeros(matrix.shape, F32)
         total, dh = jax.lax.scan(one, start, tuple(cut(x) for x in (hidden, *per_token)))
-        if mesh is not None and mesh.size > 1:
+        if splits_tokens(mesh):
             total = jax.lax.psum_scatter(total, WIDTH_AXES, scatter_dimension=1, tiled=True)
             total = jax.lax.psum(total, "data")
         return _joined(dh, hidden.shape), total
@@ -211,7 +211,7 @@ def _on_devices(local: Any, mesh: Mesh | None, inputs: str, outputs: str) -> Any
 
     The tensor axis is left to the partitioner: it splits the vocabulary.
     """
-    if mesh is None or mesh.size == 1:
+    if not splits_tokens(mesh):
         return local
     specs = {
         "T": PartitionSpec(RULES["batch"], RULES["time"]),

@@ -20,8 +20,9 @@ import jax
 import optax
 from jax.sharding import AbstractMesh, Mesh
 
-from agentcpm_jax.config import ExperimentConfig, RLStage, Stage, TrainShape
+from agentcpm_jax.config import ExperimentConfig, RLStage, Stage, TrainShape, outside_models
 from agentcpm_jax.files import size_text
+from agentcpm_jax.hf.shape import shape_text, where_said
 from agentcpm_jax.mesh import AXES, mesh_shape
 from agentcpm_jax.model import params as model_params
 from agentcpm_jax.model.attention.choice import fit_to
@@ -97,6 +98,8 @@ def explain(
     lines = [
         f"{cfg.name} on {where}: {chips}, mesh {split or 'of one device'}",
         *(f"  {change}" for change in changes),
+        _line("model", shape_text(model), "exact")
+        + f" by {where_said(outside_models(cfg, cfg.stages))}",
         _line("parameters", f"{model_params.count(model):,}", "exact"),
         _line("a published version", _size(published_bytes), "exact") + f" in {published}",
     ]

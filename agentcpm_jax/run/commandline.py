@@ -76,11 +76,12 @@ def parse(argv: Sequence[str]) -> Command:
     if positional[1:]:
         raise UserError(f"unexpected argument {positional[1]!r}; overrides are --config.a.b=value")
     loaded: Any = values["config"].value
-    config = from_config_dict(loaded)
+    workdir = Path(values["workdir"].value or loaded.workdir)
+    planned = bool(values["explain"].value)
+    config = from_config_dict(loaded, workdir, planned=planned)
     check_limits(config)
     if values["slice"].value:
         device_count(values["slice"].value)
-    workdir = Path(values["workdir"].value or config.workdir)
     rest: list[Any] = [values[name].value for name in Command._fields[2:]]
     return Command(config, workdir, *rest)
 
@@ -95,6 +96,11 @@ def check_workdir(command: Command) -> None:
     if not command.doctor and settings(os.environ) is None:  # else it may be this job's process 0
         check_unowned(command.workdir)
     check_config(command.config, command.workdir)
+    if not command.doctor:  # which says it beside its other findings
+        from agentcpm_jax.run.start.models import check_models, tokenizer_of
+
+        with tokenizer_of(command.config) as used:
+            check_models(command.config, command.workdir, used)
 
 
 def explained(command: Command, announce: Callable[[str], None]) -> bool:

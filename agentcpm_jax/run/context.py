@@ -14,30 +14,28 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from agentcpm_jax.chat.format import ChatFormat, template_text
+from agentcpm_jax.chat.format import ChatFormat
 from agentcpm_jax.checkpoint import newest_snapshot
-from agentcpm_jax.config import ExperimentConfig, Stage
-from agentcpm_jax.hf.files import read_json
+from agentcpm_jax.config import ExperimentConfig, Stage, sources_of
+from agentcpm_jax.hf.companions import generation, tokenizer_digest
 from agentcpm_jax.hf.load import load_hf
 from agentcpm_jax.hf.locate import find_model
-from agentcpm_jax.hf.names import CONFIG
+from agentcpm_jax.hf.names import GENERATION
 from agentcpm_jax.hf.save import save_hf, save_peft
-from agentcpm_jax.hf.tokenizer import load_chat
 from agentcpm_jax.log.experience import ExperienceLog
 from agentcpm_jax.log.snapshots import locate_log, restore_snapshot
 from agentcpm_jax.model import params as model_params
 from agentcpm_jax.model.attention.choice import fit_to_device
-from agentcpm_jax.model.config import from_hf_config
 from agentcpm_jax.run.multihost import gathered, is_main, main_first
 from agentcpm_jax.run.observe.card import describe
 from agentcpm_jax.run.observe.metrics import Progress, silent
 from agentcpm_jax.run.observe.watchdog import Watchdog
+from agentcpm_jax.run.start.models import check_models, record_tokenizer, tokenizer_of
 from agentcpm_jax.run.start.resume import CONFIG as RUN_CONFIG
 from agentcpm_jax.run.start.resume import check_config, claim
 from agentcpm_jax.run.start.signals import StopSignal
 from agentcpm_jax.sharding import make_mesh
 from agentcpm_jax.types import UserError
-from agentcpm_jax.world.vocabulary import write_tokenizer
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ class RunContext:
         """Parameters of 'random', 'stage:<name>' or what `hf.locate` finds under that name.
 
         `shardings`: one for every parameter; default: not split, on this process's first device.
-        Raises `UserError` when there is no model, or one of another vocabulary or width.
+        Raises `UserError` when there is no model, or one of another shape.
         """
         if source == "random" and shardings is None:
             return model_params.init(jax.random.key(self.cfg.seed), self.cfg.model)
@@ -73,13 +71,7 @@ class RunContext:
             return spread(jax.random.key(self.cfg.seed), self.cfg.model)
         path = self._source(source)
         assert path is not None
-        found = from_hf_config(read_json(path / CONFIG))
-        if found.vocab_size != self.cfg.model.vocab_size or found.width != self.cfg.model.width:
-            raise UserError(
-                f"{path} is a model of vocabulary {found.vocab_size} and width {found.width}; "
-                f"config.model has {self.cfg.model.vocab_size} and {self.cfg.model.width}"
-            )
-        return load_hf(path, param_dtype=self.cfg.model.param_dtype, shardings=shardings)[0]
+        return load_hf(path, self.cfg.model, shardings=shardings)[0]
 
     def save_adapters(self, directory: Path, adapters: Any, base: str) -> None:
         """Save the adapters that a stage trained on `base`, in PEFT's format."""
@@ -92,9 +84,14 @@ class RunContext:
         if is_main():
             self.claim()
             shutil.rmtree(directory, ignore_errors=True)
-        described = partial(self.describe, directory)
-        tokenizer = self.tokenizer
-        save_hf(directory, params, self.cfg.model, tokenizer_from=tokenizer, describe=described)
+        save_hf(
+            directory,
+            params,
+            self.cfg.model,
+            tokenizer_from=self.tokenizer,
+            describe=partial(self.describe, directory),
+            token_ids=self._generation(self._stage_of(directory))[0],
+        )
 
     def _source(self, source: str) -> Path | None:
         """The directory of an `init_from`; None for random parameters."""
@@ -112,17 +109,24 @@ class RunContext:
             return None
 
     def describe(self, directory: Path, weights: Mapping[str, str]) -> dict[str, str]:
-        """File name -> text of the model card for an export in a stage's directory."""
-        name = directory.relative_to(self.workdir).parts[0]
-        stage = next(stage for stage in self.cfg.stages if stage.name == name)
-        made_from = [stage.init_from]
-        if stage.merge is not None:
-            made_from += [stage.merge.general, *stage.merge.soup]
-        if stage.kind == "pretrain" and self.cfg.base != "scratch":
-            made_from = [self.cfg.base]
-        sources = {source: self._found(source) for source in made_from}
+        """File name -> text of what goes beside the weights of a stage's directory."""
+        stage = self._stage_of(directory)
+        sources = {source: self._found(source) for source in sources_of(self.cfg, stage)}
         metrics = self.directory(stage) / "metrics.jsonl"
-        return describe(self.cfg, stage, sources, metrics, weights)
+        files = describe(self.cfg, stage, sources, metrics, weights)
+        settings = self._generation(stage)[1]
+        return files | ({GENERATION: settings} if settings else {})
+
+    def _stage_of(self, directory: Path) -> Stage:
+        name = directory.relative_to(self.workdir).parts[0]
+        return next(stage for stage in self.cfg.stages if stage.name == name)
+
+    def _generation(self, stage: Stage) -> tuple[dict[str, Any], str]:
+        """`companions.generation`: what a stage's model began with stops it still; every turn that
+        SFT and RL train ends with the chat's own end."""
+        found = self._found(sources_of(self.cfg, stage)[0])
+        stop = self.chat.im_end_id if stage.kind in ("sft", "rl") else None
+        return generation([*([found] if found else []), self.tokenizer], stop)
 
 
 def open_context(
@@ -141,20 +145,13 @@ def open_context(
     mesh = make_mesh(cfg.mesh)
     model, fallbacks = fit_to_device(cfg.model, mesh.devices.flat[0])
     # Nothing is written before all checks passed.
-    with main_first("context"), tempfile.TemporaryDirectory() as scratch:
-        if not cfg.tokenizer:
-            write_tokenizer(scratch, template_text(cfg.template))
-        chat = load_chat(cfg.tokenizer or scratch)
-        if chat.vocab_size > cfg.model.vocab_size:
-            raise UserError(
-                f"tokenizer {cfg.tokenizer or 'of the offline world'} has {chat.vocab_size} ids, "
-                f"config.model.vocab_size is {cfg.model.vocab_size}; raise it"
-            )
+    with main_first("context"), tokenizer_of(cfg) as used:
+        chat, digest = check_models(cfg, workdir, used), tokenizer_digest(used)
         changed = check_config(cfg, workdir)
         made, claimed = workdir / "tokenizer", (workdir / RUN_CONFIG).exists()
         if not cfg.tokenizer and is_main() and not (made.exists() and claimed):
             shutil.rmtree(made, ignore_errors=True)  # of a start that came to nothing
-            shutil.copytree(scratch, made)
+            shutil.copytree(used, made)
         tokenizer = find_model(cfg.tokenizer or made)
     watchdog = Watchdog(cfg.hang_seconds, announce, workdir)
     if not is_main():  # it announces only a hang, and its log is not used
@@ -162,12 +159,17 @@ def open_context(
     log = open_log(cfg, workdir, announce) if is_main() else _no_log()
     for line in [*fallbacks, *(f"resuming: {change}" for change in changed)]:
         announce(line)
-    own = partial(claim, cfg, workdir) if is_main() else lambda: None
+    own = partial(_own, cfg, workdir, digest) if is_main() else lambda: None
     if changed:
         own()
     cfg = replace(cfg, model=model)
     said = {"announce": announce, "claim": own, "watchdog": watchdog}
     return RunContext(cfg, workdir, tokenizer, chat, log, progress, stop, mesh, **said)
+
+
+def _own(cfg: ExperimentConfig, workdir: Path, tokenizer: str) -> None:
+    record_tokenizer(workdir, tokenizer)
+    claim(cfg, workdir)
 
 
 def open_log(

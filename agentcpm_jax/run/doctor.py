@@ -25,13 +25,13 @@ import httpx
 import jax
 
 from agentcpm_jax import tree
-from agentcpm_jax.chat.format import template_text
-from agentcpm_jax.config import ExperimentConfig, RLStage, Stage
+from agentcpm_jax.config import ExperimentConfig, RLStage, Stage, outside_models
 from agentcpm_jax.database import try_writing
 from agentcpm_jax.files import nearest_existing, size_text
 from agentcpm_jax.hf.companions import tokenizer_file
 from agentcpm_jax.hf.files import sha256_of
 from agentcpm_jax.hf.locate import find_model
+from agentcpm_jax.hf.shape import check_weights, shape_text, where_said
 from agentcpm_jax.hf.tokenizer import load_chat
 from agentcpm_jax.log.snapshots import locate_log
 from agentcpm_jax.model import params as model_params
@@ -49,11 +49,11 @@ from agentcpm_jax.run.custom import make_tools
 from agentcpm_jax.run.engines import probe_logprobs, weights_name, weights_place
 from agentcpm_jax.run.multihost import is_main
 from agentcpm_jax.run.sampling import task_sequence
+from agentcpm_jax.run.start.models import check_models, tokenizer_of
 from agentcpm_jax.sharding import make_mesh, param_shardings
 from agentcpm_jax.types import Task, ToolStatus, UserError
 from agentcpm_jax.weights.publish import publish_version
 from agentcpm_jax.weights.store import remove_roots, version_path
-from agentcpm_jax.world.vocabulary import write_tokenizer
 
 LOCK_SECONDS = 5.0  # that another writer may hold the lock
 MAX_SKEW = 30.0  # s; leases and logs of several machines are compared by their clocks
@@ -109,7 +109,8 @@ def examine(cfg: ExperimentConfig, workdir: Path, *, thorough: bool = True) -> I
     todo = [stage for stage in cfg.stages if not (workdir / stage.name / "DONE").exists()]
     yield _find("disk", lambda: _disk(cfg, todo, workdir))
     if thorough:
-        yield _find("tokenizer", lambda: _tokenizer(cfg))
+        yield _find("model", lambda: _model(cfg, todo))
+        yield _find("tokenizer", lambda: _tokenizer(cfg, workdir))
         for stage in todo:
             if (rl := stage.rl) is not None:
                 yield _find(f"tools of {stage.name}", lambda rl=rl: asyncio.run(_tools(cfg, rl)))
@@ -175,19 +176,19 @@ def _disk(cfg: ExperimentConfig, todo: list[Stage], workdir: Path) -> str:
     return said
 
 
-def _tokenizer(cfg: ExperimentConfig) -> str:
-    with tempfile.TemporaryDirectory() as scratch:
-        if not cfg.tokenizer:
-            write_tokenizer(scratch, template_text(cfg.template))
-        directory = find_model(cfg.tokenizer or scratch)
-        chat = load_chat(directory)
+def _model(cfg: ExperimentConfig, todo: list[Stage]) -> str:
+    """Its shape, and what says it; the weights that the run reads are of that shape."""
+    names = outside_models(cfg, todo)
+    for name in names:
+        check_weights(find_model(name), cfg.model)
+    return f"{shape_text(cfg.model)}, by {where_said(names)}"
+
+
+def _tokenizer(cfg: ExperimentConfig, workdir: Path) -> str:
+    with tokenizer_of(cfg) as directory:
+        chat = check_models(cfg, workdir, directory)
         file = tokenizer_file(directory)
         digest = sha256_of(file)[:12] if file else ""
-    if chat.vocab_size > cfg.model.vocab_size:
-        raise UserError(
-            f"{cfg.tokenizer or 'the world'} has {chat.vocab_size} ids, config.model.vocab_size is "
-            f"{cfg.model.vocab_size}; raise it"
-        )
     rendered = chat.prompt_ids([{"role": "user", "content": QUESTION.question}])
     template = hashlib.sha256(rendered.tobytes()).hexdigest()[:12]
     return f"{chat.vocab_size} ids, sha256 {digest}; template sha256 {template}"
@@ -269,10 +270,7 @@ def _pool(
 
 
 def _start(cfg: ExperimentConfig, pool: SGLangPool, root: str) -> None:
-    with tempfile.TemporaryDirectory() as scratch:
-        if not cfg.tokenizer:
-            write_tokenizer(scratch, template_text(cfg.template))
-        tokenizer = find_model(cfg.tokenizer or scratch)
+    with tokenizer_of(cfg) as tokenizer:
         mesh = make_mesh(cfg.mesh)
         spread = param_shardings(param_specs(cfg.model), mesh) if mesh.size > 1 else None
         init = jax.jit(model_params.init, static_argnums=1, out_shardings=spread)

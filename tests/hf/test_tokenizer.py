@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece
 from tokenizers import Tokenizer
 
 from agentcpm_jax.chat.format import template_text
-from agentcpm_jax.hf.tokenizer import load_chat, load_tokenizer
+from agentcpm_jax.files import SHIPPED
+from agentcpm_jax.hf.companions import generation, tokenizer_digest
+from agentcpm_jax.hf.tokenizer import check_ids, load_chat, load_tokenizer
 from agentcpm_jax.types import UserError
 from tests.chat.qwen_style import qwen_style_tokenizer
 
@@ -100,3 +104,61 @@ def test_what_a_conversion_lacks_is_named(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "vocab.json").write_text("{")
     with pytest.raises(UserError, match=r"vocab\.json cannot be converted"):
         load_tokenizer(tmp_path)
+
+
+def directory_of(tmp_path: Path, name: str, **config: Any) -> Path:
+    """The shipped agent under another name, with ids of tokens in its config.json."""
+    path = Path(shutil.copytree(SHIPPED["shipped:sft"], tmp_path / name))
+    file = path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    return path
+
+
+def test_tokens_that_the_model_knows_under_another_id_are_named(tmp_path: Path) -> None:
+    model = directory_of(tmp_path, "model", eos_token_id=[516, 518])
+    other = directory_of(tmp_path, "other")
+    check_ids(load_tokenizer(other), other, model)
+    raw = json.loads((other / "tokenizer.json").read_text())
+    ids = {token["content"]: token for token in raw["added_tokens"]}
+    start, end = ids["<|im_start|>"], ids["<|im_end|>"]
+    start["id"], end["id"] = end["id"], start["id"]
+    raw["added_tokens"].sort(key=lambda token: token["id"])
+    (other / "tokenizer.json").write_text(json.dumps(raw))
+    with pytest.raises(UserError, match=r"token '<\|im_\w+\|>' has id 51\d in .*other and 51\d in"):
+        check_ids(load_tokenizer(other), other, model)
+
+
+def test_ids_that_the_model_names_are_added_tokens(tmp_path: Path) -> None:
+    model = directory_of(tmp_path, "model", eos_token_id=3)
+    with pytest.raises(UserError, match=r"says eos_token_id 3, which is no added token"):
+        check_ids(load_tokenizer(model), model, model)
+
+
+def test_a_digest_stands_for_vocabulary_and_template(tmp_path: Path) -> None:
+    one, other = directory_of(tmp_path, "one", eos_token_id=516), directory_of(tmp_path, "other")
+    assert tokenizer_digest(one) == tokenizer_digest(other)
+    with (other / "chat_template.jinja").open("a") as file:
+        file.write(" ")
+    assert tokenizer_digest(one) != tokenizer_digest(other)
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "stop", "ids", "written"),
+    [
+        ({"eos_token_id": 3}, None, None, {"eos_token_id": 3}, {"eos_token_id": 3}),
+        ({}, {"eos_token_id": 516, "top_k": 4}, 518, [516, 518], {"top_k": 4}),
+        ({"eos_token_id": 518}, None, 518, 518, {}),
+        ({"bos_token_id": 1}, None, 518, 518, {"bos_token_id": 1}),
+        ({}, None, None, {}, None),
+    ],
+)
+def test_what_ends_a_text_is_kept_and_the_end_of_a_turn_added(
+    tmp_path: Path, config: Any, settings: Any, stop: Any, ids: Any, written: Any
+) -> None:
+    model = directory_of(tmp_path, "model", **config)
+    if settings is not None:
+        (model / "generation_config.json").write_text(json.dumps(settings))
+    found, text = generation([model, SHIPPED["shipped:base"]], stop)
+    expected = ids if isinstance(ids, dict) else config | {"eos_token_id": ids}
+    assert found == expected
+    assert (json.loads(text) if text else None) == (None if written is None else expected | written)

@@ -77,6 +77,18 @@ def test_round_trip(cfg):
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e6}}, "rope_parameters .*dyn"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "rope_parameters .*full"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        (
+            {"rope_parameters": {"rope_theta": 1e6}},
+            "5e.06 as rope_theta and 1e.06",
+        ),
+        ({"rope_parameters": {"rope_theta": 5e6, "factor": 2.0}}, "remove factor"),
+        ({"logit_scale": 0.5}, "logit_scale 0.5 is not known"),
+        ({"use_qk_norm": False}, "use_qk_norm False"),
+        ({"attention_dropout": 0.1}, "attention_dropout 0.1"),
+        ({"tie_word_embeddings": "true"}, "tie_word_embeddings is 'true'"),
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps is '1e-6'"),
+        ({"layer_types": ["full_attention"]}, "1 entries for num_hidden_layers 36"),
+        ({"model_type": None}, "no model_type"),
         ({"rope_theta": "big"}, "rope_theta is 'big'"),
         (
             {"use_sliding_window": True, "sliding_window": 512, "max_window_layers": 4},
@@ -92,6 +104,11 @@ def test_round_trip(cfg):
 def test_what_is_not_computed_is_refused_by_name(change, named):
     with pytest.raises(UserError, match=named):
         from_hf_config({**PUBLISHED_4B, **change})
+
+
+def test_what_only_describes_and_what_is_null_is_read_over():
+    more = {"pad_token_id": 1, "transformers_version": "5.0", "_name_or_path": "x", "new": None}
+    assert from_hf_config({**PUBLISHED_4B, **more, "head_dim": None}) == QWEN3_4B
 
 
 def test_sliding_window_that_no_layer_uses_is_accepted():

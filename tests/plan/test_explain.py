@@ -113,6 +113,7 @@ def test_several_slices_share_the_data_axis() -> None:
     assert "mesh data 2, fsdp 4, context 8" in text.splitlines()[0]
 
 
+@pytest.mark.usefixtures("published")
 def test_impossible_targets_are_refused() -> None:
     with pytest.raises(UserError, match=r"unknown slice 'v5p-63'; use one of .*v5p-64"):
         explanation(RL, "--slice=v5p-63")

@@ -60,6 +60,7 @@ def test_the_promised_rows_are_in_the_table_and_within_their_limits() -> None:
         ("lora_qwen3_4b.py:t4", "lora-4b-1k-t4-1"),
     ],
 )
+@pytest.mark.usefixtures("published")
 def test_the_configs_of_small_devices_are_the_rows_that_fit(file: str, row: str) -> None:
     config = parse([f"--config=configs/{file}"]).config
     (step,) = (step for stage in config.stages for step in steps_of(stage))

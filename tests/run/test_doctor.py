@@ -183,7 +183,7 @@ def test_a_vocabulary_that_does_not_fit(tmp_path: Path) -> None:
     config = configured()
     config = replace(config, model=replace(config.model, vocab_size=512))
     found = findings(config, tmp_path)["tokenizer"]
-    assert not found.ok and "config.model.vocab_size is 512; raise it" in found.text
+    assert not found.ok and "the model 512 (vocab_size)" in found.text
 
 
 # --- the judge --------------------------------------------------------------------------------

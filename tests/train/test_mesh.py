@@ -49,6 +49,12 @@ def test_eight_devices_equal_one() -> None:
 
 
 @pytest.mark.mesh
+@pytest.mark.parametrize(("kind", "tensor"), [("sft", 2), ("rl", 4)])  # 4: more than key heads
+def test_the_tensor_axis_alone_equals_one(kind: str, tensor: int) -> None:
+    assert_equal(start({kind: [[1, 1, 1, tensor]]}, tensor))
+
+
+@pytest.mark.mesh
 def test_two_processes_of_four_devices_equal_one() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

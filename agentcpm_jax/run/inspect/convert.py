@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Mapping
 from functools import partial
@@ -98,11 +99,11 @@ def _to_orbax(source: Path, out: Path, tokenizer: str, dtype: str) -> str:
     from agentcpm_jax.checkpoint import Checkpointer
     from agentcpm_jax.config import ExperimentConfig, to_json
     from agentcpm_jax.hf.load import load_hf
-    from agentcpm_jax.model.config import from_hf_config
+    from agentcpm_jax.hf.shape import shape_of
 
     config = read_json(source / CONFIG)
     from_where = find_model(tokenizer) if tokenizer else source
-    shardings = _shardings(from_hf_config(config))
+    shardings = _shardings(shape_of(source))
     params, model = load_hf(source, param_dtype=dtype or None, shardings=shardings)
     checkpoints = Checkpointer(out)
     experiment = to_json(ExperimentConfig(name=source.name, model=model))
@@ -150,7 +151,9 @@ def _shardings(model: Any) -> Any:
 
 def _tokenizer_of(source: Path, cfg: ExperimentConfig) -> Path | None:
     """Beside a converted checkpoint, of the run's configuration, or made by the run."""
-    named = [Path(cfg.tokenizer)] if cfg.tokenizer else []
+    named = []
+    with contextlib.suppress(UserError):  # it may have been removed since the run
+        named = [find_model(cfg.tokenizer)] if cfg.tokenizer else []
     places = [source / TOKENIZER, *named, source.parent.parent / TOKENIZER]
     return next((p for p in places if tokenizer_file(p) is not None), None)
 
