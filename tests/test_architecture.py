@@ -19,7 +19,7 @@ PACKAGE = "agentcpm_jax"
 #: Imports point from a later line to an earlier one, never within a line and never upwards.
 LAYERS: list[set[str]] = [
     {"types", "tree", "files"},
-    {"mesh", "database", "ranges", "migrations"},
+    {"mesh", "database", "ranges", "migrations", "records"},
     {"sharding", "world"},
     {"chat", "dock", "rewards"},
     {"log", "model", "tasks", "data"},
@@ -34,7 +34,7 @@ LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 
 HOST_WORLD = {
     *("tasks", "world", "dock", "chat", "rollout", "log", "rewards", "pool", "evaluate"),
-    "database",
+    *("database", "records"),
 }
 DEVICE_WORLD = {"model", "merge", "train", "plan", "sharding", "mesh", "tree"}
 ARRAY_LIBRARIES = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "chex"}

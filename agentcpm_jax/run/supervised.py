@@ -19,9 +19,11 @@ from agentcpm_jax.chat.format import ChatFormat
 from agentcpm_jax.checkpoint import Checkpointer
 from agentcpm_jax.config import PretrainPhase, SFTStage, Stage, TrainShape, to_json
 from agentcpm_jax.data.batch import Batch
+from agentcpm_jax.data.conversation import Conversation
 from agentcpm_jax.data.loader import EpochBatches, StepBatches
 from agentcpm_jax.data.rows import Row, text_row
-from agentcpm_jax.data.sft import Conversation, conversation_rows, read_conversations
+from agentcpm_jax.data.schemas import read_conversation
+from agentcpm_jax.data.sft import conversation_rows, read_conversations
 from agentcpm_jax.run.context import RunContext
 from agentcpm_jax.run.learner import first_state, make_cut, plain
 from agentcpm_jax.run.multihost import Interrupted, any_process, is_main, local_rows, on_devices
@@ -155,7 +157,8 @@ def world_demonstrations(ctx: RunContext, sft: SFTStage) -> tuple[list[Conversat
         )
         right += made.right
         messages = (system if ctx.cfg.episode.system_prompt else []) + made.messages
-        conversations.append(Conversation(tuple(messages), SCHEMAS, task.uid))
+        record = {"messages": messages, "tools": list(SCHEMAS)}
+        conversations.append(read_conversation(record, task.uid))
     return conversations, right
 
 
