@@ -138,7 +138,7 @@ def _read(path: Path) -> Iterator[Record]:
     with open(path, "rb") as raw:
         head = raw.read(2)
         raw.seek(0)
-        file: IO[bytes] = gzip.GzipFile(fileobj=raw) if head == b"\x1f\x8b" else raw
+        file: Any = gzip.GzipFile(fileobj=raw) if head == b"\x1f\x8b" else raw
         head = file.read(6)
         file.seek(0)
         if head[:4] == b"PAR1":

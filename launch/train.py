@@ -5,8 +5,9 @@
 
 The same command resumes an interrupted run, and runs on every host of a job that Slurm, GKE, a TPU
 pod or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID describe. --doctor examines pool,
-judge, database, disk and stops; a launch does so first, unless --nodoctor. --explain: what a run
-takes on --slice. Exit codes: 0 done, 2 a mistake of yours (one line says which), 130 resumable.
+judge, database, disk, data and stops; a launch does so first, unless --nodoctor. --explain: what a
+run takes on --slice. --accept_data: resume with edited data. Exit codes: 0 done, 2 a mistake of
+yours (one line says which), 130 resumable.
 """
 
 import sys
@@ -35,7 +36,7 @@ def main(argv: list[str]) -> int:
         join(announce=tqdm.write)
         if explained(command, announce=print) or check(command, announce=tqdm.write):
             return 0
-        report = run_experiment(*command[:2], progress=progress, announce=tqdm.write)
+        report = run_experiment(*command[:3], progress=progress, announce=tqdm.write)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -21,8 +21,8 @@ LAYERS: list[set[str]] = [
     {"types", "tree", "files"},
     {"mesh", "database", "ranges", "migrations", "records"},
     {"sharding", "world"},
-    {"chat", "dock", "rewards"},
-    {"log", "model", "tasks", "data"},
+    {"chat", "dock", "rewards", "tasks"},
+    {"log", "model", "data"},
     {"rollout", "hf"},
     {"weights"},
     {"merge", "evaluate", "engine", "train", "pool"},
@@ -55,7 +55,6 @@ FILES_OF_A_FOLDER = range(3, 16)
 #: Rooms that are being furnished.
 SMALL_FOLDERS = {
     "dock": "the tool protocol; routers, sandboxes and tool servers come to stand beside it",
-    "tasks": "two sources of questions; other schemas come to stand beside them",
 }
 
 

@@ -125,7 +125,7 @@ def _template_kwargs(record: Mapping[str, Any]) -> dict[str, Any]:
             raise Flaw("not_json", "chat_template_kwargs", str(error)) from None
     if is_set(found) and not isinstance(found, dict):
         raise Flaw("unknown_key", "chat_template_kwargs", "not an object of template variables")
-    kwargs = dict(found or {})
+    kwargs: dict[str, Any] = {**found} if isinstance(found, dict) else {}
     thinking = record.get("enable_thinking")
     if thinking is None:
         return kwargs

@@ -56,6 +56,7 @@ class RunContext:
     mesh: Mesh
     announce: Callable[[str], None] = lambda line: None  # shows a line to the user
     watchdog: Watchdog = field(default_factory=Watchdog)
+    accept_data: bool = False  # go on with data that are not those that a stage began with
 
     def directory(self, stage: Stage | str) -> Path:
         """workdir/<stage>."""

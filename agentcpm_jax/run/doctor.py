@@ -25,7 +25,7 @@ import httpx
 import jax
 
 from agentcpm_jax import tree
-from agentcpm_jax.chat.format import template_text
+from agentcpm_jax.chat.format import ChatFormat, template_text
 from agentcpm_jax.config import ExperimentConfig, RLStage, Stage
 from agentcpm_jax.database import try_writing
 from agentcpm_jax.files import nearest_existing, size_text
@@ -48,6 +48,7 @@ from agentcpm_jax.run.commandline import Command
 from agentcpm_jax.run.custom import make_tools
 from agentcpm_jax.run.engines import probe_logprobs, weights_name, weights_place
 from agentcpm_jax.run.multihost import is_main
+from agentcpm_jax.run.observe.dataset import data_lines
 from agentcpm_jax.run.sampling import task_sequence
 from agentcpm_jax.sharding import make_mesh, param_shardings
 from agentcpm_jax.types import Task, ToolStatus, UserError
@@ -111,6 +112,10 @@ def examine(cfg: ExperimentConfig, workdir: Path, *, thorough: bool = True) -> I
     if thorough:
         yield _find("tokenizer", lambda: _tokenizer(cfg))
         for stage in todo:
+            found = _find(f"data of {stage.name}", lambda stage=stage: _data(cfg, stage))
+            if found.text:
+                yield found
+        for stage in todo:
             if (rl := stage.rl) is not None:
                 yield _find(f"tools of {stage.name}", lambda rl=rl: asyncio.run(_tools(cfg, rl)))
     yield _find("database", lambda: _database(cfg, workdir))
@@ -158,6 +163,18 @@ async def _tools(cfg: ExperimentConfig, rl: RLStage) -> str:
         if result.status is not ToolStatus.INFRA_ERROR:
             return said
     raise UserError(f"{said}; mend the tool, or its server")
+
+
+def _data(cfg: ExperimentConfig, stage: Stage) -> str:
+    """What becomes of each record of the stage's file."""
+
+    def chat() -> ChatFormat:
+        with tempfile.TemporaryDirectory() as scratch:
+            if not cfg.tokenizer:
+                write_tokenizer(scratch, template_text(cfg.template))
+            return load_chat(cfg.tokenizer or scratch)
+
+    return "\n".join(data_lines(stage, chat))
 
 
 def _disk(cfg: ExperimentConfig, todo: list[Stage], workdir: Path) -> str:

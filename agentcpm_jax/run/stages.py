@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from agentcpm_jax.config import ExperimentConfig, Stage
@@ -16,6 +17,7 @@ from agentcpm_jax.run.evaluation import check_attempts, run_eval
 from agentcpm_jax.run.loop import train
 from agentcpm_jax.run.merging import run_merge
 from agentcpm_jax.run.multihost import StopSignal, decide, is_main
+from agentcpm_jax.run.observe.dataset import check_data
 from agentcpm_jax.run.observe.metrics import Progress, silent
 from agentcpm_jax.run.observe.summary import write_summary
 from agentcpm_jax.run.sampling import check_held_out
@@ -26,11 +28,14 @@ from agentcpm_jax.types import UserError
 def run_experiment(
     cfg: ExperimentConfig,
     workdir: str | Path | None = None,
+    accept_data: bool = False,
     *,
     progress: Progress = silent,
     announce: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Run (or resume) every stage; returns the path of the HTML report.
+
+    `accept_data`: a stage is resumed although its data were edited; the report says so.
 
     Raises:
       UserError: a mistake that the user can fix.
@@ -40,9 +45,11 @@ def run_experiment(
         raise UserError("config.stages is empty; name at least one stage")
     check_custom(cfg)
     check_held_out(cfg)
+    check_data(cfg, Path(workdir or cfg.workdir))
     check_attempts(cfg)
     with StopSignal() as stop:
         ctx = open_context(cfg, Path(workdir or cfg.workdir), progress, stop, announce)
+        ctx = replace(ctx, accept_data=accept_data)
         with ctx.log:
             for stage in cfg.stages:
                 done = ctx.directory(stage) / "DONE"

@@ -3,6 +3,8 @@ others (`schemas.py`)."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ class LoadReport:
     loaded: int
     bad: tuple[str, ...] = ()
     duplicates: tuple[str, ...] = ()  # "line 7: same task as line 3 (uid ...)"; dropped
+    digests: tuple[str, ...] = ()  # a short hash of each task that was loaded
 
 
 def load_tasks(path: str | Path, *, skip_bad: bool = False) -> tuple[list[Task], LoadReport]:
@@ -28,6 +31,15 @@ def load_tasks(path: str | Path, *, skip_bad: bool = False) -> tuple[list[Task],
     Raises `UserError` naming file and line for corrupt lines and questions without answers
     (`skip_bad=True` leaves those out and reports them), and for a missing or empty file.
     """
+    tasks, report = scan_tasks(path, skip_bad)
+    if not tasks:
+        bad = report.bad
+        raise UserError(f"{path} holds no usable task ({report.lines} lines, first: {bad[0]})")
+    return tasks, report
+
+
+def scan_tasks(path: str | Path, skip_bad: bool) -> tuple[list[Task], LoadReport]:
+    """`load_tasks`, which may find no task."""
     tasks: list[Task] = []
     bad: list[str] = []
     duplicates: list[str] = []
@@ -49,9 +61,12 @@ def load_tasks(path: str | Path, *, skip_bad: bool = False) -> tuple[list[Task],
             continue
         first_line[task.uid] = line
         tasks.append(task)
-    if not tasks:
-        raise UserError(f"{path} holds no usable task ({lines} lines, {len(bad)} bad: {bad[0]})")
-    return tasks, LoadReport(lines, len(tasks), tuple(bad), tuple(duplicates))
+    return tasks, LoadReport(lines, len(tasks), tuple(bad), tuple(duplicates), _digests(tasks))
+
+
+def _digests(tasks: list[Task]) -> tuple[str, ...]:
+    texts = (json.dumps(task.to_json(), sort_keys=True, default=str) for task in tasks)
+    return tuple(hashlib.blake2b(text.encode(), digest_size=6).hexdigest() for text in texts)
 
 
 def each_task(path: str | Path) -> Iterator[tuple[int, TaskFields | Flaw]]:
