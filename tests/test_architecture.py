@@ -210,7 +210,8 @@ def test_the_agent_of_a_gpu_host_needs_no_arrays() -> None:
 def test_every_imported_library_is_a_direct_requirement() -> None:
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    lines += project["optional-dependencies"]["export"]
+    for extra in ("export", "data"):
+        lines += project["optional-dependencies"][extra]
     required = {re.split(r"[<>=\[; ]", line)[0] for line in lines if line and line[0] != "#"}
     distributions = packages_distributions()
     wrong = [

@@ -32,7 +32,7 @@ def read_tools(value: Any, key: str) -> Tools:
 def _tool(tool: Any, key: str) -> dict[str, Any]:
     if isinstance(tool, str):
         tool = _json(tool, "bad_tools", key, "is text, but not the JSON of a function")
-    if not isinstance(tool, dict):
+    if not isinstance(tool, Mapping):
         raise Flaw("bad_tools", key, "tools are a list of objects, functions with a name each")
     kind = tool.get("type")
     if "function" in tool and kind in (None, "function"):
@@ -54,7 +54,9 @@ def _tool(tool: Any, key: str) -> dict[str, Any]:
 def _without_null_properties(function: dict[str, Any]) -> dict[str, Any]:
     """A null in place of a parameter's schema is the parameter of another row's tool."""
     parameters = function.get("parameters")
-    properties = parameters.get("properties") if isinstance(parameters, dict) else None
+    if not isinstance(parameters, dict):
+        return function
+    properties = parameters.get("properties")
     if not isinstance(properties, dict) or None not in properties.values():
         return function
     kept = {name: schema for name, schema in properties.items() if schema is not None}
