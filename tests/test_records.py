@@ -70,7 +70,9 @@ def test_a_folder_that_datasets_saved_is_read(tmp_path) -> None:
         (tmp_path / name).write_bytes(arrow([row], stream=True))
     with pytest.raises(FileRefused, match="give one file"):
         list(read_records(tmp_path))
-    (tmp_path / "state.json").write_text(json.dumps({"_data_files": [{"filename": n} for n in names]}))
+    (tmp_path / "state.json").write_text(
+        json.dumps({"_data_files": [{"filename": n} for n in names]})
+    )
     assert [r.value for r in read_records(tmp_path)] == ROWS
 
 

@@ -23,7 +23,11 @@ def called(call: Any, *rest: dict, **columns: Any) -> dict:
 
 
 def function(arguments: Any = None, call_id: str | None = None) -> dict:
-    return {"id": call_id, "type": "function", "function": {"name": "depth", "arguments": arguments}}
+    return {
+        "id": call_id,
+        "type": "function",
+        "function": {"name": "depth", "arguments": arguments},
+    }
 
 
 def step(number: int, source: str, message: str = "m", **more: Any) -> dict:
@@ -41,8 +45,16 @@ def shown(found: Conversation) -> list[tuple]:
 
 PLAIN = [("user", "q"), ("assistant", "a", True)]
 THOUGHT = [("user", "q"), ("assistant", "a", "t", True)]
-CALLED = [("user", "q"), ("assistant", [ARGUMENTS], True), ("tool", "r", 0), ("assistant", "a", True)]
-SHAREGPT_CALL = {"from": "function_call", "value": json.dumps({"name": "depth", "arguments": ARGUMENTS})}
+CALLED = [
+    ("user", "q"),
+    ("assistant", [ARGUMENTS], True),
+    ("tool", "r", 0),
+    ("assistant", "a", True),
+]
+SHAREGPT_CALL = {
+    "from": "function_call",
+    "value": json.dumps({"name": "depth", "arguments": ARGUMENTS}),
+}
 HUMAN, GPT = {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}
 RESULT = {"role": "tool", "content": "r"}
 QWEN = (
