@@ -35,7 +35,7 @@ def step(number: int, source: str, message: str = "m", **more: Any) -> dict:
 
 
 def shown(found: Conversation) -> list[tuple]:
-    """(role, content, thought, arguments of its calls, answers, trained), what is empty left out."""
+    """(role, content, thought, arguments of calls, answers, trained), what is empty left out."""
     rows = [
         (m.role, m.content, m.reasoning, [c.arguments for c in m.calls], m.answers, m.train)
         for m in found.messages
@@ -69,7 +69,10 @@ QWEN = (
 @pytest.mark.parametrize(
     ("record", "expected"),
     [
-        ({"messages": [ASK, SAY], "uuid": "x", "prompt": "ignored", "parallel_tool_calls": True}, PLAIN),
+        (
+            {"messages": [ASK, SAY], "uuid": "x", "prompt": "ignored", "parallel_tool_calls": True},
+            PLAIN,
+        ),
         ({"messages": json.dumps([ASK, SAY]), "tools": ""}, PLAIN),
         ({"conversations": [HUMAN, GPT], "images": []}, PLAIN),
         ({"conversations": [ASK, SAY]}, PLAIN),
@@ -77,27 +80,88 @@ QWEN = (
         ({"messages": [{"role": "human", "content": [{"type": "text", "text": "q"}]}, SAY]}, PLAIN),
         *(({"messages": [ASK, SAY | {k: "t"}]}, THOUGHT) for k in ("reasoning", "thinking")),
         ({"messages": [ASK, SAY | {"reasoning": "t", "reasoning_content": "t"}]}, THOUGHT),
-        ({"messages": [ASK, {"role": "assistant", "content": "<think>\nt\n</think>\n\na", "thinking": "t"}]}, THOUGHT),
+        (
+            {
+                "messages": [
+                    ASK,
+                    {"role": "assistant", "content": "<think>\nt\n</think>\n\na", "thinking": "t"},
+                ]
+            },
+            THOUGHT,
+        ),
         (called(function(json.dumps(ARGUMENTS), "c"), RESULT | {"tool_call_id": "c"}, SAY), CALLED),
         (called(function(ARGUMENTS), RESULT | {"name": "depth"}, SAY), CALLED),
         (called(function(ARGUMENTS)["function"], RESULT, SAY), CALLED),
-        ({"messages": [ASK, {"role": "assistant", "function_call": function(json.dumps(ARGUMENTS))["function"]},
-                       {"role": "function", "name": "depth", "content": "r"}, SAY], "functions": [TOOL]}, CALLED),
-        ({"conversations": [HUMAN, SHAREGPT_CALL, {"from": "observation", "value": "r"}, GPT],
-          "tools": json.dumps([TOOL])}, CALLED),
-        ({"conversations": [HUMAN, SHAREGPT_CALL | {"value": f"<tool_call>{SHAREGPT_CALL['value']}</tool_call>"},
-                            {"from": "observation", "value": "r"}, GPT]}, CALLED),
-        ({"messages": [{"role": "system", "content": QWEN}, ASK,
-                       {"role": "assistant", "content": f"<tool_call>\n{SHAREGPT_CALL['value']}\n</tool_call>"},
-                       {"role": "user", "content": "<tool_response>\nr\n</tool_response>"}, SAY]},
-         [("system", "be brief"), *CALLED]),
-        ({"schema_version": "ATIF-v1.8", "agent": {"tool_definitions": [TOOL]}, "steps": [
-            step(1, "user", "q"),
-            step(2, "agent", "", tool_calls=[{"tool_call_id": "c", "function_name": "depth", "arguments": ARGUMENTS}],
-                 observation={"results": [{"content": "r"}]}),
-            step(3, "agent", "a")]}, CALLED),
+        (
+            {
+                "messages": [
+                    ASK,
+                    {
+                        "role": "assistant",
+                        "function_call": function(json.dumps(ARGUMENTS))["function"],
+                    },
+                    {"role": "function", "name": "depth", "content": "r"},
+                    SAY,
+                ],
+                "functions": [TOOL],
+            },
+            CALLED,
+        ),
+        (
+            {
+                "conversations": [HUMAN, SHAREGPT_CALL, {"from": "observation", "value": "r"}, GPT],
+                "tools": json.dumps([TOOL]),
+            },
+            CALLED,
+        ),
+        (
+            {
+                "conversations": [
+                    HUMAN,
+                    SHAREGPT_CALL | {"value": f"<tool_call>{SHAREGPT_CALL['value']}</tool_call>"},
+                    {"from": "observation", "value": "r"},
+                    GPT,
+                ]
+            },
+            CALLED,
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "system", "content": QWEN},
+                    ASK,
+                    {
+                        "role": "assistant",
+                        "content": f"<tool_call>\n{SHAREGPT_CALL['value']}\n</tool_call>",
+                    },
+                    {"role": "user", "content": "<tool_response>\nr\n</tool_response>"},
+                    SAY,
+                ]
+            },
+            [("system", "be brief"), *CALLED],
+        ),
+        (
+            {
+                "schema_version": "ATIF-v1.8",
+                "agent": {"tool_definitions": [TOOL]},
+                "steps": [
+                    step(1, "user", "q"),
+                    step(
+                        2,
+                        "agent",
+                        "",
+                        tool_calls=[
+                            {"tool_call_id": "c", "function_name": "depth", "arguments": ARGUMENTS}
+                        ],
+                        observation={"results": [{"content": "r"}]},
+                    ),
+                    step(3, "agent", "a"),
+                ],
+            },
+            CALLED,
+        ),
     ],
-)  # fmt: skip
+)
 def test_every_schema_gives_the_same_turns(record: dict, expected: list[tuple]) -> None:
     found = read_conversation(record)
     assert shown(found) == expected
@@ -180,14 +244,22 @@ def said(**turn: Any) -> dict:
         ({"prompt": "q", "completion": [SAY]}, "unknown_schema", "completion"),
         ({"text": " "}, "empty_assistant", "text"),
         (said(role="model"), "unknown_role", "messages[1].role"),
-        ({"conversations": [HUMAN, {"from": "x", "value": ""}]}, "unknown_role", "conversations[1].from"),
+        (
+            {"conversations": [HUMAN, {"from": "x", "value": ""}]},
+            "unknown_role",
+            "conversations[1].from",
+        ),
         ({"messages": [ASK, "a"]}, "unknown_role", "messages[1].role"),
         ({"messages": [ASK]}, "no_assistant", None),
         ({"prompt": [ASK, SAY], "completion": [ASK]}, "no_assistant", None),
         (said(content=" \n"), "empty_assistant", "messages[1].content"),
         ({"messages": [ASK | {"content": None}, SAY]}, "content_part", "messages[0].content"),
         (said(content=[{"type": "image_url"}]), "content_part", "messages[1].content[0]"),
-        (said(content=[{"type": "text", "text": "a", "n": 1}]), "unknown_key", "messages[1].content[0].n"),
+        (
+            said(content=[{"type": "text", "text": "a", "n": 1}]),
+            "unknown_key",
+            "messages[1].content[0].n",
+        ),
         (said(mask=1), "unknown_key", "messages[1].mask"),
         (said(reasoning_details=[{"text": "t"}]), "unknown_key", "messages[1].reasoning_details"),
         ({"messages": [ASK | {"reasoning": "t"}, SAY]}, "unknown_key", "messages[0].reasoning"),
@@ -197,32 +269,82 @@ def said(**turn: Any) -> dict:
         (said(train="false"), "bad_flag", "messages[1].train"),
         (said(train=True, weight=0), "bad_flag", "messages[1].train"),
         ({"messages": [ASK | {"weight": 1}, SAY]}, "bad_flag", "messages[0].weight"),
-        (called(function('{"pier": "O')), "bad_arguments", "messages[1].tool_calls[0].function.arguments"),
+        (
+            called(function('{"pier": "O')),
+            "bad_arguments",
+            "messages[1].tool_calls[0].function.arguments",
+        ),
         (called(function("[1]")), "bad_arguments", "messages[1].tool_calls[0].function.arguments"),
-        (called(function({"x": float("nan")})), "bad_arguments", "messages[1].tool_calls[0].function.arguments"),
-        (called(function('{"x": NaN}')), "bad_arguments", "messages[1].tool_calls[0].function.arguments"),
-        (called(function('{"x": "\\ud83d"}')), "lone_surrogate", "messages[1].tool_calls[0].function.arguments"),
-        (called(function({"x": "</tool_call>"})), "bad_arguments", "messages[1].tool_calls.arguments"),
+        (
+            called(function({"x": float("nan")})),
+            "bad_arguments",
+            "messages[1].tool_calls[0].function.arguments",
+        ),
+        (
+            called(function('{"x": NaN}')),
+            "bad_arguments",
+            "messages[1].tool_calls[0].function.arguments",
+        ),
+        (
+            called(function('{"x": "\\ud83d"}')),
+            "lone_surrogate",
+            "messages[1].tool_calls[0].function.arguments",
+        ),
+        (
+            called(function({"x": "</tool_call>"})),
+            "bad_arguments",
+            "messages[1].tool_calls.arguments",
+        ),
         (said(content='<tool_call>{"name": "f"'), "bad_arguments", "messages[1].content"),
-        (called({"function": {"arguments": "{}"}}), "missing_name", "messages[1].tool_calls[0].function.name"),
+        (
+            called({"function": {"arguments": "{}"}}),
+            "missing_name",
+            "messages[1].tool_calls[0].function.name",
+        ),
         (called(function() | {"type": "custom"}), "unknown_key", "messages[1].tool_calls[0].type"),
         ({"messages": [ASK, RESULT, SAY]}, "result_without_call", "messages[1].tool_call_id"),
         (called(function(), RESULT, RESULT), "result_without_call", "messages[3].tool_call_id"),
-        (called(function(None, "c"), RESULT | {"tool_call_id": "d"}), "result_without_call", "messages[2].tool_call_id"),
+        (
+            called(function(None, "c"), RESULT | {"tool_call_id": "d"}),
+            "result_without_call",
+            "messages[2].tool_call_id",
+        ),
         ({**said(), "tools": "{"}, "bad_tools", "tools"),
-        ({**said(), "tools": [{"type": "function", "function": {}}]}, "bad_tools", "tools[0].function.name"),
+        (
+            {**said(), "tools": [{"type": "function", "function": {}}]},
+            "bad_tools",
+            "tools[0].function.name",
+        ),
         ({**said(), "tools": WRAPPED, "functions": [{"name": "g"}]}, "ambiguous", "functions"),
         ({**said(), "enable_thinking": "no"}, "bad_flag", "enable_thinking"),
         ({"steps": [step(2, "user")]}, "bad_step", "steps[0].step_id"),
         ({"steps": [step(1, "assistant")]}, "unknown_role", "steps[0].source"),
         ({"steps": [step(1, "agent", mood="x")]}, "unknown_key", "steps[0].mood"),
-        ({"steps": [step(1, "agent")], "schema_version": "ATIF-v2.0"}, "unknown_schema", "schema_version"),
-        ({"steps": [step(1, "agent", observation={"results": [{"source_call_id": "z", "content": "r"}]})]},
-         "result_without_call", "steps[0].observation.results[0].source_call_id"),
-        ({"steps": [step(1, "agent", tool_calls=[{"function_name": "f", "arguments": "{}"}])]},
-         "bad_arguments", "steps[0].tool_calls[0].arguments"),
+        (
+            {"steps": [step(1, "agent")], "schema_version": "ATIF-v2.0"},
+            "unknown_schema",
+            "schema_version",
+        ),
+        (
+            {
+                "steps": [
+                    step(
+                        1,
+                        "agent",
+                        observation={"results": [{"source_call_id": "z", "content": "r"}]},
+                    )
+                ]
+            },
+            "result_without_call",
+            "steps[0].observation.results[0].source_call_id",
+        ),
+        (
+            {"steps": [step(1, "agent", tool_calls=[{"function_name": "f", "arguments": "{}"}])]},
+            "bad_arguments",
+            "steps[0].tool_calls[0].arguments",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_flaw_is_named_by_kind_and_key(record: dict, kind: str, key: str | None) -> None:
     with pytest.raises(Flaw) as refused:
         read_conversation(record)
