@@ -122,7 +122,7 @@ def test_pairs_and_unnormalised_text_are_kept() -> None:
 
 def test_nulls_of_columns_go_and_maps_are_objects(tmp_path) -> None:
     kind = pa.map_(pa.string(), pa.int64())
-    table = pa.table({"m": pa.array([{"x": 1}.items()], kind), "s": [{"a": None, "b": [None]}]})
+    table = pa.table({"m": pa.array([[("x", 1)]], kind), "s": [{"a": None, "b": [None]}]})
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink)
     (record,) = read_records(written(tmp_path, sink.getvalue().to_pybytes()))
