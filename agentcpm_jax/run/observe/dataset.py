@@ -37,8 +37,9 @@ def announce_data(
     if path.exists():
         before = json.loads(path.read_text())
         notes = before["changes"]
-        change = _change(before["digests"], found)
-        if change and any((directory / "checkpoints").glob("*")) and not accept:
+        trained = any((directory / "checkpoints").glob("*"))
+        change = _change(before["digests"], found) if trained else ""
+        if change and not accept:
             raise UserError(
                 f"{change}; position in the data and schedule would not fit: restore the file, use "
                 "another --workdir, or go on with --accept_data, which the report will say"
