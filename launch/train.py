@@ -4,8 +4,8 @@
 
 --config: Python, YAML, a run's config.json. On every host of a job: Slurm, GKE, a TPU pod, or
 JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID. --doctor examines pool, judge, database,
-disk and stops; a launch does so first, unless --nodoctor. --explain: what it takes on --slice. Exit
-codes: 0 done, 2 a mistake of yours, 130 resumable.
+disk, data and stops; a launch does so first, unless --nodoctor. --explain: what it takes on
+--slice. --accept_data: resume with edited data. Exit: 0 done, 2 a mistake of yours, 130 resumable.
 """
 
 import sys
@@ -46,7 +46,7 @@ def run(argv: list[str], stop: StopSignal) -> int:
             return 0
         shown = {"progress": progress, "announce": announce, "stop": stop}
         try:
-            print(f"report: {stages.run_experiment(*command[:2], **shown)}")
+            print(f"report: {stages.run_experiment(*command[:3], **shown)}")
         except StreamError as failed:  # engine, tools or tasks, not the command
             say(f"failed: {failed}; the same command resumes")
             return 1

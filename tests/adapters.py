@@ -6,8 +6,7 @@ Each is a few lines over the package. `test_adapters.py` holds the signatures.
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,12 @@ from agentcpm_jax import tree
 from agentcpm_jax.chat.format import ChatFormat, template_text
 from agentcpm_jax.chat.parse import parse_completion
 from agentcpm_jax.data import sft
+from agentcpm_jax.data.conversation import Conversation
 from agentcpm_jax.hf.tokenizer import load_chat
+from agentcpm_jax.records import FileRefused, Flaw
 from agentcpm_jax.rollout.staleness import Admission
-from agentcpm_jax.tasks.jsonl import load_tasks
-from agentcpm_jax.types import UserError
+from agentcpm_jax.tasks.jsonl import each_task
+from agentcpm_jax.types import UserError as UserError  # callers catch it
 
 #: The tools that the cases of `parse` may call.
 KNOWN_TOOLS = (
@@ -65,17 +66,20 @@ def sft_rows(
 
 def read_sft(path: str | Path) -> list[dict[str, Any]]:
     """The conversations of a file as canonical records; a bad line is an error record."""
-    return _records(lambda skip: sft.read_conversations(str(path), skip_bad=skip), _conversation)
+    return _records(
+        _error(*found) if isinstance(found, tuple) else _conversation(found)
+        for found in sft.each_conversation(str(path))
+    )
 
 
 def read_tasks(path: str | Path) -> list[dict[str, Any]]:
     """The tasks of a file as canonical records; a bad line is an error record."""
-
-    def read(skip: bool) -> tuple[list[Any], list[str]]:
-        tasks, report = load_tasks(path, skip_bad=skip)
-        return tasks, [f"{path}:{line.removeprefix('line ')}" for line in report.bad]
-
-    return _records(read, lambda task: task.to_json())
+    return _records(
+        _error(line, found)
+        if isinstance(found, Flaw)
+        else {**found._asdict(), "answers": list(found.answers)}
+        for line, found in each_task(path)
+    )
 
 
 def parse(text: str, style: str = "qwen") -> dict[str, Any]:
@@ -163,39 +167,31 @@ def _marked(chat: ChatFormat, ids: np.ndarray, trained: np.ndarray) -> str:
     return text + ("]]" if before else "")
 
 
-def _records(read: Any, canonical: Any) -> list[dict[str, Any]]:
-    """Good and bad records of a file; a file without a good one is its errors."""
+def _records(found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     try:
-        found, bad = read(True)
-    except UserError as refused:
-        try:
-            read(False)
-        except UserError as first:
-            line = _line_of(str(first))
-            if line is None:
-                raise
-            return [{"error": str(first), "line": line, "key": str(first)}]
-        raise refused from None
-    return [*map(canonical, found), *({"error": b, "line": _line_of(b), "key": b} for b in bad)]
+        return list(found)
+    except FileRefused as refused:
+        said = str(refused)
+        return [{"error": refused.kind, "line": None, "key": None, "message": said}]
 
 
-def _line_of(text: str) -> int | None:
-    found = re.search(r"(?::|line )(\d+)[:,]", text)
-    return int(found[1]) if found else None
+def _error(line: int, flaw: Flaw) -> dict[str, Any]:
+    return {"error": flaw.kind, "line": line, "key": flaw.key, "message": str(flaw)}
 
 
-def _conversation(found: sft.Conversation) -> dict[str, Any]:
-    messages = []
-    for m in found.messages:
-        calls = [c.get("function", c) for c in m.get("tool_calls") or []]
-        messages.append(
-            {
-                "role": m["role"],
-                "content": m.get("content") or "",
-                "reasoning_content": m.get("reasoning_content") or None,
-                "tool_calls": [{"name": c["name"], "arguments": c["arguments"]} for c in calls],
-                "answers": None,
-                "train": m["role"] == "assistant",
-            }
-        )
-    return {"messages": messages, "tools": list(found.tools)}
+def _conversation(found: Conversation) -> dict[str, Any]:
+    if found.segments:
+        return {"segments": [{"text": s.text, "train": s.train} for s in found.segments]}
+    messages = [
+        {
+            "role": m.role,
+            "content": m.content,
+            "reasoning_content": m.reasoning,
+            "tool_calls": [{"name": c.name, "arguments": c.arguments} for c in m.calls],
+            "answers": m.answers,
+            "train": m.train,
+        }
+        for m in found.messages
+    ]
+    kwargs = dict(found.template_kwargs)
+    return {"messages": messages, "tools": list(found.tools), "template_kwargs": kwargs}

@@ -65,7 +65,7 @@ def test_conversations_are_read_and_trained(tmp_path: Path) -> None:
         ("user", "sort b a", False),
         ("assistant", "a b", True),
     ]
-    assert bad["line"] == 2 and "not JSON" in bad["error"]
+    assert bad["line"] == 2 and "not JSON" in bad["message"]
     (text,), dropped = adapters.sft_rows(path, TOKENIZER, "qwen3-instruct-2507", skip_bad=True)
     assert "sort b a<|im_end|>" in text and "[[a b<|im_end|>]]" in text and dropped == {"bad": 1}
     with pytest.raises(adapters.UserError, match=":2: not JSON"):
@@ -80,7 +80,7 @@ def test_tasks_are_read(tmp_path: Path) -> None:
     path = lines(tmp_path / "tasks.jsonl", {"question": "q", "answers": ["a"]}, {"question": "q"})
     good, bad = adapters.read_tasks(path)
     assert (good["question"], good["answers"]) == ("q", ["a"])
-    assert bad["line"] == 2 and "answers" in bad["error"]
+    assert bad["line"] == 2 and "answers" in bad["message"]
 
 
 def test_calls_are_parsed() -> None:

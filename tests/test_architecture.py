@@ -19,10 +19,10 @@ PACKAGE = "agentcpm_jax"
 #: Imports point from a later line to an earlier one, never within a line and never upwards.
 LAYERS: list[set[str]] = [
     {"types", "tree", "files"},
-    {"mesh", "database", "ranges", "migrations"},
+    {"mesh", "database", "ranges", "migrations", "records"},
     {"sharding", "world"},
-    {"chat", "dock", "rewards"},
-    {"log", "model", "tasks", "data"},
+    {"chat", "dock", "rewards", "tasks"},
+    {"log", "model", "data"},
     {"rollout", "hf"},
     {"weights"},
     {"merge", "evaluate", "engine", "train", "pool"},
@@ -34,7 +34,7 @@ LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 
 HOST_WORLD = {
     *("tasks", "world", "dock", "chat", "rollout", "log", "rewards", "pool", "evaluate"),
-    "database",
+    *("database", "records"),
 }
 DEVICE_WORLD = {"model", "merge", "train", "plan", "sharding", "mesh", "tree"}
 ARRAY_LIBRARIES = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "chex"}
@@ -55,7 +55,6 @@ FILES_OF_A_FOLDER = range(3, 16)
 #: Rooms that are being furnished.
 SMALL_FOLDERS = {
     "dock": "the tool protocol; routers, sandboxes and tool servers come to stand beside it",
-    "tasks": "two sources of questions; other schemas come to stand beside them",
 }
 
 
@@ -211,7 +210,8 @@ def test_the_agent_of_a_gpu_host_needs_no_arrays() -> None:
 def test_every_imported_library_is_a_direct_requirement() -> None:
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    lines += project["optional-dependencies"]["export"]
+    for extra in ("export", "data"):
+        lines += project["optional-dependencies"][extra]
     required = {re.split(r"[<>=\[; ]", line)[0] for line in lines if line and line[0] != "#"}
     distributions = packages_distributions()
     wrong = [

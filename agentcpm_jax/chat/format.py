@@ -7,14 +7,17 @@ the template would put after the assistant's own `<|im_end|>`.
 Deviations from `AutoTokenizer.apply_chat_template`:
 1. a role that the four Qwen3 templates do not know, and content that is not text, are refused;
 2. control tokens spelt out in user text, tool results, tool schemas or call arguments are encoded
-   as ordinary text (`chat/tokenizer.py`); the ids of harmless text are the same.
+   as ordinary text (`chat/tokenizer.py`); the ids of harmless text are the same;
+3. half of a surrogate pair, which tools return and models write, is rendered as U+FFFD: there is
+   no UTF-8 for it. Other text is kept as it is; the tokenizer alone normalises it.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,12 +111,16 @@ class ChatFormat:
         return _i32(self._tokens.encode(self._assistant(message))[0])
 
     def demo_segment(
-        self, messages: Sequence[Message], tools: Sequence[Message] | None = None
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Message] | None = None,
+        context: Collection[int] = (),
     ) -> Segment:
         """A whole conversation, append-only, exactly as a rollout would have seen it.
 
-        Assistant messages are DEMO, observations TOOL, the rest TEMPLATE. What follows the last
-        assistant message is left out. Raises `ChatTemplateError` without an assistant message.
+        Assistant messages are DEMO (those of the indices `context` HISTORY, which is not trained),
+        observations TOOL, the rest TEMPLATE. What follows the last assistant message is left out.
+        Raises `ChatTemplateError` without an assistant message.
         """
         turns = [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
         if not turns:
@@ -124,7 +131,8 @@ class ChatFormat:
         parts = [(prompt, np.full(len(prompt), Provenance.TEMPLATE, np.uint8))]
         for here, there in zip(turns, [*turns[1:], None], strict=True):
             said = self.assistant_ids(messages[here])
-            parts.append((said, np.full(len(said), Provenance.DEMO, np.uint8)))
+            wrote = Provenance.HISTORY if here in context else Provenance.DEMO
+            parts.append((said, np.full(len(said), wrote, np.uint8)))
             if there is not None:
                 parts.append(self.delta_tokens(messages[here + 1 : there]))
         ids = np.concatenate([ids for ids, _ in parts])
@@ -138,6 +146,18 @@ class ChatFormat:
     def encode_text(self, text: str) -> np.ndarray:
         """i32[T]: plain text, in which control tokens are ordinary characters."""
         return _i32(self._tokens.encode(self._tokens.mark_data(text))[0])
+
+    def raw_ids(self, text: str) -> np.ndarray:
+        """i32[T]: text that was rendered before, in which control tokens are control tokens."""
+        return _i32(self._tokens.encode(self._tokens.mark_nothing(text))[0])
+
+    def with_kwargs(self, **template_kwargs: Any) -> ChatFormat:
+        """This format, whose every render gets these variables too."""
+        other = copy.copy(self)
+        for name in ("in_thought", "_generation_prefix"):  # what was computed without them
+            other.__dict__.pop(name, None)
+        other._kwargs = {**self._kwargs, **template_kwargs}
+        return other
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of `ids`, control tokens included."""

@@ -62,6 +62,10 @@ class MarkedTokenizer:
         """Text of the system or an assistant: `<tool_call>` may count, `<|im_end|>` may not."""
         return self._mark(text, self._special)
 
+    def mark_nothing(self, text: str) -> Untrusted:
+        """Text that is wholly trusted: each control token in it counts."""
+        return self._mark(text, _NOTHING)
+
     def restore(self, marked: str) -> str:
         """The text with its marks replaced by the original."""
         return _CODE.sub(self._decode_mark, marked)
@@ -118,6 +122,7 @@ class MarkedTokenizer:
         return spans
 
     def _mark(self, text: str, literals: re.Pattern[str]) -> Untrusted:
+        text = whole_characters(text)
         marked = text.replace(MARK, MARK + "m")
         marked = literals.sub(lambda match: f"{MARK}c{self._index[match[0]]};", marked)
         result = Untrusted(marked)
@@ -130,6 +135,13 @@ class MarkedTokenizer:
         return MARK if match[0] == MARK + "m" else ""
 
 
+def whole_characters(text: str) -> str:
+    """The text with U+FFFD for each half of a surrogate pair, which no tokenizer takes."""
+    return text if text.isascii() else _HALF.sub("\ufffd", text)
+
+
+_HALF = re.compile("[\ud800-\udfff]")
+_NOTHING = re.compile(r"(?!)")
 _CODE = re.compile(MARK + r"(?:c(\d+);|[mts])")
 
 

@@ -1,21 +1,21 @@
-"""Supervised data: JSON lines of {"messages": [...], "tools": [...]}, one conversation each."""
+"""Supervised data: files of conversations, in every schema of `schemas.FORMS`, become rows."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from agentcpm_jax.data.rows import Row, demo_row
+from agentcpm_jax.data.conversation import Conversation
+from agentcpm_jax.data.rows import Row, demo_row, text_row
+from agentcpm_jax.data.schemas import read_conversation
 from agentcpm_jax.ranges import check_choice, check_least
+from agentcpm_jax.records import Flaw, read_records
 from agentcpm_jax.types import Segment, UserError
-
-ROLES = ("system", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class SFTDataConfig:
     original's limit is 21,000.
     """
 
-    path: str | None = None  # a JSONL file; None: demonstrations of the offline world
+    path: str | None = None  # a file of conversations; None: demonstrations of the offline world
     max_length: int = 21_000
     mask: str = "all"  # what is trained: all assistant turns | the last one
     skip_bad: bool = False  # leave out bad lines of the file
@@ -36,49 +36,63 @@ class SFTDataConfig:
         check_least(self, "data", {"max_length": 1})
 
 
-@dataclass(frozen=True)
-class Conversation:
-    """One line of the file; `where` is file:line."""
-
-    messages: tuple[Mapping[str, Any], ...]
-    tools: tuple[Mapping[str, Any], ...] = ()
-    where: str = ""
-
-
 class Renderer(Protocol):
     """The part of `chat.format.ChatFormat` used here: token ids with provenance."""
 
     def demo_segment(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]],
+        context: Collection[int],
     ) -> Segment: ...
+
+    def raw_ids(self, text: str) -> np.ndarray: ...
+
+    def with_kwargs(self, **template_kwargs: Any) -> Renderer: ...
 
 
 def read_conversations(path: str, skip_bad: bool = False) -> tuple[list[Conversation], list[str]]:
-    """(the conversations, an error message for each bad line that was skipped).
-
-    Blank lines are ignored.
+    """(the conversations, an error message for each bad record that was skipped).
 
     Raises:
-      UserError: no such file; a bad line (named as file:line) unless `skip_bad`; nothing usable.
+      UserError: no such file; a bad record (named as file:line) unless `skip_bad`; nothing usable.
     """
-    if not Path(path).is_file():
-        raise UserError(f"no such file: {path!r}; give a JSONL file of conversations")
     conversations, bad = [], []
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                conversations.append(_parse(line, f"{path}:{number}"))
-            except ValueError as error:
-                bad.append(f"{path}:{number}: {error}")
-                if not skip_bad:
-                    raise UserError(
-                        f"{bad[0]}; mend the line, or pass skip_bad=True to use the others"
-                    ) from None
+    for found in each_conversation(path):
+        if isinstance(found, Conversation):
+            conversations.append(found)
+            continue
+        line, flaw = found
+        bad.append(f"{path}:{line}: {flaw}")
+        if not skip_bad:
+            raise UserError(f"{bad[0]}; mend the line, or pass skip_bad=True to use the others")
     if not conversations:
-        raise UserError(f"{path} holds no usable conversation ({len(bad)} bad lines)")
+        raise UserError(
+            f"{path} holds no usable conversation ({len(bad)} bad lines, the first is {bad[0]})"
+        )
     return conversations, bad
+
+
+def each_conversation(path: str) -> Iterator[Conversation | tuple[int, Flaw]]:
+    """A conversation, or (line, what is wrong with it), for each record of a file."""
+    if not Path(path).exists():
+        raise UserError(f"no such file: {path!r}; give a file of conversations")
+    for record in read_records(path):
+        try:
+            if record.flaw:
+                raise record.flaw
+            yield read_conversation(record.value, f"{path}:{record.line}")
+        except Flaw as flaw:
+            yield record.line, flaw
+
+
+class Rendered(NamedTuple):
+    """A conversation's row, and why it is not trained ('' if it is)."""
+
+    conversation: Conversation
+    row: Row | None
+    reason: str = ""  # too_long | nothing_trained | bad
+    detail: str = ""
 
 
 def conversation_rows(
@@ -90,27 +104,43 @@ def conversation_rows(
       UserError: the template cannot render a conversation (named as file:line), unless
         `cfg.skip_bad`.
     """
-    rows: list[Row] = []
-    counts: Counter[str] = Counter()
-    for conversation in conversations:
-        try:
-            segment = chat.demo_segment(conversation.messages, conversation.tools)
-        except UserError as error:
-            if not cfg.skip_bad:
-                raise UserError(f"{conversation.where}: {error}") from error
-            counts["bad"] += 1
-            continue
-        row = demo_row(segment)
-        if cfg.mask == "last":
-            row = replace(row, loss_mask=last_span(row.loss_mask))
-        if len(row) > cfg.max_length:
-            counts["too_long"] += 1
-        elif not row.num_trained:
-            counts["nothing_trained"] += 1
-        else:
-            counts["kept"] += 1
-            rows.append(row)
-    return rows, counts
+    rendered = [render_row(conversation, chat, cfg) for conversation in conversations]
+    rows = [r.row for r in rendered if r.row is not None and not r.reason]
+    return rows, Counter(r.reason or "kept" for r in rendered)
+
+
+def render_row(conversation: Conversation, chat: Renderer, cfg: SFTDataConfig) -> Rendered:
+    """One conversation as `conversation_rows` has it."""
+    try:
+        row = _row(conversation, chat)
+    except UserError as error:
+        said = f"{conversation.where}: {error}"
+        if not cfg.skip_bad:
+            raise UserError(said) from error
+        return Rendered(conversation, None, "bad", said)
+    if cfg.mask == "last":
+        row = replace(row, loss_mask=last_span(row.loss_mask))
+    if len(row) > cfg.max_length:
+        said = f"{len(row):,} tokens, max_length is {cfg.max_length:,}"
+        return Rendered(conversation, row, "too_long", f"{conversation.where}: {said}")
+    if not row.num_trained:
+        said = f"{conversation.where}: no token of it is trained"
+        return Rendered(conversation, row, "nothing_trained", said)
+    return Rendered(conversation, row)
+
+
+def _row(conversation: Conversation, chat: Renderer) -> Row:
+    if conversation.segments:
+        parts = [(chat.raw_ids(part.text), part.train) for part in conversation.segments]
+        mask = np.concatenate([np.full(len(ids), train, bool) for ids, train in parts])
+        row = text_row(np.concatenate([ids for ids, _ in parts]))
+        return replace(row, loss_mask=row.loss_mask & mask)
+    if conversation.template_kwargs:
+        chat = chat.with_kwargs(**conversation.template_kwargs)
+    messages = conversation.for_template()
+    turns = enumerate(conversation.messages)
+    context = {i for i, m in turns if m.role == "assistant" and not m.train}
+    return demo_row(chat.demo_segment(messages, conversation.tools, context))
 
 
 def last_span(mask: np.ndarray) -> np.ndarray:
@@ -121,24 +151,3 @@ def last_span(mask: np.ndarray) -> np.ndarray:
     gaps = np.flatnonzero(np.diff(trained) > 1)
     start = trained[gaps[-1] + 1] if len(gaps) else trained[0]
     return mask & (np.arange(len(mask)) >= start)
-
-
-def _parse(line: bytes, where: str) -> Conversation:
-    try:
-        record = json.loads(line)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 (byte {error.start})") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from None
-    if not isinstance(record, dict) or not isinstance(record.get("messages"), list):
-        raise ValueError('not an object with a list "messages"')
-    messages, tools = record["messages"], record.get("tools") or []
-    for i, message in enumerate(messages):
-        role = message.get("role") if isinstance(message, dict) else None
-        if role not in ROLES:
-            raise ValueError(f"messages[{i}] has role {role!r}, not one of {', '.join(ROLES)}")
-    if not any(message["role"] == "assistant" for message in messages):
-        raise ValueError("no assistant message to learn from")
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise ValueError('"tools" is not a list of objects')
-    return Conversation(tuple(messages), tuple(tools), where)

@@ -35,6 +35,7 @@ class Command(NamedTuple):
 
     config: ExperimentConfig
     workdir: Path
+    accept_data: bool = False  # resume although the data were edited
     doctor: bool | None = None  # True: examine only, False: do not examine, None: examine first
     explain: str = ""  # 'estimate', 'aot' or 'arrays': announce the plan, and stop
     slice: str = ""  # the TPU slice (or GPUs) of the plan; empty: the smallest that fits
@@ -53,6 +54,7 @@ def parse(argv: Sequence[str]) -> Command:
     flags.DEFINE_enum("explain", "", ["", *EXPLAINED], "", flag_values=values)
     flags.DEFINE_string("slice", Command._field_defaults["slice"], "", flag_values=values)
     flags.DEFINE_string("prices", "", "JSON file of prices for --explain", flag_values=values)
+    flags.DEFINE_boolean("accept_data", False, "resume with edited data", flag_values=values)
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # absl logs what it then raises
             document = read_document(name)
@@ -65,7 +67,7 @@ def parse(argv: Sequence[str]) -> Command:
     except flags.UnrecognizedFlagError as error:
         raise UserError(
             f"{error}; known: --config, --config.<key>=..., --workdir, --[no]doctor, "
-            "--explain[=aot|arrays] with --slice and --prices"
+            "--accept_data, --explain[=aot|arrays] with --slice and --prices"
         ) from None
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         # ml_collections puts the repr of a KeyError, escapes included, into the next one.

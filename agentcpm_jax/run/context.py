@@ -53,6 +53,7 @@ class RunContext:
     announce: Callable[[str], None] = lambda line: None  # shows a line to the user
     claim: Callable[[], None] = lambda: None  # the workdir is this configuration's from now on
     watchdog: Watchdog = field(default_factory=Watchdog)
+    accept_data: bool = False  # go on with data that are not those that a stage began with
 
     def directory(self, stage: Stage | str) -> Path:
         """workdir/<stage>."""

@@ -25,6 +25,7 @@ import httpx
 import jax
 
 from agentcpm_jax import tree
+from agentcpm_jax.chat.format import ChatFormat
 from agentcpm_jax.config import ExperimentConfig, RLStage, Stage, outside_models
 from agentcpm_jax.database import try_writing
 from agentcpm_jax.files import nearest_existing, size_text
@@ -48,6 +49,7 @@ from agentcpm_jax.run.commandline import Command
 from agentcpm_jax.run.custom import make_tools
 from agentcpm_jax.run.engines import probe_logprobs, weights_name, weights_place
 from agentcpm_jax.run.multihost import is_main
+from agentcpm_jax.run.observe.dataset import data_lines
 from agentcpm_jax.run.sampling import task_sequence
 from agentcpm_jax.run.start.models import check_models, tokenizer_of
 from agentcpm_jax.sharding import make_mesh, param_shardings
@@ -112,6 +114,10 @@ def examine(cfg: ExperimentConfig, workdir: Path, *, thorough: bool = True) -> I
         yield _find("model", lambda: _model(cfg, todo))
         yield _find("tokenizer", lambda: _tokenizer(cfg, workdir))
         for stage in todo:
+            found = _find(f"data of {stage.name}", lambda stage=stage: _data(cfg, stage))
+            if found.text:
+                yield found
+        for stage in todo:
             if (rl := stage.rl) is not None:
                 yield _find(f"tools of {stage.name}", lambda rl=rl: asyncio.run(_tools(cfg, rl)))
     yield _find("database", lambda: _database(cfg, workdir))
@@ -159,6 +165,16 @@ async def _tools(cfg: ExperimentConfig, rl: RLStage) -> str:
         if result.status is not ToolStatus.INFRA_ERROR:
             return said
     raise UserError(f"{said}; mend the tool, or its server")
+
+
+def _data(cfg: ExperimentConfig, stage: Stage) -> str:
+    """What becomes of each record of the stage's file."""
+
+    def chat() -> ChatFormat:
+        with tokenizer_of(cfg) as directory:
+            return load_chat(directory)
+
+    return "\n".join(data_lines(stage, chat))
 
 
 def _disk(cfg: ExperimentConfig, todo: list[Stage], workdir: Path) -> str:

@@ -29,6 +29,7 @@ from agentcpm_jax.rollout.episode import check_prompt
 from agentcpm_jax.rollout.policy import TokenPolicy
 from agentcpm_jax.run.context import RunContext
 from agentcpm_jax.run.custom import make_reward, make_tools
+from agentcpm_jax.run.observe.dataset import announce_tasks
 from agentcpm_jax.run.sampling import evaluation_tasks, make_run_sample
 from agentcpm_jax.run.start.signals import Interrupted
 from agentcpm_jax.types import Provenance, Task
@@ -49,6 +50,7 @@ def run_eval(ctx: RunContext, stage: Stage) -> None:
     check_capacity(spec.engine, ctx.cfg.episode.max_context)
     check_prompt(ctx.chat, ctx.cfg.episode, make_tools(ctx.cfg.tools)[1])
     tasks = evaluation_tasks(spec, ctx.cfg.test_tasks)
+    announce_tasks(ctx, stage, spec)
     sources = {name: f"stage:{name}" for name in spec.models} | _sweep_points(ctx)
     for name, source in sources.items():
         path = ctx.directory(stage) / f"{name}.json"

@@ -17,6 +17,7 @@ from agentcpm_jax.run.context import RunContext
 from agentcpm_jax.run.custom import make_reward
 from agentcpm_jax.run.learner import make_batches, make_learner
 from agentcpm_jax.run.multihost import Interrupted, any_process, is_main, on_main, share_batch
+from agentcpm_jax.run.observe.dataset import announce_tasks
 from agentcpm_jax.run.observe.profile import watched
 from agentcpm_jax.run.observe.recorder import open_recorder
 from agentcpm_jax.run.sampler import NoSampler, Sampler, open_sampler
@@ -80,6 +81,7 @@ def _sampling(
     """Process 0 samples: tasks become trajectories with rewards, groups get advantages."""
     if not is_main():
         return nullcontext(NoSampler())
+    announce_tasks(ctx, stage, rl)
     return open_sampler(
         ctx,
         stage,

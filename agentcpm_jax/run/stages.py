@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 from agentcpm_jax.config import ExperimentConfig, Stage
@@ -17,6 +18,7 @@ from agentcpm_jax.run.evaluation import run_eval
 from agentcpm_jax.run.loop import train
 from agentcpm_jax.run.merging import run_merge
 from agentcpm_jax.run.multihost import decide, is_main
+from agentcpm_jax.run.observe.dataset import check_data
 from agentcpm_jax.run.observe.metrics import Progress, silent
 from agentcpm_jax.run.observe.summary import write_summary
 from agentcpm_jax.run.sampling import check_held_out
@@ -29,12 +31,15 @@ from agentcpm_jax.run.supervised import run_pretrain, run_sft
 def run_experiment(
     cfg: ExperimentConfig,
     workdir: str | Path | None = None,
+    accept_data: bool = False,
     *,
     progress: Progress = silent,
     announce: Callable[[str], None] = lambda line: None,
     stop: StopSignal | None = None,
 ) -> Path:
     """Run (or resume) every stage; returns the path of the HTML report.
+
+    `accept_data`: a stage is resumed although its data were edited; the report says so.
 
     Raises:
       UserError: a mistake that the user can fix.
@@ -45,9 +50,11 @@ def run_experiment(
     check_custom(cfg)
     check_held_out(cfg)
     place = Path(workdir or cfg.workdir)
+    check_data(cfg, place)
     with nullcontext(stop) if stop else StopSignal() as stop, ExitStack() as ending:
         decide("owner", lambda: ending.enter_context(owned(place, announce)))
         ctx = open_context(cfg, place, progress, stop, announce)
+        ctx = replace(ctx, accept_data=accept_data)
         with ctx.log:
             for stage in cfg.stages:
                 done = ctx.directory(stage) / "DONE"

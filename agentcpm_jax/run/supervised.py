@@ -19,12 +19,23 @@ from agentcpm_jax.chat.format import ChatFormat
 from agentcpm_jax.checkpoint import Checkpointer
 from agentcpm_jax.config import PretrainPhase, SFTStage, Stage, TrainShape, to_json
 from agentcpm_jax.data.batch import Batch
+from agentcpm_jax.data.conversation import Conversation
+from agentcpm_jax.data.examine import examine_conversations
 from agentcpm_jax.data.loader import EpochBatches, StepBatches
 from agentcpm_jax.data.rows import Row, text_row
-from agentcpm_jax.data.sft import Conversation, conversation_rows, read_conversations
+from agentcpm_jax.data.schemas import read_conversation
+from agentcpm_jax.data.sft import conversation_rows
 from agentcpm_jax.run.context import RunContext
 from agentcpm_jax.run.learner import first_state, make_cut, plain
-from agentcpm_jax.run.multihost import Interrupted, any_process, is_main, local_rows, on_devices
+from agentcpm_jax.run.multihost import (
+    Interrupted,
+    any_process,
+    decide,
+    is_main,
+    local_rows,
+    on_devices,
+)
+from agentcpm_jax.run.observe.dataset import announce_data
 from agentcpm_jax.run.observe.health import stop_if_not_finite
 from agentcpm_jax.run.observe.machine import start_line
 from agentcpm_jax.run.observe.metrics import MetricsWriter, NoMetrics
@@ -80,7 +91,7 @@ def run_sft(ctx: RunContext, stage: Stage) -> None:
     """SFT on a JSONL of conversations, or on the offline world's demonstrations."""
     assert stage.sft is not None
     directory, sft = ctx.directory(stage), stage.sft
-    rows, counts = sft_rows(ctx, sft)
+    rows, counts = sft_rows(ctx, sft, directory)
     dataset = EpochBatches(
         rows,
         sft.shape.row_length,
@@ -129,13 +140,14 @@ def pretrain_source(
     return rows
 
 
-def sft_rows(ctx: RunContext, sft: SFTStage) -> tuple[list[Row], Counter[str]]:
-    """(rows, counts of kept and dropped conversations)."""
+def sft_rows(ctx: RunContext, sft: SFTStage, directory: Path) -> tuple[list[Row], Counter[str]]:
+    """(rows, counts of kept and dropped conversations), which are announced and recorded."""
     if sft.data.path:
-        conversations, bad = read_conversations(sft.data.path, sft.data.skip_bad)
-        rows, counts = conversation_rows(conversations, ctx.chat, sft.data)
-        counts["bad_line"] += len(bad)
-        return rows, counts
+        length = sft.shape.row_length
+        rows, found = examine_conversations(sft.data.path, ctx.chat, sft.data, length)
+        say = partial(announce_data, directory, found.usable(), ctx.announce, ctx.accept_data)
+        decide(f"{directory.name}/data", say)
+        return rows, found.counts
     conversations, right = world_demonstrations(ctx, sft)
     rows, counts = conversation_rows(conversations, ctx.chat, sft.data)
     counts["right"] += right
@@ -156,7 +168,8 @@ def world_demonstrations(ctx: RunContext, sft: SFTStage) -> tuple[list[Conversat
         )
         right += made.right
         messages = (system if ctx.cfg.episode.system_prompt else []) + made.messages
-        conversations.append(Conversation(tuple(messages), SCHEMAS, task.uid))
+        record = {"messages": messages, "tools": list(SCHEMAS)}
+        conversations.append(read_conversation(record, task.uid))
     return conversations, right
 
 

@@ -74,7 +74,7 @@ def test_long_conversations_are_dropped_and_counted(chat, tmp_path) -> None:
     ("line", "complaint"),
     [
         ('{"messages": [', "not JSON"),
-        ('["messages"]', 'not an object with a list "messages"'),
+        ('["messages"]', "not a JSON object but list"),
         ('{"messages": "hello"}', 'not an object with a list "messages"'),
         ('{"messages": [{"role": "bot"}]}', r"messages\[0\] has role 'bot'"),
         ('{"messages": ["hello"]}', r"messages\[0\] has role None"),
@@ -108,10 +108,11 @@ def test_nothing_to_read_is_said(tmp_path) -> None:
 
 
 def test_a_conversation_that_cannot_be_rendered_is_named_or_counted(chat, tmp_path) -> None:
-    silent = {"messages": [{"role": "user", "content": None}, *SHORT["messages"]]}
-    path = write(tmp_path / "a.jsonl", SHORT, silent)
+    """It sets a variable that is the template's own."""
+    taught = {**SHORT, "chat_template_kwargs": {"messages": 1}}
+    path = write(tmp_path / "a.jsonl", SHORT, taught)
     conversations, _ = read_conversations(path)
-    with pytest.raises(UserError, match=r"a\.jsonl:2: content of message 0 \(user\)"):
+    with pytest.raises(UserError, match=r"a\.jsonl:2: chat template cannot render"):
         conversation_rows(conversations, chat, SFTDataConfig())
     rows, counts = conversation_rows(conversations, chat, SFTDataConfig(skip_bad=True))
     assert len(rows) == 1 and counts == {"kept": 1, "bad": 1}

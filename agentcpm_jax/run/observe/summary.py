@@ -41,6 +41,7 @@ from agentcpm_jax.files import write_atomically
 from agentcpm_jax.run.context import RunContext
 from agentcpm_jax.run.evaluation import DECISIONS
 from agentcpm_jax.run.observe import health
+from agentcpm_jax.run.observe.dataset import data_tables
 from agentcpm_jax.run.observe.metrics import series
 from agentcpm_jax.types import Trajectory
 
@@ -84,6 +85,7 @@ def write_summary(ctx: RunContext, announce: Callable[[str], None]) -> Path:
         headlines += _headlines(models)
         charts += _charts(models)
         tables += _tables(models, spec.k)
+    tables += [table for s in ctx.cfg.stages for table in data_tables(ctx.directory(s))]
     charts += [c for s in ctx.cfg.stages if s.merge for c in search_charts(ctx.directory(s))]
     for stage in (s for s in ctx.cfg.stages if s.rl):
         headlines += health.staleness_headline(ctx, stage)

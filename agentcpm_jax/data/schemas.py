@@ -1,0 +1,136 @@
+"""Which schema a record is in, by its keys, and the conversation that it holds.
+
+Columns that only describe are left alone; those that would change what is trained are read or
+refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from agentcpm_jax.data.atif import read_steps
+from agentcpm_jax.data.calls import Tools, read_tools
+from agentcpm_jax.data.conversation import Conversation, Message, TextSegment
+from agentcpm_jax.data.tagged import lift_tags
+from agentcpm_jax.data.turns import finished, read_turns
+from agentcpm_jax.records import Flaw, accepted, is_set, parse_json
+
+#: Schemas by name, and the keys that say so; the first that fits is taken.
+FORMS = {
+    "OpenAI and TRL messages": "messages, tools",
+    "ShareGPT": "conversations, system, tools",
+    "ATIF": "steps, agent, schema_version",
+    "TRL prompt and completion": "prompt, completion",
+    "raw text": "text",
+}
+#: Columns that change what is trained and that nobody here reads.
+_REFUSED = {
+    *("images", "image", "videos", "video", "audios", "audio", "label", "labels", "loss_mask"),
+    *("mask", "weight", "weights", "train", "trainable", "input_ids", "assistant_masks"),
+    *("completion_mask", "attention_mask", "chat_template", "response_schema", "reasoning"),
+    *("reasoning_content", "thinking", "tool_calls", "function_call", "mask_history"),
+}
+_PREFERENCES = ("chosen", "rejected")
+
+
+def read_conversation(record: Mapping[str, Any], where: str = "") -> Conversation:
+    """The conversation of one record; raises `Flaw`."""
+    there = {name for name, value in record.items() if is_set(value)}
+    for name in ("messages", "conversations", "steps", "text"):
+        if record.get(name) == [] or (name != "text" and record.get(name) == ""):
+            there.add(name)
+    if not there.isdisjoint(_PREFERENCES):
+        raise accepted("preference pairs are not demonstrations", record, FORMS)
+    refused = sorted(there & _REFUSED)
+    schema = next((n for n in ("messages", "conversations", "steps") if n in there), "")
+    if not schema and {"prompt", "completion"} <= record.keys() and "prompt" in there:
+        schema = "prompt"
+    if not schema and "text" in there:
+        schema = "text"
+    if not schema:
+        raise accepted('not an object with a list "messages" nor in another schema', record, FORMS)
+    if refused:
+        said = f"changes what is trained, and is not read beside {schema}; take the column out"
+        raise Flaw("unknown_key", refused[0], said)
+    if schema == "text" or (schema == "prompt" and isinstance(record["prompt"], str)):
+        return Conversation(where=where, segments=_raw(record, schema))
+    messages, tools = _turns(record, schema)
+    return Conversation(
+        finished(messages, "completion" if schema == "prompt" else schema),
+        tools,
+        where,
+        _template_kwargs(record),
+    )
+
+
+def _turns(record: Mapping[str, Any], schema: str) -> tuple[list[Message], Tools]:
+    if schema == "steps":
+        return read_steps(record)
+    tools = _tools(record)
+    if schema == "prompt":
+        messages = read_turns(record["prompt"], "prompt", tools, context=True)
+        completion = read_turns(record["completion"], "completion", tools)
+        if not any(m.role == "assistant" for m in completion):
+            raise Flaw("no_assistant", None, "no assistant message in completion to learn from")
+        messages += completion
+    else:
+        messages = read_turns(record[schema], schema, tools)
+    messages = _with_system(messages, record.get("system"))
+    return lift_tags(messages, tools)
+
+
+def _tools(record: Mapping[str, Any]) -> Tools:
+    """Of `tools`, or of the older `functions`."""
+    found = {name: read_tools(record.get(name), name) for name in ("tools", "functions")}
+    if found["tools"] and found["functions"] and found["tools"] != found["functions"]:
+        raise Flaw("ambiguous", "functions", "tools and functions differ")
+    return found["tools"] or found["functions"]
+
+
+def _with_system(messages: list[Message], system: Any) -> list[Message]:
+    if not is_set(system):
+        return messages
+    if not isinstance(system, str):
+        raise Flaw("content_part", "system", "the system column is not text")
+    if not messages or messages[0].role != "system":
+        return [Message("system", system, at="system"), *messages]
+    if messages[0].content != system:
+        said = "the system column and the first message differ"
+        raise Flaw("ambiguous", "system", said)
+    return messages
+
+
+def _raw(record: Mapping[str, Any], schema: str) -> tuple[TextSegment, ...]:
+    """Text without a template: all of it, or what follows the prompt, is trained."""
+    for name in ("tools", "functions", "system"):
+        if is_set(record.get(name)):
+            raise Flaw("unknown_key", name, "raw text has no template that could show it")
+    names = ("text",) if schema == "text" else ("prompt", "completion")
+    for name in names:
+        if not isinstance(record[name], str):
+            said = f"is {type(record[name]).__name__} beside text; use text, or turns in both"
+            raise Flaw("unknown_schema", name, said)
+    if not record[names[-1]].strip():
+        raise Flaw("empty_assistant", names[-1], "there is no text to train")
+    return tuple(TextSegment(record[name], name != "prompt") for name in names)
+
+
+def _template_kwargs(record: Mapping[str, Any]) -> dict[str, Any]:
+    found = record.get("chat_template_kwargs")
+    if isinstance(found, str) and found.strip():
+        try:
+            found = parse_json(found)
+        except ValueError as error:
+            raise Flaw("not_json", "chat_template_kwargs", str(error)) from None
+    if is_set(found) and not isinstance(found, dict):
+        raise Flaw("unknown_key", "chat_template_kwargs", "not an object of template variables")
+    kwargs: dict[str, Any] = {**found} if isinstance(found, dict) else {}
+    thinking = record.get("enable_thinking")
+    if thinking is None:
+        return kwargs
+    if not isinstance(thinking, bool):
+        raise Flaw("bad_flag", "enable_thinking", f"is {thinking!r}; use false or true")
+    if kwargs.setdefault("enable_thinking", thinking) != thinking:
+        raise Flaw("ambiguous", "enable_thinking", "chat_template_kwargs says another thing")
+    return kwargs

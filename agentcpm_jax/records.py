@@ -1,0 +1,308 @@
+"""Records of files that others made: JSON lines, a JSON array or object, parquet, arrow; gzipped.
+
+What a file is, its first bytes say and not its name. Text is kept as it stands (the tokenizer alone
+normalises it), with one rule for all of it: half a surrogate pair and NUL are no text, and the
+line and the key that hold one are named.
+"""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+import gzip
+import io
+import json
+import math
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from agentcpm_jax.types import UserError
+
+
+class Flaw(ValueError):
+    """What is wrong with one record: its kind in a word, and the key that shows it."""
+
+    def __init__(self, kind: str, key: str | None, message: str) -> None:
+        super().__init__(f"{key}: {message}" if key else message)
+        self.kind, self.key = kind, key
+
+
+class FileRefused(UserError):
+    """A file that is not read at all; `kind` says why in a word."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+@dataclass(frozen=True)
+class Record:
+    """One object of a file. `line` counts lines in JSON lines, else records, from 1.
+
+    Of a `flaw`ed record there is no value. `arrow`: from columns, where null means absent.
+    """
+
+    line: int
+    value: Mapping[str, Any]
+    flaw: Flaw | None = None
+    arrow: bool = False
+
+
+def read_records(path: str | Path) -> Iterator[Record]:
+    """The records of a file, or of a folder that `datasets` saved.
+
+    Raises:
+      FileRefused: there is no such file, it is empty, cut, a pickle or in no format that is read.
+    """
+    place = Path(path)
+    empty = True
+    for part in _parts(place):
+        try:
+            for record in _read(part):
+                yield record
+                empty = False
+        except OSError as error:
+            raise FileRefused(
+                "unreadable", f"cannot read {part}: {error.strerror or error}; check the path"
+            ) from None
+        except (EOFError, zlib.error) as error:
+            raise FileRefused(
+                "cut_gzip", f"{part} is a gzip stream that was cut ({error}); fetch it again"
+            ) from None
+    if empty:
+        raise FileRefused("empty_file", f"{place} is empty: it holds no usable record")
+
+
+def no_text(value: Any, key: str = "") -> Flaw | None:
+    """The flaw of the first text in `value` that holds half a surrogate pair or NUL, or None."""
+    if isinstance(value, str):
+        if "\0" in value:
+            return Flaw("nul", key, "holds a NUL character (\\u0000); take it out")
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            said = "holds a lone surrogate, half of a pair; take it out or write U+FFFD"
+            return Flaw("lone_surrogate", key, said)
+        return None
+    if isinstance(value, Mapping):
+        inner = [(f"{key}.{name}" if key else str(name), v) for name, v in value.items()]
+        inner += [(key or "a key", name) for name in value]
+    elif isinstance(value, list):
+        inner = [(f"{key}[{i}]", v) for i, v in enumerate(value)]
+    else:
+        return None
+    return next((flaw for name, v in inner if (flaw := no_text(v, name))), None)
+
+
+def finite(value: Any) -> bool:
+    """Whether no number in `value` is NaN or infinite, which JSON does not have."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, Mapping):
+        return all(map(finite, value.values()))
+    return not isinstance(value, list) or all(map(finite, value))
+
+
+def parse_json(text: str | bytes) -> Any:
+    """JSON (with NaN, which `finite` finds); ValueError for whatever is wrong with the text."""
+    try:
+        return json.loads(text.decode() if isinstance(text, bytes) else text)
+    except UnicodeDecodeError as error:
+        raise Flaw("not_utf8", None, f"not UTF-8 (byte {error.start})") from None
+    except json.JSONDecodeError as error:
+        said = f"not JSON ({error.msg} at column {error.colno})"
+        raise Flaw("not_json", None, said) from None
+    except (RecursionError, ValueError) as error:  # too deep; an integer of thousands of digits
+        raise Flaw("not_json", None, f"not JSON ({type(error).__name__})") from None
+
+
+def _parts(place: Path) -> list[Path]:
+    """The files to read: the one, or those of a folder that `datasets` wrote."""
+    if not place.is_dir():
+        return [place]
+    state = place / "state.json"
+    if state.is_file():
+        files = json.loads(state.read_text())["_data_files"]
+        return [place / file["filename"] for file in files]
+    found = sorted(p for s in ("arrow", "parquet") for p in place.glob(f"*.{s}"))
+    if len(found) == 1:
+        return found
+    names = ", ".join(p.name for p in found) or "no arrow or parquet file"
+    raise FileRefused("unreadable", f"{place} is a folder with {names}; give one file")
+
+
+def _read(path: Path) -> Iterator[Record]:
+    with open(path, "rb") as raw:
+        head = raw.read(2)
+        raw.seek(0)
+        file: Any = gzip.GzipFile(fileobj=raw) if head == b"\x1f\x8b" else raw
+        head = file.read(6)
+        file.seek(0)
+        if head[:4] == b"PAR1":
+            yield from _parquet(file, path)
+        elif head == b"ARROW1" or head[:4] == b"\xff\xff\xff\xff":
+            yield from _arrow(file, path, stream=head != b"ARROW1")
+        else:
+            _refuse_other_formats(file, head, path)
+            yield from _json(file, path)
+
+
+def _refuse_other_formats(file: IO[bytes], head: bytes, path: Path) -> None:
+    """Raises for pickles, archives and UTF-16."""
+    is_pickle = head[:1] == b"\x80" and head[1:2] in b"\0\1\2\3\4\5"
+    if head and head[:1] in b"(]})cl":  # protocols 0 and 1; no JSON begins so
+        is_pickle = file.read().rstrip().endswith(b".")
+        file.seek(0)
+    if is_pickle:
+        raise FileRefused(
+            "pickle",
+            f"{path} is a pickle, which runs code when it is read: refused; where it comes from "
+            'somebody you trust, convert it: python -c "import json, pickle; rows = pickle.load('
+            "open('IN', 'rb')); print(*(r if isinstance(r, str) else json.dumps(r) for r in rows),"
+            " sep='\\n', file=open('OUT.jsonl', 'w'))\"",
+        )
+    archives = {b"PK\3\4": "zip", b"BZh": "bzip2", b"\xfd7zX": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+    for magic, name in archives.items():
+        if head.startswith(magic):
+            raise FileRefused("unreadable", f"{path} is a {name} archive; unpack it first")
+    if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise FileRefused("not_utf8", f"{path} is UTF-16; convert it: iconv -f utf-16 -t utf-8")
+
+
+def _json(file: IO[bytes], path: Path) -> Iterator[Record]:
+    """JSON lines, unless the first line that is not blank is no object of its own."""
+    first = b""
+    while not first.strip() and (line := file.readline()):
+        first = line.removeprefix(b"\xef\xbb\xbf")
+    try:
+        whole = not isinstance(parse_json(first), dict) if first.strip() else False
+    except ValueError:
+        whole = first.lstrip()[:1] in (b"[", b"{")
+    file.seek(0)
+    if whole and (records := _document(file.read(), path, first)) is not None:
+        yield from records
+        return
+    file.seek(0)
+    for number, line in enumerate(file, 1):
+        line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+        if line.strip():
+            yield _json_record(line.strip(), number)
+
+
+def _document(content: bytes, path: Path, first: bytes) -> list[Record] | None:
+    """The records of a file that is one JSON array or object; None: it is JSON lines after all."""
+    try:
+        found = parse_json(content.removeprefix(b"\xef\xbb\xbf"))
+    except ValueError as error:
+        if _is_lines(content, first.strip()):
+            return None
+        kind = error.kind if isinstance(error, Flaw) else "not_json"
+        raise FileRefused(kind, f"{path}: {error}; it begins as one JSON document") from None
+    values = found if isinstance(found, list) else [found]
+    return [_checked(value, number) for number, value in enumerate(values, 1)]
+
+
+def _is_lines(content: bytes, first: bytes) -> bool:
+    """Whether content that is no JSON as a whole is meant as JSON lines."""
+    rest = [line for line in content.split(b"\n") if line.strip()][1:]
+    if first in (b"[", b"{"):
+        return not rest
+    if first.startswith(b"{"):
+        return not rest or any(line.startswith(b"{") for line in rest)
+    try:
+        parse_json(first)
+    except ValueError:
+        return not rest
+    return True
+
+
+def _json_record(line: bytes, number: int) -> Record:
+    try:
+        return _checked(parse_json(line), number)
+    except Flaw as flaw:
+        return Record(number, {}, flaw)
+
+
+def _checked(value: Any, number: int) -> Record:
+    if not isinstance(value, dict):
+        said = f"not a JSON object but {type(value).__name__}"
+        return Record(number, {}, Flaw("not_json", None, said))
+    return Record(number, value, no_text(value))
+
+
+def _parquet(file: IO[bytes], path: Path) -> Iterator[Record]:
+    _require_pyarrow(path)
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    # A gzip stream cannot be read from its end, where parquet keeps its schema.
+    seekable = io.BytesIO(file.read()) if isinstance(file, gzip.GzipFile) else file
+    try:
+        batches = pq.ParquetFile(seekable).iter_batches()
+        yield from _rows(row for batch in batches for row in batch.to_pylist())
+    except pa.ArrowException as error:
+        raise FileRefused("unreadable", f"{path} is no whole parquet file: {error}") from None
+
+
+def _arrow(file: IO[bytes], path: Path, stream: bool) -> Iterator[Record]:
+    """The files of the cache of `datasets`."""
+    _require_pyarrow(path)
+    import pyarrow as pa
+
+    source = io.BytesIO(file.read())
+    try:
+        if stream:
+            batches: Any = pa.ipc.open_stream(source)
+        else:
+            reader = pa.ipc.open_file(source)
+            batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+        yield from _rows(row for batch in batches for row in batch.to_pylist())
+    except pa.ArrowException as error:
+        raise FileRefused("unreadable", f"{path} is no whole arrow file: {error}") from None
+
+
+def _require_pyarrow(path: Path) -> None:
+    try:
+        import pyarrow  # noqa: F401
+    except ModuleNotFoundError:
+        raise FileRefused(
+            "unreadable", f"{path} needs pyarrow; pip install 'agentcpm_jax[data]' to read it"
+        ) from None
+
+
+def _rows(rows: Iterator[Mapping[str, Any]]) -> Iterator[Record]:
+    for number, row in enumerate(rows, 1):
+        value = _plain(row)
+        yield Record(number, value, no_text(value), arrow=True)
+
+
+def _plain(value: Any) -> Any:
+    """Columns as JSON has them. A struct has the keys of every row: those that are null go."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items() if v is not None}
+    if isinstance(value, list) and value and all(isinstance(v, tuple) for v in value):
+        return {str(k): _plain(v) for k, v in value if v is not None}  # a map
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    if isinstance(value, decimal.Decimal):
+        return int(value) if value == value.to_integral_value() else str(value)
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, bytes):
+        return {"bytes": len(value)}  # an image, a sound: what holds one is refused by its key
+    return value
+
+
+def accepted(name: str, found: Mapping[str, Any], forms: Mapping[str, str]) -> Flaw:
+    """The flaw of a record in no schema: says which are read, and the keys that it has."""
+    keys = ", ".join(map(str, list(found)[:12])) or "none"
+    known = "; ".join(f"{form} ({keys_})" for form, keys_ in forms.items())
+    return Flaw("unknown_schema", None, f"{name}; found keys: {keys}; read: {known}")
+
+
+def is_set(value: Any) -> bool:
+    """Whether a key has a value: null, "", [] and {} are none."""
+    return value is not None and value not in ("", [], {})

@@ -1,0 +1,128 @@
+"""The data of a stage: announced at its start, recorded beside it, compared when it is resumed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from agentcpm_jax.chat.format import ChatFormat
+from agentcpm_jax.config import EvalStage, ExperimentConfig, RLStage, Stage
+from agentcpm_jax.data.examine import NAMED, Examined, examine_conversations, examine_tasks
+from agentcpm_jax.data.sft import read_conversations
+from agentcpm_jax.evaluate.report.page import Cell, Table
+from agentcpm_jax.files import write_atomically
+from agentcpm_jax.run.context import RunContext
+from agentcpm_jax.tasks.jsonl import load_tasks
+from agentcpm_jax.types import UserError
+
+FILE = "data.json"
+#: In the record and the report, so many dropped rows are named.
+RECORDED = 1000
+
+
+def announce_data(
+    directory: Path, found: Examined, announce: Callable[[str], None], accept: bool = False
+) -> None:
+    """Say what becomes of a stage's data and record it in the stage's directory.
+
+    `accept`: data that are not those that the stage began with are noted, and used.
+
+    Raises:
+      UserError: the stage began with other data.
+    """
+    path, notes = directory / FILE, []
+    if path.exists():
+        before = json.loads(path.read_text())
+        notes = before["changes"]
+        trained = any((directory / "checkpoints").glob("*"))
+        change = _change(before["digests"], found) if trained else ""
+        if change and not accept:
+            raise UserError(
+                f"{change}; position in the data and schedule would not fit: restore the file, use "
+                "another --workdir, or go on with --accept_data, which the report will say"
+            )
+        notes += [change] if change else []
+    for line in found.lines(NAMED):
+        announce(line)
+    record = asdict(found) | {"changes": notes, "counts": dict(found.counts)}
+    record["dropped"] = found.dropped[:RECORDED]
+    write_atomically(path, json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def announce_tasks(ctx: RunContext, stage: Stage, spec: RLStage | EvalStage) -> None:
+    """`announce_data` of the stage's file of tasks, if it has one."""
+    if spec.tasks_path:
+        found = examine_tasks(spec.tasks_path, skip_bad=spec.skip_bad)
+        announce_data(ctx.directory(stage), found, ctx.announce, ctx.accept_data)
+
+
+def data_lines(stage: Stage, chat: Callable[[], ChatFormat]) -> list[str]:
+    """What becomes of the records of a stage that is still to run, or nothing."""
+    if stage.sft is not None and stage.sft.data.path:
+        data, length = stage.sft.data, stage.sft.shape.row_length
+        return examine_conversations(data.path or "", chat(), data, length)[1].lines(NAMED)
+    spec = stage.rl or stage.eval
+    if spec is None or not spec.tasks_path:
+        return []
+    return examine_tasks(spec.tasks_path, skip_bad=spec.skip_bad).lines(NAMED)
+
+
+def check_data(cfg: ExperimentConfig, workdir: Path) -> None:
+    """Raise `UserError` for a file that a stage still to run could not read."""
+    for stage in cfg.stages:
+        if (workdir / stage.name / "DONE").exists():
+            continue
+        if stage.sft is not None and stage.sft.data.path:
+            read_conversations(stage.sft.data.path, stage.sft.data.skip_bad)
+        spec = stage.rl or stage.eval
+        if spec is not None and spec.tasks_path:
+            load_tasks(spec.tasks_path, skip_bad=spec.skip_bad)
+
+
+def data_tables(directory: Path) -> list[Table]:
+    """The tables of a stage's data in the report, or none."""
+    path = directory / FILE
+    if not path.exists():
+        return []
+    found: dict[str, Any] = json.loads(path.read_text())
+    rows: list[tuple[Cell, ...]] = [(k, n, "") for k, n in found["counts"].items() if k == "kept"]
+    rows += [(reason, 1, text) for reason, text in found["dropped"]]
+    lengths = found["lengths"]
+    notes = [*found["notes"], *(f"Resumed with other data: {c}." for c in found["changes"])]
+    if lengths:
+        share = found["trained"] / max(sum(lengths), 1)
+        notes.insert(
+            0,
+            f"{sum(lengths):,} tokens, {share:.0%} of them trained; a row has {min(lengths):,} to "
+            f"{max(lengths):,}; none is truncated.",
+        )
+    example = "".join(f"[[{text}]]" if trained else text for text, trained in found["example"])
+    tables = [
+        Table(
+            f"{directory.name}: records of {found['path']}",
+            ("what became of them", "records", "which, and why"),
+            tuple(rows),
+            " ".join(notes),
+        )
+    ]
+    if example:
+        title = f"{directory.name}: one row, what is trained in [[ ]]"
+        tables.append(Table(title, ("text",), ((example[:8000],),)))
+    return tables
+
+
+def _change(before: list[str], found: Examined) -> str:
+    """How the rows differ from those of the stage's beginning; '' when they do not."""
+    now = list(found.digests)
+    if now == before:
+        return ""
+    same = next((i for i, (a, b) in enumerate(zip(before, now, strict=False)) if a != b), None)
+    if same is None and len(now) > len(before):
+        return f"{len(now) - len(before)} rows were appended to {found.path} since the stage began"
+    if same is None:
+        return f"{len(before) - len(now)} of {len(before)} rows are gone from {found.path}"
+    counts = f"{len(before)} rows then, {len(now)} now"
+    return f"row {same + 1} of {found.path} is not what it was when the stage began ({counts})"

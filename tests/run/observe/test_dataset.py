@@ -1,0 +1,58 @@
+"""Data that were edited since a stage began are noticed; going on with them is on record."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from agentcpm_jax.data.examine import Examined
+from agentcpm_jax.run.observe.dataset import announce_data, data_tables
+from agentcpm_jax.types import UserError
+
+
+def data(*digests: str) -> Examined:
+    dropped = (("bad", "line 3: not JSON"),)
+    pieces = (("q", False), ("a", True))
+    return Examined("d.jsonl", len(digests), dropped, (4, 6), 5, (), digests, pieces)
+
+
+def begun(folder: Path) -> None:
+    announce_data(folder, data("x", "y"), lambda line: None)
+    (folder / "checkpoints" / "1").mkdir(parents=True)
+
+
+@pytest.mark.parametrize(
+    ("now", "says"),
+    [
+        (("x", "z"), "row 2 of d.jsonl is not what it was"),
+        (("y", "x"), "row 1 of d.jsonl is not what it was"),
+        (("x", "y", "z"), "1 rows were appended to d.jsonl"),
+        (("x",), "1 of 2 rows are gone from d.jsonl"),
+    ],
+)
+def test_edited_data_are_refused_or_noted(tmp_path: Path, now: tuple[str, ...], says: str) -> None:
+    begun(tmp_path)
+    with pytest.raises(UserError, match=f"{says}.*--accept_data"):
+        announce_data(tmp_path, data(*now), lambda line: None)
+    announce_data(tmp_path, data(*now), lambda line: None, accept=True)
+    announce_data(tmp_path, data(*now), lambda line: None)  # these are the stage's data now
+    assert says in data_tables(tmp_path)[0].note
+
+
+def test_the_same_data_go_on_and_a_stage_without_a_checkpoint_begins_anew(tmp_path: Path) -> None:
+    announce_data(tmp_path, data("x"), lambda line: None)
+    announce_data(tmp_path, data("y"), lambda line: None)
+    begun(tmp_path)
+    said: list[str] = []
+    announce_data(tmp_path, data("x", "y"), said.append)
+    assert said[0] == "2 of 3 records of d.jsonl are used; dropped: 1 bad"
+
+
+def test_the_report_has_the_same(tmp_path: Path) -> None:
+    assert data_tables(tmp_path) == []
+    begun(tmp_path)
+    records, example = data_tables(tmp_path)
+    assert records.rows == (("kept", 2, ""), ("bad", 1, "line 3: not JSON"))
+    assert "50% of them trained; a row has 4 to 6" in records.note
+    assert example.rows == (("q[[a]]",),)
