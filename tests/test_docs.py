@@ -45,21 +45,35 @@ def test_what_became_of_every_earlier_test_is_still_there() -> None:
     assert rows and [r for r in rows if r[2] not in there and not r[2].startswith(told)] == []
 
 
-@pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_every_block_about_ones_own_runs(number: int, tmp_path: Path) -> None:
-    """With the files of the earlier blocks, in an empty folder."""
-    made = [b for b in BLOCKS[:number] if ".jsonl" in b]
-    bin_ = tmp_path / "bin"
-    bin_.mkdir()
-    (bin_ / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
-    (bin_ / "python").chmod(0o755)
-    for name in ("launch", "configs"):
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with what a checkout has, and `python`."""
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    for name in ("launch", "configs", "agentcpm_jax"):
         (tmp_path / name).symlink_to(CHECKOUT / name)
-    path = f"{bin_}:{os.environ['PATH']}"
-    for block in [*(re.sub(r"(?m)^python .*$", "", b) for b in made), BLOCKS[number]]:
-        command = ["bash", "-euo", "pipefail", "-c", block]
-        environment = {**os.environ, "PATH": path}
-        done = subprocess.run(
-            command, cwd=tmp_path, capture_output=True, text=True, env=environment
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
+    return tmp_path
+
+
+def run_blocks(blocks: list[str], folder: Path) -> None:
+    environment = {**os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
+    command = ["bash", "-euo", "pipefail", "-c", "\n".join(blocks)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
+def test_every_block_about_ones_own_runs_without_training(number: int, folder: Path) -> None:
+    """With the files of the earlier blocks."""
+    files = [re.sub(r"(?m)^python .*$", "", b) for b in BLOCKS[:number] if "<<'END'" in b]
+    run_blocks(
+        [*files, re.sub(r"(?m)^python launch/train.py \$flags$", "", BLOCKS[number])], folder
+    )
+
+
+@pytest.mark.runs
+def test_all_blocks_about_ones_own_run_one_after_the_other(folder: Path) -> None:
+    run_blocks(BLOCKS, folder)
+    assert (folder / "run" / "report.html").is_file()
