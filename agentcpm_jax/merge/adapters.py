@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from agentcpm_jax.hf.files import Checkpoint, read_file
+from agentcpm_jax.hf.files import FLOATS, Checkpoint, not_finite, read_file
 from agentcpm_jax.hf.names import (
     PEFT_CONFIG,
     PEFT_WEIGHTS,
@@ -80,8 +80,13 @@ class AdaptedCheckpoint(Checkpoint):
         stored = read_file(self._path)
         self._untie(stored)
         for name, value in stored.items():
+            if count := not_finite(value):
+                raise UserError(
+                    f"{self._path}: tensor {name} has {count} values that are not finite; use an "
+                    "earlier adapter"
+                )
             self._sort(name, value)
-        self._check_saved()
+        self._check_whole()
         for module in sorted(self._factors, key=_head_last):
             self._add_factors(module, self._factors[module])
         for module in sorted(self._tokens, key=_head_last):
@@ -196,13 +201,22 @@ class AdaptedCheckpoint(Checkpoint):
         group = self._tied if tensor in self._tied else (tensor,)
         return [name for name in group if name in self.tensors]
 
-    def _check_saved(self) -> None:
-        for name in self.tensors:
+    def _check_whole(self) -> None:
+        """Raises UserError for what the settings name and the adapter does not have."""
+        lacking = [("trained tokens", "trainable_token_indices")]
+        lacking = lacking if self._settings.trains_tokens() and not self._tokens else []
+        for name, info in self.tensors.items():
+            module = name.removesuffix(".weight")
             if self._settings.saves(name.rpartition(".")[0]) and name not in self._replaced:
-                raise UserError(
-                    f"{self._path} lacks {name}, which modules_to_save names; save the adapter "
-                    "again"
-                )
+                lacking.append((name, "modules_to_save"))
+            elif module != name and len(info.shape) == 2 and module not in self._factors:
+                wanted = self._settings.wants(module)
+                lacking += [(f"factors of {module}", "target_modules")] if wanted else []
+        if lacking:
+            what, setting = lacking[0]
+            raise UserError(
+                f"{self._path} lacks {what}, which {setting} names; save the adapter again"
+            )
 
     def _add_factors(self, module: str, factors: Factors) -> None:
         a, b = factors.a, factors.b
@@ -217,11 +231,15 @@ class AdaptedCheckpoint(Checkpoint):
             and not factors.embedding
             and not self._settings.of_parameter(module)
         )
+        kept = self.tensors[tensors[0]]
+        if kept.dtype not in FLOATS:
+            raise UserError(
+                f"{self.directory}: tensor {tensors[0]} is stored as {kept.dtype}; an adapter is "
+                "added to floats alone, so name the base that is not quantised"
+            )
         shape = (b.shape[0], a.shape[1])
         named = f"{self._path}: B A of {module}"
-        check_shape(
-            named, shape[::-1] if transposed else shape, self.tensors[tensors[0]].shape, OTHER
-        )
+        check_shape(named, shape[::-1] if transposed else shape, kept.shape, OTHER)
         rank = self._settings.rank(module)
         if (a.shape[0], b.shape[1]) != (rank, rank):
             raise UserError(

@@ -120,6 +120,10 @@ class AdapterSettings:
             return found if module == embedding else ()
         return next((rows for name, rows in found.items() if module.endswith(name)), ())
 
+    def trains_tokens(self) -> bool:
+        """Whether rows of an embedding were trained."""
+        return bool(self._found.get("trainable_token_indices"))
+
     def of_parameter(self, module: str) -> bool:
         """Whether the factors are of the parameter `weight` itself, by `target_parameters`."""
         return _ends(f"{module}.weight", self.names("target_parameters"))
@@ -141,7 +145,14 @@ class AdapterSettings:
             return True
         if isinstance(wanted, str):
             return bool(re.fullmatch(wanted, module))
-        return _ends(module, wanted) and self._transforms(module)
+        return module in wanted or (_ends(module, wanted) and self._transforms(module))
+
+    def wants(self, module: str) -> bool:
+        """Whether the adapter must have factors of this matrix."""
+        wanted = self._found.get("target_modules")
+        open_ended = wanted in (None, "all-linear") and not self.of_parameter(module)
+        # a model may hold its experts as one parameter, whatever its files do
+        return not open_ended and ".experts." not in module and self.targets(module)
 
     def saves(self, module: str) -> bool:
         """Whether `modules_to_save` names the module or what it lies in."""

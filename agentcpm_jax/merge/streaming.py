@@ -26,14 +26,20 @@ from agentcpm_jax.hf.files import (
 from agentcpm_jax.hf.names import INDEX
 from agentcpm_jax.hf.place import check_free, output_place
 from agentcpm_jax.merge.agreement import check_models, check_rows
-from agentcpm_jax.merge.companions import card, donor_of, template_for, write_companions
+from agentcpm_jax.merge.companions import (
+    card,
+    donor_of,
+    stop_notes,
+    template_for,
+    write_companions,
+)
 from agentcpm_jax.merge.inputs import MergeInput, fingerprint, identity, open_input
 from agentcpm_jax.merge.kernels.methods import merge_tensors
 from agentcpm_jax.merge.recipe import MergeRecipe
 from agentcpm_jax.merge.resolve import TensorJob, resolve_jobs, rounding_notes, unmatched_filters
 from agentcpm_jax.merge.staging import staging, staging_path
 from agentcpm_jax.merge.trimming import with_kept_counts
-from agentcpm_jax.merge.vocabulary import Vocabulary, align, check_same_ids
+from agentcpm_jax.merge.vocabulary import Vocabulary, align, check_adapters, check_same_ids
 from agentcpm_jax.types import UserError
 
 MAX_FILE_BYTES = 5_000_000_000  # of weights; a new file is begun before one grows beyond this
@@ -151,6 +157,7 @@ def open_inputs(recipe: MergeRecipe, roots: Sequence[Path]) -> Iterator[Opened]:
         vocabulary = None
         notes = [*recipe.notes, *(n for m in stored.values() for n in getattr(m, "notes", ()))]
         check_rows(stored)
+        check_adapters(stored)
         if recipe.tokenizer is None:
             notes += check_same_ids(stored, donor_of(recipe), recipe.compat)
         else:
@@ -161,6 +168,7 @@ def open_inputs(recipe: MergeRecipe, roots: Sequence[Path]) -> Iterator[Opened]:
         jobs = resolve_jobs(recipe, models)
         notes += [*unmatched_filters(recipe, jobs), *rounding_notes(jobs, models)]
         notes += vocabulary.notes if vocabulary else ()
+        notes += stop_notes(recipe, models, vocabulary)
         yield Opened(models, jobs, vocabulary, template, tuple(notes))
 
 

@@ -269,6 +269,19 @@ def check_same_ids(models: Mapping[str, MergeInput], donor: str, compat: bool) -
     return [f"{text}; lost"]
 
 
+def check_adapters(models: Mapping[str, MergeInput]) -> None:
+    """Raises UserError if an adapter was trained with tokens that its model's tokenizer lacks."""
+    for model in models.values():
+        adapter = getattr(model, "adapter", None)
+        own = known_ids(model.companions) if adapter else {}
+        for token, i in known_ids(adapter).items() if own else ():
+            if own.get(token) != i:
+                raise UserError(
+                    f"token {token!r} has id {i} in {adapter} but {own.get(token, 'none')} in "
+                    f"{model.companions}; copy the tokenizer files of the adapter there"
+                )
+
+
 def per_token(model: MergeInput) -> set[str]:
     """Tensors with one row per token: embedding, head, and a bias of the head."""
     matrices = embedding_names(model.config, model.tensors)

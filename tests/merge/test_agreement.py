@@ -157,6 +157,51 @@ def test_a_nested_configuration_is_read_and_written(tmp_path):
     assert 'base_model:\n- "x"\n- "y"' in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("x", "y", "united"),
+    [
+        ({}, {}, None),
+        ({"config": 3}, {"config": 3}, None),
+        ({"config": 3}, {"generation": 3}, None),
+        ({"generation": [3, 4]}, {"config": 4}, None),
+        ({"config": 3}, {"config": 4}, [3, 4]),
+        ({"generation": 3, "config": 5}, {"generation": [4, 3]}, [3, 4]),
+        ({}, {"generation": [4]}, [4]),
+    ],
+)
+@pytest.mark.parametrize("nested", [False, True])
+def test_what_stops_a_model_stops_the_merged_one(two, x, y, united, nested):
+    for name, said in (("x", x), ("y", y)):
+        if "generation" in said:
+            text = json.dumps({"eos_token_id": said["generation"], "top_k": 5})
+            (two / name / "generation_config.json").write_text(text)
+        own = {**CONFIG, **({"eos_token_id": said["config"]} if "config" in said else {})}
+        config = {"model_type": "vl", "text_config": own} if nested else own
+        (two / name / "config.json").write_text(json.dumps(config))
+    notes = merge(two).notes
+    assert any("stop" in note for note in notes) == (united is not None)
+    config = json.loads((two / "out" / "config.json").read_text())
+    if nested:
+        config = config["text_config"]
+    generation = two / "out" / "generation_config.json"
+    found = json.loads(generation.read_text()) if generation.is_file() else {}
+    if united is not None:
+        assert config["eos_token_id"] == found["eos_token_id"] == united
+    else:
+        assert config.get("eos_token_id") == x.get("config")
+        assert found.get("eos_token_id") == x.get("generation")
+    assert found.get("top_k") == (5 if "generation" in x else None)
+
+
+def test_stop_ids_move_with_their_tokens(two):
+    tokenizer(two / "x", **{"<t>": 5})
+    tokenizer(two / "y", **{"<u>": 5, "<t>": 6})
+    for name, i in (("x", 5), ("y", 5)):
+        (two / name / "config.json").write_text(json.dumps({**CONFIG, "eos_token_id": i}))
+    merge(two, tokenizer={"source": "union"})
+    assert json.loads((two / "out" / "config.json").read_text())["eos_token_id"] == [5, 6]
+
+
 def test_embeddings_are_found_by_shape_and_place():
     class Info:
         def __init__(self, *shape: int):
