@@ -2,6 +2,8 @@
 
     W + s B A                                                   Hu et al. 2021
     m / |W + s B A| (W + s B A), |.| of every output, DoRA      Liu et al. 2024
+    W - U_r S_r V_r^T  in place of W, U S V^T = W, PiSSA        Meng et al. 2024
+    W - s Q_r R_r  in place of W, Q R = W, OLoRA                Büyükakyüz 2024
 
 in float32, rounded to the dtype W is stored in. The adapter is a PEFT directory; `peft` reads its
 settings. A tensor in it that fits nothing is an error.
@@ -252,8 +254,13 @@ class AdaptedCheckpoint(Checkpoint):
                 "the adapter again"
             )
         scale = np.float32(self._settings.scale(module))
+        begun = "" if factors.embedding else self._settings.begun(module)
 
         def change(weight: np.ndarray) -> np.ndarray:
+            if begun:
+                rest = without_strongest(weight.T if transposed else weight, begun, rank, scale)
+                weight = (rest.T if transposed else rest).astype(FLOATS[kept.dtype])
+                weight = weight.astype(np.float32)  # rounded as PEFT keeps it
             delta = b.astype(np.float32) @ a.astype(np.float32)
             delta *= scale
             total = np.add(weight, delta.T if transposed else delta, out=weight)
@@ -281,6 +288,11 @@ class AdaptedCheckpoint(Checkpoint):
             raise UserError(
                 f"{self._settings.path} has use_dora for both of two tied matrices, which have "
                 "one magnitude only; untie the base before training"
+            )
+        if both and self._settings.begun(HEAD):
+            raise UserError(
+                f"{self._settings.path} has init_lora_weights {self._settings.begun(HEAD)!r} for "
+                "both of two tied matrices; untie the base before training"
             )
         note = (
             f"{self.adapter} was trained on {module} alone of two tied matrices; what it adds "
@@ -325,6 +337,15 @@ class AdaptedCheckpoint(Checkpoint):
 
         for tensor in tensors:
             self._added.setdefault(tensor, []).append(change)
+
+
+def without_strongest(weight: np.ndarray, begun: str, rank: int, scale: np.float32) -> np.ndarray:
+    """What is left of a matrix whose strongest part was made the factors before training."""
+    if begun == "pissa":
+        left, strengths, right = np.linalg.svd(weight, full_matrices=False)
+        return weight - (left[:, :rank] * strengths[:rank]) @ right[:rank]
+    q, r = np.linalg.qr(weight)
+    return weight - scale * (q[:, :rank] @ r[:rank])
 
 
 def _head_last(module: str) -> tuple[bool, str]:

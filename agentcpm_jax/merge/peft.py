@@ -73,6 +73,8 @@ REFUSED = (
 )
 #: Values of `init_lora_weights` with which training began at the base as it is stored.
 INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+#: Those with which it began at a changed base that can be computed again.
+CHANGED_BASE = ("pissa", "olora")
 DEFAULTS = (None, False, {}, [], "")
 EXPECTED: Mapping[str, tuple[type, ...]] = {
     "rank_pattern": (dict, type(None)),
@@ -112,6 +114,11 @@ class AdapterSettings:
         alpha = self._of(module, "alpha_pattern", self._found.get("lora_alpha", 8))
         rank = self.rank(module)
         return alpha / (math.sqrt(rank) if self.on("use_rslora") else rank)
+
+    def begun(self, module: str) -> str:
+        """One of CHANGED_BASE where training of the module began so; else empty."""
+        start = self._start()
+        return start if start in CHANGED_BASE and not self.of_parameter(module) else ""
 
     def tokens(self, module: str, embedding: str) -> Sequence[int]:
         """Rows of a module that were trained; `embedding` is the one a plain list is of."""
@@ -190,19 +197,26 @@ class AdapterSettings:
             if not isinstance(found.get(key), kinds):
                 raise UserError(f"{self.path} has {key} {found[key]!r}; save the adapter again")
         self._check_numbers()
-        start = found.get("init_lora_weights", True)
-        if (start.lower() if isinstance(start, str) else start) not in INITIALISATIONS:
-            raise UserError(
-                f"{self.path} has init_lora_weights {start!r}, with which training began at a "
-                "changed base; save it with path_initial_model_for_weight_conversion, or merge it "
-                "with peft"
-            )
+        self._check_start()
         for name in self.names("target_parameters"):
             if name.rpartition(".")[2] != "weight":
                 raise UserError(
                     f"{self.path} has target_parameters {name!r}, which is no matrix of its own; "
                     "merge it with peft"
                 )
+
+    def _start(self) -> Any:
+        start = self._found.get("init_lora_weights", True)
+        return start.lower() if isinstance(start, str) else start
+
+    def _check_start(self) -> None:
+        again = self._start() in CHANGED_BASE and not self.names("target_parameters")
+        if self._start() not in INITIALISATIONS and not again:
+            raise UserError(
+                f"{self.path} has init_lora_weights {self._found['init_lora_weights']!r}, with "
+                "which training began at a changed base; save it with "
+                "path_initial_model_for_weight_conversion, or merge it with peft"
+            )
 
     def _check_numbers(self) -> None:
         ranks = [("r", self._found.get("r", 8)), *self._items("rank_pattern")]
