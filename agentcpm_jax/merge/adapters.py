@@ -103,7 +103,14 @@ class AdaptedCheckpoint(Checkpoint):
         total = value.astype(np.float32)
         for change in self._added[name]:
             total = change(total)
-        return total.astype(value.dtype)
+        with np.errstate(over="ignore"):
+            value = total.astype(value.dtype)
+        if count := not_finite(value):
+            raise UserError(
+                f"tensor {name} has {count} values that {value.dtype} cannot hold once "
+                f"{self.adapter} is added; store the base in bfloat16 or float32"
+            )
+        return value
 
     def release(self, name: str) -> None:
         """As of Checkpoint; a tensor that is the adapter's own has nothing to release."""

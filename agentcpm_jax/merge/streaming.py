@@ -166,7 +166,7 @@ def open_inputs(recipe: MergeRecipe, roots: Sequence[Path]) -> Iterator[Opened]:
             )
         template = template_for(recipe, models)
         jobs = resolve_jobs(recipe, models)
-        notes += [*unmatched_filters(recipe, jobs), *rounding_notes(jobs, models)]
+        notes += [*unmatched_filters(recipe, jobs), *rounding_notes(recipe, jobs, models)]
         notes += vocabulary.notes if vocabulary else ()
         notes += stop_notes(recipe, models, vocabulary)
         yield Opened(models, jobs, vocabulary, template, tuple(notes))
@@ -176,7 +176,9 @@ def merged_tensor(
     recipe: MergeRecipe, job: TensorJob, models: Mapping[str, MergeInput], seed: int
 ) -> np.ndarray:
     """Reads the inputs of one job and merges them."""
-    arrays = [_cast(models[model].read(name), recipe) for model, name in job.places]
+    arrays = [
+        _cast(models[model].read(name), recipe, f"{name} of {model}") for model, name in job.places
+    ]
     merged = merge_tensors(
         recipe.merge_method,
         arrays[: len(job.inputs)],
@@ -194,12 +196,15 @@ def merged_tensor(
         models[model].release(name)
     with np.errstate(over="ignore"):
         merged = merged.astype(FLOATS[job.info.dtype], copy=False)
-    if count := not_finite(merged):
-        raise UserError(
-            f"tensor {job.name} has {count} values that {job.info.dtype} cannot hold; give "
-            "out_dtype bfloat16 or float32, or smaller weights"
-        )
+    _check_held(merged, job.name, "out_dtype bfloat16 or float32, or smaller weights")
     return merged
+
+
+def _check_held(value: np.ndarray, name: str, fix: str) -> None:
+    if count := not_finite(value):
+        raise UserError(
+            f"tensor {name} has {count} values that {value.dtype} cannot hold; give {fix}"
+        )
 
 
 def _identity(recipe: MergeRecipe, seed: int, models: Mapping[str, MergeInput]) -> str:
@@ -208,13 +213,17 @@ def _identity(recipe: MergeRecipe, seed: int, models: Mapping[str, MergeInput]) 
     return json_digest([merge, [identity(model) for model in models.values()]])
 
 
-def _cast(value: np.ndarray, recipe: MergeRecipe) -> np.ndarray:
+def _cast(value: np.ndarray, recipe: MergeRecipe, name: str) -> np.ndarray:
     """The input in the recipe's dtype; half precision may stay where float32 is computed anyway."""
     if not recipe.dtype or value.dtype == FLOATS[recipe.dtype]:
         return value
     if recipe.dtype == "float32" and value.dtype.itemsize == 2 and not recipe.compat:
         return value
-    return value.astype(FLOATS[recipe.dtype])
+    with np.errstate(over="ignore"):
+        cast = value.astype(FLOATS[recipe.dtype])
+    if recipe.dtype == "float16" and not not_finite(value):  # else the input is what is wrong
+        _check_held(cast, name, "dtype bfloat16 or float32")
+    return cast
 
 
 def _check_space(out: Path, nbytes: int) -> None:

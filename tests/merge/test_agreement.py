@@ -134,6 +134,25 @@ def test_what_a_dtype_cannot_hold_is_not_written(tmp_path):
     merge(tmp_path, parameters=parameters, out_dtype="bfloat16")
 
 
+def test_what_the_dtype_of_the_arithmetic_cannot_hold_is_named_and_its_rounding_said(two):
+    notes = merge(two, "half", dtype="bfloat16", out_dtype="float32").notes
+    assert notes == ("3 tensors are rounded from float32 to bfloat16",)
+    tensors = load_file(two / "y" / "model.safetensors")
+    (two / "y" / "model.safetensors").unlink()
+    save_file({**tensors, NORM: np.full(4, 3e5, np.float32)}, two / "y" / "model.safetensors")
+    with pytest.raises(UserError, match=f"tensor {NORM} of y has 4 values that float16 cannot"):
+        merge(two, dtype="float16")
+
+
+def test_vocabularies_that_cannot_be_read_must_be_the_same_file(two):
+    for name, content in (("x", b"one"), ("y", b"two")):
+        (two / name / "tokenizer.model").write_bytes(content)
+    with pytest.raises(UserError, match=r"tokenizer.model of x and of y differ"):
+        merge(two)
+    (two / "y" / "tokenizer.model").write_bytes(b"one")
+    merge(two)
+
+
 def test_two_kinds_of_halves_become_float32_and_rounding_is_said(tmp_path):
     write(tmp_path / "x", 0, np.float16)
     write(tmp_path / "y", 1, ml_dtypes.bfloat16)

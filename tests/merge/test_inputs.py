@@ -227,6 +227,20 @@ def test_factors_are_not_added_to_a_quantised_base(base, tmp_path):
         pass
 
 
+def test_what_the_base_cannot_hold_once_an_adapter_is_added_is_named(base, tmp_path):
+    a, b = factors(16, 16)
+    names = [f"base_model.model.{QUERY}.lora_{x}.weight" for x in "AB"]
+    write_adapter(tmp_path / "lora", dict(zip(names, (a, 1e6 * b), strict=True)))
+    tensors = {k: v.astype(np.float16) for k, v in load_file(base / "model.safetensors").items()}
+    (base / "model.safetensors").unlink()
+    save_file(tensors, base / "model.safetensors")
+    with (
+        pytest.raises(UserError, match=r"values that float16 cannot hold once .*lora is added"),
+        AdaptedCheckpoint(base, tmp_path / "lora") as model,
+    ):
+        model.read(f"{QUERY}.weight")
+
+
 def test_tokens_that_an_adapter_was_trained_with_are_not_lost(base, tmp_path):
     a, b = factors(16, 16)
     names = [f"base_model.model.{QUERY}.lora_{x}.weight" for x in "AB"]
@@ -268,6 +282,13 @@ def test_a_training_checkpoint_is_an_input(base, tmp_path):
     )
     got, want = ((tmp_path / d / "model.safetensors").read_bytes() for d in ("out", "want"))
     assert got == want
+    steps = Checkpointer(tmp_path / "lora" / "checkpoints", async_=False)
+    for changed, said in (({"lora_rank": 4}, "holds LoRA adapters alone"), ({"odd": 1}, "version")):
+        number = len(steps.steps())
+        steps.save(number, state={"a": tuned["embed"]}, config={"model": {**model, **changed}})
+        with pytest.raises(UserError, match=said):
+            TrainingStep(tmp_path / "lora" / "checkpoints" / str(number))
+    steps.close()
     for data in (step / "state" / "ocdbt.process_0" / "d").iterdir():
         data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
     with (
