@@ -261,7 +261,9 @@ class AdaptedCheckpoint(Checkpoint):
                 "the adapter again"
             )
         scale = np.float32(self._settings.scale(module))
-        begun = "" if factors.embedding else self._settings.begun(module)
+        # what lies beside the factors is the changed matrix itself
+        as_it_is = factors.embedding or tensors[0] in self._replaced
+        begun = "" if as_it_is else self._settings.begun
 
         def change(weight: np.ndarray) -> np.ndarray:
             if begun:
@@ -296,10 +298,10 @@ class AdaptedCheckpoint(Checkpoint):
                 f"{self._settings.path} has use_dora for both of two tied matrices, which have "
                 "one magnitude only; untie the base before training"
             )
-        if both and self._settings.begun(HEAD):
+        if both and self._settings.begun:
             raise UserError(
-                f"{self._settings.path} has init_lora_weights {self._settings.begun(HEAD)!r} for "
-                "both of two tied matrices; untie the base before training"
+                f"{self._settings.path} has init_lora_weights {self._settings.begun!r} for both of "
+                "two tied matrices; untie the base before training"
             )
         note = (
             f"{self.adapter} was trained on {module} alone of two tied matrices; what it adds "

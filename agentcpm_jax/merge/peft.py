@@ -115,10 +115,11 @@ class AdapterSettings:
         rank = self.rank(module)
         return alpha / (math.sqrt(rank) if self.on("use_rslora") else rank)
 
-    def begun(self, module: str) -> str:
-        """One of CHANGED_BASE where training of the module began so; else empty."""
+    @property
+    def begun(self) -> str:
+        """One of CHANGED_BASE where training began so; else empty."""
         start = self._start()
-        return start if start in CHANGED_BASE and not self.of_parameter(module) else ""
+        return start if start in CHANGED_BASE else ""
 
     def tokens(self, module: str, embedding: str) -> Sequence[int]:
         """Rows of a module that were trained; `embedding` is the one a plain list is of."""
@@ -210,8 +211,7 @@ class AdapterSettings:
         return start.lower() if isinstance(start, str) else start
 
     def _check_start(self) -> None:
-        again = self._start() in CHANGED_BASE and not self.names("target_parameters")
-        if self._start() not in INITIALISATIONS and not again:
+        if self._start() not in (*INITIALISATIONS, *CHANGED_BASE):
             raise UserError(
                 f"{self.path} has init_lora_weights {self._found['init_lora_weights']!r}, with "
                 "which training began at a changed base; save it with "

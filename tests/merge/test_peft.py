@@ -131,8 +131,7 @@ def _besides(rng: random.Random, kind: str, settings: dict[str, Any]) -> dict[st
 def refusal(kind: str, settings: dict[str, Any]) -> str:
     """The setting that an adapter is refused for; empty where it is merged."""
     targets = settings["target_modules"]
-    start = settings["init_lora_weights"]
-    if start == RANDOM_BASE or (start in CHANGED_BASE and settings.get("target_parameters")):
+    if settings["init_lora_weights"] == RANDOM_BASE:
         return "init_lora_weights"
     both = kind == "tied" and isinstance(targets, list) and {"embed_tokens", "lm_head"} & {*targets}
     if both and settings.get("ensure_weight_tying"):
@@ -188,6 +187,7 @@ def test_is_merged_as_peft_merges_or_refused_by_name(bases, tmp_path, seed):
     [
         ("untied", {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True}),
         ("tied", {"target_modules": ["down_proj", "lm_head"], "use_rslora": True}),
+        ("untied", {"target_modules": ["k_proj"], "target_parameters": ["down_proj.weight"]}),
         ("biased", {"target_modules": "all-linear", "rank_pattern": {"k_proj": 2}}),
     ],
 )
