@@ -166,12 +166,20 @@ class AdaptedCheckpoint(Checkpoint):
         if not self._names(f"{module}.weight"):
             return False
         if not self._settings.targets(module):
+            if f"{module}.weight" in self._tied and self._settings.on("ensure_weight_tying"):
+                raise self._twice()
             raise UserError(
                 f"{self._path} has factors of {module}, which target_modules, exclude_modules, "
                 "layers_to_transform and target_parameters do not name; correct "
                 f"{self._settings.path}"
             )
         return True
+
+    def _twice(self) -> UserError:
+        return UserError(
+            f"{self._settings.path} has ensure_weight_tying with factors of tied matrices, which "
+            "PEFT adds twice when it merges; untie the base before training"
+        )
 
     def _note_factor(self, module: str, kind: str, bias: bool, value: np.ndarray) -> None:
         factors = self._factors.setdefault(module, Factors())
@@ -289,10 +297,7 @@ class AdaptedCheckpoint(Checkpoint):
         """Refuses what PEFT itself merges otherwise than it was trained, or in no clear order."""
         both = all(n.removesuffix(".weight") in self._factors for n in self._tied)
         if both and self._settings.on("ensure_weight_tying"):
-            raise UserError(
-                f"{self._settings.path} has ensure_weight_tying with factors of tied matrices, "
-                "which PEFT adds twice when it merges; untie the base before training"
-            )
+            raise self._twice()
         if both and factors.magnitude is not None:
             raise UserError(
                 f"{self._settings.path} has use_dora for both of two tied matrices, which have "

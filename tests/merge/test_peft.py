@@ -201,6 +201,17 @@ def test_a_base_that_was_changed_before_training_is_computed_again(
             np.testing.assert_allclose(model.read(name), want[name], atol=1e-5, err_msg=name)
 
 
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_a_twin_that_peft_adds_by_itself_is_refused_by_the_setting(bases, tmp_path, target):
+    settings = {"target_modules": ["q_proj", target], "ensure_weight_tying": True}
+    merged_by_peft("tied", settings, tmp_path / "adapter")
+    with (
+        pytest.raises(UserError, match="has ensure_weight_tying with factors of tied matrices"),
+        AdaptedCheckpoint(bases["tied"], tmp_path / "adapter"),
+    ):
+        pass
+
+
 def test_most_settings_are_merged():
     merged = [not refusal(*drawn(seed)) for seed in range(SEEDS)]
     assert sum(merged) >= 85
