@@ -51,15 +51,18 @@ def convert(
       UserError: `source` is neither of the two, or `out` is already taken.
     """
     name, source = str(source), find_model(source).absolute()
-    if (source / CONFIG).is_file() and not (source / "checkpoints").is_dir():
+    if (source / CONFIG).is_file() and "model_type" in read_json(source / CONFIG):
         out = output_place(out, [source])
         check_free(out)
         with _named(out):
             return _to_orbax(source, name, out, tokenizer, dtype)
     if source.name.isdecimal() and (source / "meta").is_dir():
         source, step = source.parent, int(source.name)
-    if not any(path.name.isdecimal() for path in source.iterdir()):
+    steps = sorted(int(path.name) for path in source.iterdir() if path.name.isdecimal())
+    if not steps:
         raise _neither(source)
+    if step is not None and step not in steps:
+        raise UserError(f"{source} has no step {step}; it has {', '.join(map(str, steps))}")
     out = output_place(out, [source])
     check_replaceable(out)
     with _named(out):
@@ -133,9 +136,6 @@ def _to_hf(source: Path, out: Path, step: int | None, tokenizer: str, dtype: str
 
 
 def _to_orbax(source: Path, name: str, out: Path, tokenizer: str, dtype: str) -> str:
-    from agentcpm_jax.checkpoint import Checkpointer
-    from agentcpm_jax.config import ExperimentConfig, to_json
-    from agentcpm_jax.hf.load import load_hf
     from agentcpm_jax.hf.shape import shape_of
 
     config = read_json(source / CONFIG)
@@ -145,6 +145,11 @@ def _to_orbax(source: Path, name: str, out: Path, tokenizer: str, dtype: str) ->
     with Checkpoint(source) as files:
         check_finite(files)
         stored = {info.dtype for info in files.tensors.values()}
+
+    from agentcpm_jax.checkpoint import Checkpointer
+    from agentcpm_jax.config import ExperimentConfig, to_json
+    from agentcpm_jax.hf.load import load_hf
+
     params, model = load_hf(source, param_dtype=dtype or None, shardings=_shardings(shape))
     experiment = to_json(ExperimentConfig(name=source.name, model=model))
     with whole_or_not_at_all(out, check_free) as fresh:

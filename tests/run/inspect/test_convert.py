@@ -167,7 +167,12 @@ def test_adapters_become_a_directory_for_peft(tmp_path: Path) -> None:
 def test_what_is_neither_a_model_nor_checkpoints_is_named(tmp_path: Path, capsys) -> None:
     assert launch_convert.main([str(tmp_path), str(tmp_path / "out")]) == 2
     assert f"error: {tmp_path} is neither" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text('{"stages": []}')  # a run's
+    with pytest.raises(UserError, match="is neither"):
+        convert(tmp_path, tmp_path / "out")
     save_hf(tmp_path / "hf", init(jax.random.key(0), MODEL), MODEL)
     convert(tmp_path / "hf", tmp_path / "orbax")
+    with pytest.raises(UserError, match="has no step 3; it has 0"):
+        convert(tmp_path / "orbax", tmp_path / "out", step=3)
     with pytest.raises(UserError, match="orbax already exists; choose another"):
         convert(tmp_path / "hf", tmp_path / "orbax")
