@@ -303,7 +303,7 @@ class AdaptedCheckpoint(Checkpoint):
                 f"{self._settings.path} has use_dora for both of two tied matrices, which have "
                 "one magnitude only; untie the base before training"
             )
-        if both and self._settings.begun:
+        if both and self._settings.begun and self._tied[0] not in self._replaced:
             raise UserError(
                 f"{self._settings.path} has init_lora_weights {self._settings.begun!r} for both of "
                 "two tied matrices; untie the base before training"
