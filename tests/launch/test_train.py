@@ -65,7 +65,7 @@ def test_corrupt_line_is_numbered_and_the_rest_usable_by_flag(fails, tmp_path, c
     assert launch_train.main(flags) == 0
     row, last = map(json.loads, (tmp_path / "work/sft/metrics.jsonl").read_text().splitlines())
     assert last["step"] == 2
-    assert row["sft/rows_kept"] == 16 and row["sft/rows_bad_line"] == 1
+    assert row["sft/rows_kept"] == 16 and row["sft/rows_bad"] == 1
 
 
 def test_tasks_without_answers(fails, tmp_path) -> None:

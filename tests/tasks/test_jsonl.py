@@ -65,7 +65,7 @@ def test_duplicates_are_kept_once_and_reported(tmp_path: Path) -> None:
 
 
 def test_a_missing_or_empty_file_is_a_user_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"cannot read tasks from .*absent\.jsonl"):
+    with pytest.raises(UserError, match=r"no such file: .*absent\.jsonl"):
         load_tasks(tmp_path / "absent.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(UserError, match=r"empty\.jsonl is empty: it holds no usable record"):
