@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from agentcpm_jax.data.examine import Examined
+from agentcpm_jax.evaluate.report.page import Marked, ReportData, render
 from agentcpm_jax.run.observe.dataset import announce_data, data_tables
 from agentcpm_jax.types import UserError
 
@@ -52,7 +53,18 @@ def test_the_same_data_go_on_and_a_stage_without_a_checkpoint_begins_anew(tmp_pa
 def test_the_report_has_the_same(tmp_path: Path) -> None:
     assert data_tables(tmp_path) == []
     begun(tmp_path)
-    records, example = data_tables(tmp_path)
-    assert records.rows == (("kept", 2, ""), ("bad", 1, "line 3: not JSON"))
+    records, dropped, example = data_tables(tmp_path)
+    assert records.rows == (("kept", 2), ("bad", 1))
+    assert dropped.rows == (("bad", "line 3: not JSON"),)
     assert "50% of them trained; a row has 4 to 6" in records.note
-    assert example.rows == (("q[[a]]",),)
+    assert example.rows == ((Marked((("q", False), ("a", True))),),)
+    page = render(ReportData("t", tables=(example,)))
+    assert '<pre class="marked">q<mark>a</mark></pre>' in page
+
+
+def test_of_many_dropped_records_the_report_shows_some_and_counts_the_rest(tmp_path: Path) -> None:
+    dropped = tuple(("bad", f"line {i}: not JSON") for i in range(3000))
+    announce_data(tmp_path, Examined("d.jsonl", 1, dropped, digests=("x",)), lambda line: None)
+    records, shown = data_tables(tmp_path)
+    assert records.rows == (("kept", 1), ("bad", 3000))
+    assert len(shown.rows) == 21 and "2,980 more" in str(shown.rows[-1])
