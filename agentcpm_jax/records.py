@@ -138,9 +138,8 @@ def parse_json(text: str | bytes) -> Any:
         raise Flaw("not_utf8", None, f"not UTF-8 (byte {error.start})") from None
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
-        raise Flaw(
-            "not_json", None, f"not JSON ({error.msg} at {line}column {error.colno})"
-        ) from None
+        said = f"{error.msg.removesuffix(' at')} at {line}column {error.colno}"
+        raise Flaw("not_json", None, f"not JSON ({said})") from None
     except Flaw:
         raise
     except (RecursionError, ValueError) as error:  # too deep; an integer of thousands of digits

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ def announce_tasks(ctx: RunContext, stage: Stage, spec: RLStage | EvalStage) -> 
     if isinstance(spec, EvalStage):
         names = [f"{stage.name}/{m}/{how}" for m in spec.models for how in ("sampled", "greedy")]
     begun = any(ctx.log.counts(name)["state"] for name in names)
-    found = examine_tasks(spec.tasks_path, skip_bad=spec.skip_bad)
+    found = _tasks(spec)
     announce_data(ctx.directory(stage), found, ctx.announce, ctx.accept_data, begun)
 
 
@@ -82,7 +82,16 @@ def data_lines(stage: Stage, chat: Callable[[], ChatFormat]) -> list[str]:
     spec = stage.rl or stage.eval
     if spec is None or not spec.tasks_path:
         return []
-    return examine_tasks(spec.tasks_path, skip_bad=spec.skip_bad).lines(NAMED)
+    return _tasks(spec).lines(NAMED)
+
+
+def _tasks(spec: RLStage | EvalStage) -> Examined:
+    """What becomes of the tasks of a file; an evaluation may use the first ones alone."""
+    found = examine_tasks(spec.tasks_path or "", skip_bad=spec.skip_bad)
+    if isinstance(spec, EvalStage) and found.kept > spec.tasks:
+        note = f"the first {spec.tasks:,} of them are evaluated; raise tasks for more"
+        return replace(found, notes=(*found.notes, note))
+    return found
 
 
 def check_data(cfg: ExperimentConfig, workdir: Path) -> None:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from agentcpm_jax.config import EvalStage, RLStage, Stage
 from agentcpm_jax.data.examine import Examined
 from agentcpm_jax.evaluate.report.page import Marked, ReportData, render
-from agentcpm_jax.run.observe.dataset import announce_data, data_tables
-from agentcpm_jax.types import UserError
+from agentcpm_jax.log.experience import ExperienceLog
+from agentcpm_jax.run.observe.dataset import announce_data, announce_tasks, data_tables
+from agentcpm_jax.types import Task, UserError
 
 
 def data(*digests: str) -> Examined:
@@ -48,6 +54,36 @@ def test_the_same_data_go_on_and_a_stage_without_a_checkpoint_begins_anew(tmp_pa
     said: list[str] = []
     announce_data(tmp_path, data("x", "y"), said.append)
     assert said[0] == "2 of 3 records of d.jsonl are used; dropped: 1 bad"
+
+
+@pytest.mark.parametrize(
+    ("spec", "logged"),
+    [(EvalStage(("model",)), "held_out/model/sampled"), (RLStage(), "held_out")],
+)
+def test_tasks_that_were_edited_are_noticed_once_the_log_has_an_episode(
+    tmp_path: Path, spec: EvalStage | RLStage, logged: str
+) -> None:
+    """An evaluation has no checkpoints: its results would be of two sets of tasks."""
+    file = tmp_path / "tasks.jsonl"
+    spec = replace(spec, tasks_path=str(file))
+    stage = Stage("held_out", spec)
+
+    def start(question: str, accept: bool = False) -> None:
+        file.write_text(json.dumps({"question": question, "answer": "a"}) + "\n")
+        with ExperienceLog.open(tmp_path / "log.db") as log:
+            ctx: Any = SimpleNamespace(
+                directory=lambda stage: tmp_path, log=log, announce=print, accept_data=accept
+            )
+            announce_tasks(ctx, stage, spec)
+
+    start("q")
+    start("another")  # nothing was done with the first
+    with ExperienceLog.open(tmp_path / "log.db") as log:
+        log.issue(logged, "eval", Task("another", ("a",)), 0, 0)
+    with pytest.raises(UserError, match=r"row 1 of .* --accept_data"):
+        start("q")
+    start("q", accept=True)
+    assert "Resumed with other data: row 1" in data_tables(tmp_path)[0].note
 
 
 def test_the_report_has_the_same(tmp_path: Path) -> None:
