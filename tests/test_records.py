@@ -92,7 +92,7 @@ def test_of_the_splits_of_a_folder_one_is_named(tmp_path, form: str) -> None:
     with pytest.raises(FileRefused, match="name one split"):
         list(read_records(f"{tmp_path}:validation"))
     path.unlink()
-    with pytest.raises(FileRefused, match="1 of the 2 files of .*train"):
+    with pytest.raises(FileRefused, match=r"1 of the 2 files of .*train"):
         list(read_records(f"{tmp_path}:train"))
 
 

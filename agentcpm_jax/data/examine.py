@@ -123,7 +123,7 @@ def examine_conversations(
         tuple(dropped),
         tuple(map(len, rows)),
         sum(row.num_trained for row in rows),
-        tuple([*_notes(used, chat), *_repeated(digests)]),
+        (*_notes(used, chat), *_repeated(digests)),
         digests,
         tuple(_pieces(rows[0], chat)) if rows else (),
     )
