@@ -65,8 +65,8 @@ class Examined:
 
         `color` of what is trained; None: if stdout is a terminal.
         """
-        if color is None:
-            color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        on_terminal = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        color = on_terminal if color is None else color
         records = self.kept + len(self.dropped)
         reasons = Counter(reason for reason, _ in self.dropped)
         why = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common())

@@ -143,11 +143,10 @@ def _template_kwargs(record: Mapping[str, Any]) -> dict[str, Any]:
         raise Flaw("unknown_key", "chat_template_kwargs", "not an object of template variables")
     if flaw := no_text(found, "chat_template_kwargs"):
         raise flaw
-    for name in ("messages", "tools", "add_generation_prompt"):
-        if is_set(found) and name in found:
-            said = "the rows themselves give it; take it out"
-            raise Flaw("unknown_key", f"chat_template_kwargs.{name}", said)
     kwargs: dict[str, Any] = {**found} if isinstance(found, dict) else {}
+    for name in kwargs.keys() & {"messages", "tools", "add_generation_prompt"}:
+        said = "the rows themselves give it; take it out"
+        raise Flaw("unknown_key", f"chat_template_kwargs.{name}", said)
     thinking = record.get("enable_thinking")
     if thinking is None:
         return kwargs

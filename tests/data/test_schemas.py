@@ -30,7 +30,7 @@ def function(arguments: Any = None, call_id: str | None = None) -> dict:
     }
 
 
-def step(number: int, source: str, message: str = "m", **more: Any) -> dict:
+def step(number: int, source: Any, message: str = "m", **more: Any) -> dict:
     return {"step_id": number, "source": source, "message": message, **more}
 
 

@@ -29,7 +29,8 @@ class Marked:
     pieces: tuple[tuple[str, bool], ...]
 
 
-Cell = str | int | float | bool | Estimate | Marked | None
+Plain = str | int | float | bool | Estimate | None
+Cell = Plain | Marked
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class StageReport:
     wall_seconds: float
     series: Mapping[str, Points] = field(default_factory=dict)
     panels: tuple[Panel, ...] = ()
-    facts: Mapping[str, Cell] = field(default_factory=dict)
+    facts: Mapping[str, Plain] = field(default_factory=dict)
     note: str = ""
 
 
@@ -222,7 +223,7 @@ def _line_chart(panel: Panel, stage: StageReport) -> str:
     return line_chart(lines, panel.title, smooth=panel.smooth)
 
 
-def _cell(value: str | int | float | bool | Estimate | None, percent: bool = False) -> str:
+def _cell(value: Plain, percent: bool = False) -> str:
     if value is None:
         return "-"
     if isinstance(value, Estimate):
