@@ -71,7 +71,8 @@ def read_records(path: str | Path) -> Iterator[Record]:
     """The records of a file, or of a folder of shards that are counted on from one to the next.
 
     Raises:
-      FileRefused: there is no such file, it is empty, cut, a pickle or in no format that is read.
+      UserError: there is no such file.
+      FileRefused: it is empty, cut, a pickle or in no format that is read.
     """
     place = Path(path)
     line = 0
@@ -87,7 +88,7 @@ def read_records(path: str | Path) -> Iterator[Record]:
                 f"{part} is a gzip stream that was cut or damaged ({error}); fetch it again",
             ) from None
         except FileNotFoundError:
-            raise FileRefused("unreadable", f"no such file: '{part}'; check the path") from None
+            raise UserError(f"no such file: '{part}'; check the path") from None
         except OSError as error:
             raise FileRefused(
                 "unreadable", f"cannot read {part}: {error.strerror or error}; check the path"

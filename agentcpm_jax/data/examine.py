@@ -65,8 +65,8 @@ class Examined:
 
         `color` of what is trained; None: if stdout is a terminal.
         """
-        on_terminal = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-        color = on_terminal if color is None else color
+        if color is None:
+            color = sys.stdout.isatty() and not os.environ.get("NO_COLOR", "")
         records = self.kept + len(self.dropped)
         reasons = Counter(reason for reason, _ in self.dropped)
         why = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common())
@@ -88,7 +88,7 @@ class Examined:
         out += [f"  note: {note}" for note in self.notes]
         if self.example:
             out += ["  one row, what is trained " + ("in green:" if color else "in [[ ]]:")]
-            out += _shown(self.example, color).split("\n")
+            out += _shown(self.example, bool(color)).split("\n")
         return out
 
 
