@@ -9,12 +9,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from agentcpm_jax.chat.format import IM_END
 from agentcpm_jax.hf.card import LINEAGE
-from agentcpm_jax.hf.companions import copy_companions, tokenizer_file
+from agentcpm_jax.hf.companions import copy_companions, generation, tokenizer_file
 from agentcpm_jax.hf.files import Checkpoint, json_text, read_json
 from agentcpm_jax.hf.locate import find_model
 from agentcpm_jax.hf.names import CONFIG, GENERATION, PEFT_CONFIG, TOKEN_IDS
 from agentcpm_jax.hf.place import check_free, check_replaceable, output_place
+from agentcpm_jax.hf.shape import whole_model
+from agentcpm_jax.hf.tokenizer import load_tokenizer
+from agentcpm_jax.run.start.models import generation_of
 from agentcpm_jax.types import UserError
 
 if TYPE_CHECKING:
@@ -44,6 +48,7 @@ def convert(
     if (source / CONFIG).is_file() and not (source / "checkpoints").is_dir():
         out = output_place(out, [source])
         check_free(out)
+        whole_model(source)
         return _to_orbax(source, out, tokenizer, dtype)
     if source.name.isdecimal() and (source / "meta").is_dir():
         source, step = source.parent, int(source.name)
@@ -90,9 +95,27 @@ def _to_hf(source: Path, out: Path, step: int | None, tokenizer: str, dtype: str
         return f"{out}: adapters of step {step} for PEFT ({PEFT_CONFIG})"
     found = find_model(tokenizer) if tokenizer else _tokenizer_of(source, cfg)
     params = checkpoints.restore_part(step, {"params": abstract})["params"]
-    save_hf(out, params, cfg.model, dtype=dtype, tokenizer_from=found, describe=described)
+    ids, settings = _ends(source, cfg, stage, found)
+    more = {GENERATION: settings} if settings else {}
+    kept = {"describe": lambda weights: described(weights) | more, "token_ids": ids}
+    save_hf(out, params, cfg.model, dtype=dtype, tokenizer_from=found, **kept)
     stored = {str(leaf.dtype) for leaf in jax.tree.leaves(params)}
     return f"{out}: step {step} of {source}{_rounding(stored, dtype)}"
+
+
+def _ends(
+    source: Path, cfg: ExperimentConfig, stage: Stage | None, tokenizer: Path | None
+) -> tuple[dict[str, Any], str]:
+    """`generation_of` the stage that made the checkpoints; or what lies beside them."""
+    from agentcpm_jax.config import sources_of
+
+    if stage is None or tokenizer is None:
+        return generation([tokenizer] if tokenizer else [], None)
+    name, began = sources_of(cfg, stage)[0], None
+    with contextlib.suppress(UserError):  # random, or removed since the run
+        made = name.startswith("stage:")
+        began = source.parents[1] / name[6:] / "hf" if made else find_model(name)
+    return generation_of(stage, began, tokenizer, load_tokenizer(tokenizer).token_to_id(IM_END))
 
 
 def _to_orbax(source: Path, out: Path, tokenizer: str, dtype: str) -> str:

@@ -39,7 +39,7 @@ from agentcpm_jax.evaluate.report.page import (
 )
 from agentcpm_jax.files import write_atomically
 from agentcpm_jax.run.context import RunContext
-from agentcpm_jax.run.evaluation import DECISIONS
+from agentcpm_jax.run.evaluation import DECISIONS, results_file
 from agentcpm_jax.run.observe import health
 from agentcpm_jax.run.observe.dataset import data_tables
 from agentcpm_jax.run.observe.metrics import series
@@ -116,7 +116,8 @@ def write_summary(ctx: RunContext, announce: Callable[[str], None]) -> Path:
 
 def model_results(directory: Path, spec: EvalStage) -> dict[str, dict[str, Any]]:
     """model name -> its results, in the order of the stage; sweep points follow."""
-    found = {p.stem: p for p in sorted(directory.glob("*.json"))}
+    names = {results_file(model): model for model in spec.models}
+    found = {names.get(p.name, p.stem): p for p in sorted(directory.glob("*.json"))}
     order = [m for m in spec.models if m in found]
     order += [m for m in found if m not in order]
     return {name: json.loads(found[name].read_text()) for name in order}

@@ -52,6 +52,17 @@ def test_yaml_leaves_out_what_has_its_default(tmp_path: Path) -> None:
     assert (config.seed, config.episode.max_context, config.tokenizer) == (4, 300, "abc")
 
 
+def test_a_document_leaves_the_shape_to_the_checkpoint(tmp_path: Path) -> None:
+    """To the one of the flags, and for a plan to a published one."""
+    (tmp_path / "my.yaml").write_text(YAML.replace("shipped:sft", "Qwen/Qwen3-4B"))
+    file = f"--config={tmp_path / 'my.yaml'}"
+    assert parse([file, "--explain"]).config.model.num_layers == 36
+    assert parse([file, "--config.stage.rl.init_from=shipped:sft"]).config.model.num_layers == 3
+    with_one = f"{YAML}model: {{num_layers: 4}}\n"
+    (tmp_path / "my.yaml").write_text(with_one)
+    assert "config.model.num_layers is 4" in refused(file)
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -115,7 +126,7 @@ def test_variants_are_read_from_the_file(
     body: str, variant: str, known: str, tmp_path: Path
 ) -> None:
     """A `get_config` that uses its argument in any other way knows best what it takes."""
-    stage = "d.stages = ('rl',); d.stage.rl = stage_dict('rl')"
+    stage = "d.stages = ('rl',); d.stage.rl = stage_dict('rl', 'shipped:sft')"
     head = "from agentcpm_jax.config import default_config, stage_dict\n"
     file = tmp_path / "mine.py"
     file.write_text(f"{head}def c():\n    d = default_config(); {stage}\n    return d\n{body}\n")
