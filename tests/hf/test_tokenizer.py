@@ -136,7 +136,7 @@ def test_new_ids_are_free_and_old_ones_keep_their_token(tmp_path: Path) -> None:
     check_ids(used, other, model)
     text = (other / "tokenizer.json").read_text().replace("<|fim_pad|>", "<|renamed|>")
     (other / "tokenizer.json").write_text(text)
-    with pytest.raises(UserError, match=r"id 5\d\d is '<\|renamed\|>' in .* and '<\|fim_pad\|>' in"):
+    with pytest.raises(UserError, match=r"is '<\|renamed\|>' in .* and '<\|fim_pad\|>' in"):
         check_ids(load_tokenizer(other), other, model)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
 
 from agentcpm_jax.files import SHIPPED
 from agentcpm_jax.hf.tokenizer import served_chat
@@ -34,9 +35,10 @@ def test_a_model_is_served_with_its_own_stop_ids(tmp_path: Path) -> None:
 
 def test_a_tokenizer_with_more_ids_than_rows_is_not_served(tmp_path: Path) -> None:
     model = copied(tmp_path, "model")
-    text = (model / "tokenizer.json").read_text().replace("541", "999")
-    (model / "tokenizer.json").write_text(text)
-    with pytest.raises(UserError, match=r"model has 1000 ids, the model 544 \(vocab_size\); use"):
+    more = Tokenizer.from_file(str(model / "tokenizer.json"))
+    more.add_tokens(["<a>", "<b>", "<c>"])
+    more.save(str(model / "tokenizer.json"))
+    with pytest.raises(UserError, match=r"model has 545 ids, the model 544 \(vocab_size\); use"):
         served_chat(str(model))
 
 

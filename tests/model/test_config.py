@@ -96,7 +96,7 @@ def test_round_trip(cfg):
         ),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
         ({"layer_types": 36}, "layer_types is 36; it must be a list"),
-        ({"use_sliding_window": True, "sliding_window": 9, "max_window_layers": "4"}, "'4'; it must"),
+        ({"use_sliding_window": True, "sliding_window": 9, "max_window_layers": "4"}, "is '4'"),
         ({"architectures": ["Qwen3ForSequenceClassification"]}, "architectures .*Classification"),
         ({"torch_dtype": "float16"}, "float16"),
         ({"hidden_size": "2560"}, "hidden_size is '2560'"),

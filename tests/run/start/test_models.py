@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
 
 from agentcpm_jax.files import SHIPPED
 from agentcpm_jax.hf.companions import tokenizer_digest
@@ -64,13 +65,9 @@ def test_a_run_goes_on_with_the_tokenizer_it_began_with(tmp_path: Path) -> None:
     said = resume(workdir, used)
     assert f"tokenizer {used} (its ids or its chat template)" in said and "restore it" in said
     template.write_text(before)
-    text = vocabulary.read_text()
-    extra = '{"id": 542, "content": "<more>", "single_word": false, "lstrip": false, '
-    extra += '"rstrip": false, "normalized": false, "special": true}'
-    vocabulary.write_text(text.replace('"added_tokens":[', f'"added_tokens":[{extra},'))
-    if vocabulary.read_text() == text:
-        vocabulary.write_text(text.replace('"added_tokens": [', f'"added_tokens": [{extra},'))
-    assert vocabulary.read_text() != text
+    text, more = vocabulary.read_text(), Tokenizer.from_file(str(vocabulary))
+    more.add_tokens(["<more>"])
+    more.save(str(vocabulary))
     assert "is not the one that the run in" in resume(workdir, used)
     vocabulary.write_text(text)
     start(f"--config.tokenizer={used}", f"--workdir={workdir}")
@@ -94,7 +91,7 @@ def test_every_source_may_be_a_name_of_the_hub_cache(
     quickstart = "configs/quickstart.py"
     start("--config.base=org/tiny", "--config.stage.merge.general=org/tiny", config=quickstart)
     for flag in ("base", "stage.merge.general", "stage.rl.init_from"):
-        with pytest.raises(UserError, match="says rope_theta 500000.0, .* 10000.0"):
+        with pytest.raises(UserError, match=r"says rope_theta 500000.0, .* 10000.0"):
             start(f"--config.{flag}=org/turned", config=quickstart)
     Path("exam.yaml").write_text(EVAL.format(model="org/turned", tokenizer="org/turned"))
     cfg = start(config="exam.yaml").config
