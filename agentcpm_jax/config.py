@@ -472,9 +472,10 @@ def _check_order(stages: list[Stage]) -> None:
         if stage.eval is not None:
             sources += map(model_source, stage.eval.models)
             if stage.init_from != "random":
+                path = f"config.stage.{stage.name}"
                 raise UserError(
-                    f"config.stage.{stage.name}.init_from={stage.init_from!r}; an eval stage begins "
-                    f"with no model: name it in config.stage.{stage.name}.models"
+                    f"{path}.init_from={stage.init_from!r} is not read by an eval stage; name the "
+                    f"model in {path}.models"
                 )
         for source in sources:
             if source.startswith("stage:") and source[6:] not in seen:

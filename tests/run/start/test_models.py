@@ -101,5 +101,5 @@ def test_every_source_may_be_a_name_of_the_hub_cache(
 
 
 def test_a_stage_that_reads_no_init_from_refuses_it() -> None:
-    with pytest.raises(UserError, match=r"stage.eval.init_from='org/tiny'; .*stage.eval.models"):
+    with pytest.raises(UserError, match=r"eval.init_from='org/tiny' is not read .*eval.models"):
         parse(["--config=configs/quickstart.py", "--config.stage.eval.init_from=org/tiny"])
