@@ -123,6 +123,11 @@ def model_results(directory: Path, spec: EvalStage) -> dict[str, dict[str, Any]]
     return {name: json.loads(found[name].read_text()) for name in order}
 
 
+def _swept(name: str) -> bool:
+    """Whether a model is a point of a merge's sweep, and not a revision of a repository."""
+    return "@" in name and "/" not in name
+
+
 def scores_of(result: Mapping[str, Any], decode: str) -> list[TaskScore]:
     """The task scores of one model and decoding ('sampled' or 'greedy')."""
     return [TaskScore(**row) for row in result.get(decode, [])]
@@ -184,7 +189,7 @@ def result_lines(models: Mapping[str, Any]) -> list[str]:
 
 def differences(names: Sequence[str]) -> list[tuple[str, str]]:
     """Each model against the one before it, leaving out sweep points."""
-    plain = [n for n in names if "@" not in n]
+    plain = [n for n in names if not _swept(n)]
     return list(zip(plain[1:], plain[:-1], strict=True))
 
 
@@ -202,7 +207,7 @@ def _headlines(models: Mapping[str, Mapping[str, Any]]) -> list[Headline]:
                     f"{paired.tasks} held-out tasks",
                 )
             )
-    plain = [n for n in models if "@" not in n]
+    plain = [n for n in models if not _swept(n)]
     if len(plain) > 1:
         first, last = (general_skill(models[n]) for n in (plain[0], plain[-1]))
         out.append(
@@ -217,7 +222,7 @@ def _headlines(models: Mapping[str, Mapping[str, Any]]) -> list[Headline]:
 
 
 def _charts(models: Mapping[str, Mapping[str, Any]]) -> list[BarChart]:
-    plain = {n: r for n, r in models.items() if "@" not in n}
+    plain = {n: r for n, r in models.items() if not _swept(n)}
     charts = []
     for decode in ("sampled", "greedy"):
         kinds = sorted({s.kind for r in plain.values() for s in scores_of(r, decode)})
@@ -268,7 +273,7 @@ def search_charts(directory: Path) -> list[ScatterChart]:
 
 
 def _tables(models: Mapping[str, Mapping[str, Any]], ks: Sequence[int]) -> list[Table]:
-    plain = {n: r for n, r in models.items() if "@" not in n}
+    plain = {n: r for n, r in models.items() if not _swept(n)}
     tables = [
         attempts_table(plain, ks),
         Table(
