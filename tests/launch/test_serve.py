@@ -51,6 +51,7 @@ def test_a_tokenizer_with_more_ids_than_rows_is_not_served(tmp_path: Path) -> No
         (("convert", "llama", "out"), "model_type 'llama'"),
         (("convert", "deep", "out"), "lacks tensor model.layers.3"),
         (("convert", "--parity=llama"), "model_type 'llama'"),
+        (("convert", "model", "out", "--tokenizer=other"), "'<|renamed|>' in other and '<|fim_p"),
     ],
 )
 def test_another_model_is_refused_without_jax(
@@ -59,6 +60,9 @@ def test_another_model_is_refused_without_jax(
     monkeypatch.chdir(tmp_path)
     copied(tmp_path, "llama", lambda c: c | {"model_type": "llama"})
     copied(tmp_path, "deep", lambda c: c | {"num_hidden_layers": 4})
+    copied(tmp_path, "model")
+    file = copied(tmp_path, "other") / "tokenizer.json"
+    file.write_text(file.read_text().replace("<|fim_pad|>", "<|renamed|>"))
     done = mistaken(*argv)
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
     assert not {"jax", "torch", "orbax"} & set(done.stdout.split())

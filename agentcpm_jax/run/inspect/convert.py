@@ -17,7 +17,7 @@ from agentcpm_jax.hf.locate import find_model
 from agentcpm_jax.hf.names import CONFIG, GENERATION, PEFT_CONFIG, TOKEN_IDS
 from agentcpm_jax.hf.place import check_free, check_replaceable, output_place
 from agentcpm_jax.hf.shape import whole_model
-from agentcpm_jax.hf.tokenizer import load_tokenizer
+from agentcpm_jax.hf.tokenizer import check_ids, load_tokenizer
 from agentcpm_jax.run.start.models import generation_of
 from agentcpm_jax.types import UserError
 
@@ -49,6 +49,9 @@ def convert(
         out = output_place(out, [source])
         check_free(out)
         whole_model(source)
+        if tokenizer:
+            used = find_model(tokenizer)
+            check_ids(load_tokenizer(used), used, source)
         return _to_orbax(source, out, tokenizer, dtype)
     if source.name.isdecimal() and (source / "meta").is_dir():
         source, step = source.parent, int(source.name)
