@@ -48,6 +48,7 @@ def test_a_tokenizer_with_more_ids_than_rows_is_not_served(tmp_path: Path) -> No
         (("serve", "llama"), "model_type 'llama'"),
         (("serve", "deep"), "lacks tensor model.layers.3"),
         (("serve", "org/none"), "models--org--none"),
+        (("serve", "mute"), "no tokenizer.json in mute"),
         (("convert", "llama", "out"), "model_type 'llama'"),
         (("convert", "deep", "out"), "lacks tensor model.layers.3"),
         (("convert", "--parity=llama"), "model_type 'llama'"),
@@ -60,6 +61,7 @@ def test_another_model_is_refused_without_jax(
     monkeypatch.chdir(tmp_path)
     copied(tmp_path, "llama", lambda c: c | {"model_type": "llama"})
     copied(tmp_path, "deep", lambda c: c | {"num_hidden_layers": 4})
+    (copied(tmp_path, "mute") / "tokenizer.json").unlink()
     copied(tmp_path, "model")
     file = copied(tmp_path, "other") / "tokenizer.json"
     file.write_text(file.read_text().replace("<|fim_pad|>", "<|renamed|>"))
