@@ -104,7 +104,8 @@ class SFTStage:
 
 @dataclass(frozen=True)
 class EvalStage:
-    """Held-out tasks for each model named in `models` (stage names)."""
+    """Held-out tasks for each model named in `models`: stages, or what is not made here (with a '/'
+    or ':' in its name): a directory, a Hub id of the local cache, 'shipped:<name>'."""
 
     models: tuple[str, ...] = ()
     tasks_path: str | None = None  # a JSONL of tasks; None: those of config.test_tasks
@@ -281,6 +282,19 @@ def default_config() -> Any:
     return config
 
 
+def edge_of(cfg: ExperimentConfig) -> Any:
+    """The `ConfigDict` that a file of `configs` would have returned for `cfg`."""
+    return _edge(cfg, vars(cfg.model))
+
+
+def given_config(raw: Mapping[str, Any]) -> Any:
+    """The same of the keys of a YAML or JSON document; a shape that it leaves out stays out.
+
+    Raises `UserError` as `from_config_dict` does, but for what checkpoints say.
+    """
+    return _edge(*_read(raw))
+
+
 def stage_dict(kind: str, init_from: str = "random", **section: Any) -> ConfigDict:
     """A stage of `kind`: where it starts, and its section's defaults updated with `section`."""
     chosen = dataclasses.replace(SECTIONS[kind](), **section)
@@ -327,7 +341,14 @@ def sources_of(cfg: ExperimentConfig, stage: Stage) -> list[str]:
         return [cfg.base]
     if stage.merge is not None:
         return [stage.init_from, stage.merge.general, *stage.merge.soup]
-    return [stage.init_from] if stage.eval is None else []
+    if stage.eval is not None:
+        return [model_source(name) for name in stage.eval.models]
+    return [stage.init_from]
+
+
+def model_source(name: str) -> str:
+    """A name of `EvalStage.models` as `Stage.init_from` spells it."""
+    return name if "/" in name or ":" in name else f"stage:{name}"
 
 
 def to_json(config: ExperimentConfig) -> dict[str, Any]:
@@ -405,6 +426,19 @@ def _read(config: Mapping[str, Any]) -> tuple[ExperimentConfig, dict[str, Any]]:
     return cfg, dict(model)
 
 
+def _edge(cfg: ExperimentConfig, model: Mapping[str, Any]) -> ConfigDict:
+    made = default_config()
+    for key, value in to_config_dict(cfg).items():
+        if key not in ("stages", "model"):
+            made[key] = value
+    for key, value in model.items():
+        made.model[key] = value
+    made.stages = tuple(stage.name for stage in cfg.stages)
+    for stage in cfg.stages:
+        made.stage[stage.name] = stage_dict(stage.kind, stage.init_from, **vars(stage.section))
+    return made
+
+
 def _model(raw: Any) -> dict[str, Any]:
     """What is given of the model, with its types checked; None of its shape: not given."""
     if not isinstance(raw, Mapping):
@@ -436,7 +470,13 @@ def _check_order(stages: list[Stage]) -> None:
         if stage.merge is not None:
             sources.append(stage.merge.general)
         if stage.eval is not None:
-            sources += [f"stage:{m}" for m in stage.eval.models]
+            sources += map(model_source, stage.eval.models)
+            if stage.init_from != "random":
+                path = f"config.stage.{stage.name}"
+                raise UserError(
+                    f"{path}.init_from={stage.init_from!r} is not read by an eval stage; name the "
+                    f"model in {path}.models"
+                )
         for source in sources:
             if source.startswith("stage:") and source[6:] not in seen:
                 near = did_you_mean(source[6:], seen)

@@ -33,9 +33,12 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("name what to convert and the directory to write, or --parity=DIR")
     try:
         if args.parity:
+            from agentcpm_jax.hf.shape import whole_model
+
+            directory, _ = whole_model(args.parity)
             from agentcpm_jax.hf.parity import compare_logits
 
-            found = compare_logits(args.parity)
+            found = compare_logits(directory)
             print(f"{args.parity}: {found.text()}")
             return 0 if found.same else 1
         from agentcpm_jax.run.inspect.convert import convert

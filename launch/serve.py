@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", help="Hugging Face directory with a tokenizer")
+    parser.add_argument("model", help="directory with a tokenizer, or Hub id in the cache")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=30000, help="0 takes a free one")
     parser.add_argument("--slots", type=int, default=32, help="requests decoded together")
@@ -35,14 +35,17 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         from agentcpm_jax.engine.config import EngineConfig
+        from agentcpm_jax.hf.tokenizer import served_chat
+
+        engine = EngineConfig(slots=args.slots, capacity=args.context, tensor=args.tensor)
+        path, chat = served_chat(args.model)
         from agentcpm_jax.engine.server import ServerConfig
         from agentcpm_jax.engine.serving import serve
 
-        engine = EngineConfig(slots=args.slots, capacity=args.context, tensor=args.tensor)
         server = ServerConfig(args.host, args.port)
         options = {"chunk": args.chunk, "weight_version": args.weight_version}
         show = lambda url: print(f"serving {args.model} on {url}", flush=True)  # noqa: E731
-        serve(args.model, engine, server, dtype=args.dtype, announce=show, **options)
+        serve(path, chat, engine, server, dtype=args.dtype, announce=show, **options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -17,14 +17,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from agentcpm_jax.config import (
-    ExperimentConfig,
-    config_from_json,
-    default_config,
-    from_config_dict,
-    stage_dict,
-    to_config_dict,
-)
+from agentcpm_jax.config import config_from_json, edge_of, given_config
 from agentcpm_jax.ranges import did_you_mean
 from agentcpm_jax.types import UserError
 
@@ -45,7 +38,7 @@ def read_document(name: str) -> ConfigDict:
         return _run_python(found, variant)
     if variant:
         raise UserError(f"{path} has no variants; leave out {':' + variant!r}")
-    return _edge(_read_text(found))
+    return _read_text(found)
 
 
 def find_config(path: str) -> Path:
@@ -115,7 +108,7 @@ def _strings(nodes: list[Any]) -> Iterator[str]:
                 yield inner.value
 
 
-def _read_text(path: Path) -> ExperimentConfig:
+def _read_text(path: Path) -> ConfigDict:
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -133,20 +126,8 @@ def _read_text(path: Path) -> ExperimentConfig:
         raise UserError(f"{path} holds no keys; begin with those of config.json, such as stages:")
     stages = raw.get("stages", ())
     if isinstance(stages, list) and any(isinstance(stage, Mapping) for stage in stages):
-        return config_from_json(raw, path)
+        return edge_of(config_from_json(raw, path))
     try:
-        return from_config_dict(raw)
+        return given_config(raw)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-
-
-def _edge(cfg: ExperimentConfig) -> ConfigDict:
-    """The `ConfigDict` that a Python file would have returned."""
-    made = default_config()
-    for key, value in to_config_dict(cfg).items():
-        if key != "stages":
-            made[key] = value
-    made.stages = tuple(stage.name for stage in cfg.stages)
-    for stage in cfg.stages:
-        made.stage[stage.name] = stage_dict(stage.kind, stage.init_from, **vars(stage.section))
-    return made

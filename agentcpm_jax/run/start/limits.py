@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from agentcpm_jax.config import EvalStage, ExperimentConfig, RLStage, TrainShape
 from agentcpm_jax.engine.config import check_capacity
+from agentcpm_jax.mesh import check_divides
 from agentcpm_jax.types import UserError
 
 
@@ -18,9 +19,9 @@ def check_limits(cfg: ExperimentConfig) -> None:
         key = f"config.stage.{stage.name}"
         if stage.pretrain is not None:
             for number, phase in enumerate(stage.pretrain.phases):
-                _check_shape(phase.shape, f"{key}.phases[{number}].shape", 1)
+                _check_shape(cfg, phase.shape, f"{key}.phases[{number}].shape", 1)
         if stage.sft is not None:
-            _check_shape(stage.sft.shape, f"{key}.shape", 1)
+            _check_shape(cfg, stage.sft.shape, f"{key}.shape", 1)
         if stage.rl is not None:
             _check_rl(cfg, stage.rl, key)
         if stage.merge is not None and (stage.merge.searched or stage.merge.soup):
@@ -29,7 +30,18 @@ def check_limits(cfg: ExperimentConfig) -> None:
             _check_eval(cfg, stage.eval, key)
 
 
-def _check_shape(shape: TrainShape, key: str, updates: int) -> None:
+def _check_mesh(cfg: ExperimentConfig, shape: TrainShape, key: str, updates: int) -> None:
+    """What a stage trains is split evenly over the mesh: parameters, and the rows of an update."""
+    model = cfg.model
+    split = {"num_heads": model.num_heads, "ffw": model.ffw, "vocab_size": model.vocab_size}
+    check_divides(cfg.mesh, ("tensor",), {f"model.{name}": n for name, n in split.items()})
+    check_divides(cfg.mesh, ("fsdp", "context"), {"model.width": model.width})
+    together = "micro_rows" if shape.micro_rows else "rows"
+    rows = shape.micro_rows or shape.rows // updates
+    check_divides(cfg.mesh, ("data", "fsdp"), {f"{key}.{together}": rows})
+
+
+def _check_shape(cfg: ExperimentConfig, shape: TrainShape, key: str, updates: int) -> None:
     if shape.rows % (updates * (shape.micro_rows or 1)):
         of = "" if updates == 1 else f"loss.updates={updates} x "
         raise UserError(
@@ -41,10 +53,11 @@ def _check_shape(shape: TrainShape, key: str, updates: int) -> None:
             f"{key}.buckets holds {longer[0]}, rows have row_length={shape.row_length} tokens; "
             "leave it out"
         )
+    _check_mesh(cfg, shape, key, updates)
 
 
 def _check_rl(cfg: ExperimentConfig, rl: RLStage, key: str) -> None:
-    _check_shape(rl.shape, f"{key}.shape", rl.loss.updates)
+    _check_shape(cfg, rl.shape, f"{key}.shape", rl.loss.updates)
     longest = cfg.episode.max_context
     if rl.shape.row_length < longest:
         raise UserError(

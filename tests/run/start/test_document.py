@@ -52,6 +52,17 @@ def test_yaml_leaves_out_what_has_its_default(tmp_path: Path) -> None:
     assert (config.seed, config.episode.max_context, config.tokenizer) == (4, 300, "abc")
 
 
+def test_a_document_leaves_the_shape_to_the_checkpoint(tmp_path: Path) -> None:
+    """To the one of the flags, and for a plan to a published one."""
+    (tmp_path / "my.yaml").write_text(YAML.replace("shipped:sft", "Qwen/Qwen3-4B"))
+    file = f"--config={tmp_path / 'my.yaml'}"
+    assert parse([file, "--explain"]).config.model.num_layers == 36
+    assert parse([file, "--config.stage.rl.init_from=shipped:sft"]).config.model.num_layers == 3
+    with_one = f"{YAML}model: {{num_layers: 4}}\n"
+    (tmp_path / "my.yaml").write_text(with_one)
+    assert "config.model.num_layers is 4" in refused(file)
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
