@@ -18,14 +18,15 @@ from ml_collections import ConfigDict, config_flags
 from agentcpm_jax.config import ExperimentConfig, from_config_dict
 from agentcpm_jax.plan.slices import device_count
 from agentcpm_jax.ranges import did_you_mean
+from agentcpm_jax.run.custom import check_custom
 from agentcpm_jax.run.start.document import CHECKOUT, read_document
 from agentcpm_jax.run.start.job import settings
-from agentcpm_jax.run.start.limits import check_limits
-from agentcpm_jax.run.start.owner import check_unowned
+from agentcpm_jax.run.start.limits import check_files, check_limits, check_worker
+from agentcpm_jax.run.start.owner import check_place, check_unowned
 from agentcpm_jax.run.start.resume import check_config
 from agentcpm_jax.types import UserError
 
-__all__ = ["CHECKOUT", "Command", "check_workdir", "explained", "parse"]
+__all__ = ["CHECKOUT", "Command", "check_workdir", "check_worker", "explained", "parse"]
 #: Values of `--explain=`; without a value it is the first.
 EXPLAINED = ("estimate", "aot", "arrays")
 
@@ -91,14 +92,18 @@ def parse(argv: Sequence[str]) -> Command:
 def check_workdir(command: Command) -> None:
     """Check, before anything heavy is imported, that the command may go on in its workdir.
 
-    Raises `UserError`: another process owns it, or it holds a run of another configuration.
+    Raises `UserError`: what the configuration names is not there; the workdir cannot be written,
+    another process owns it, or it holds a run of another configuration.
     """
+    check_custom(command.config)
     if command.explain:
         return
+    check_place(command.workdir)
     if not command.doctor and settings(os.environ) is None:  # else it may be this job's process 0
         check_unowned(command.workdir)
     check_config(command.config, command.workdir)
     if not command.doctor:  # which says it beside its other findings
+        check_files(command.config, command.workdir)
         from agentcpm_jax.run.start.models import check_models, tokenizer_of
 
         with tokenizer_of(command.config) as used:

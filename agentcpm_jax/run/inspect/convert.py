@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,18 +105,29 @@ def _to_orbax(source: Path, out: Path, tokenizer: str, dtype: str) -> str:
     from_where = find_model(tokenizer) if tokenizer else source
     shardings = _shardings(shape_of(source))
     params, model = load_hf(source, param_dtype=dtype or None, shardings=shardings)
-    checkpoints = Checkpointer(out)
-    experiment = to_json(ExperimentConfig(name=source.name, model=model))
-    checkpoints.save(0, state={"params": params}, config=experiment)
-    checkpoints.close()
-    (out / TOKENIZER).mkdir(exist_ok=True)
-    copy_companions(from_where, out / TOKENIZER)
-    _keep_token_ids(source, config, out / TOKENIZER / GENERATION)
-    if (from_where / LINEAGE).is_file():
-        shutil.copyfile(from_where / LINEAGE, out / TOKENIZER / LINEAGE)
+    with _whole_or_nothing(out):
+        checkpoints = Checkpointer(out)
+        experiment = to_json(ExperimentConfig(name=source.name, model=model))
+        checkpoints.save(0, state={"params": params}, config=experiment)
+        checkpoints.close()
+        (out / TOKENIZER).mkdir(exist_ok=True)
+        copy_companions(from_where, out / TOKENIZER)
+        _keep_token_ids(source, config, out / TOKENIZER / GENERATION)
+        if (from_where / LINEAGE).is_file():
+            shutil.copyfile(from_where / LINEAGE, out / TOKENIZER / LINEAGE)
     with Checkpoint(source) as files:
         stored = {info.dtype for info in files.tensors.values()}
     return f"{out}: step 0, parameters of {source}{_rounding(stored, model.param_dtype)}"
+
+
+@contextlib.contextmanager
+def _whole_or_nothing(out: Path) -> Iterator[None]:
+    """What was written of `out`, which was free, goes when the rest of it fails."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(out, ignore_errors=True)
+        raise
 
 
 def _keep_token_ids(source: Path, config: Mapping[str, Any], path: Path) -> None:

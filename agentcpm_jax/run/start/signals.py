@@ -34,12 +34,16 @@ class StopSignal:
     With `answer`, which is called with one line at once, the process also stops by itself, since a
     killed run resumes as well as a stopped one: KeyboardInterrupt is raised, and what has not come
     to an end after `GRACE` seconds ends with exit code 130. Not so while `patient`: a training loop
-    then takes its step to the end and saves it.
+    then takes its step to the end and saves it. `promise`: what the line says of the next start.
     """
 
-    def __init__(self, answer: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        answer: Callable[[str], None] | None = None,
+        promise: str = "the same command resumes",
+    ) -> None:
         self.requested = self.patient = False
-        self._answer = answer
+        self._answer, self._promise = answer, promise
         self._previous: dict[int, Any] = {}
         self._over = threading.Event()
         self._listener: threading.Thread | None = None
@@ -104,7 +108,7 @@ class StopSignal:
             pass
         if number:
             patient = self.patient
-            rest = "stopping after this step" if patient else "the same command resumes"
+            rest = "stopping after this step" if patient else self._promise
             self._answer(f"interrupted by {signal.Signals(number).name}: {rest}")
             if not patient and not self._over.wait(GRACE):
                 os._exit(RESUMABLE)
