@@ -1,4 +1,4 @@
-"""A run that is stopped and started again, by SIGKILL in a step or in a save, by a signal, or twice.
+"""A run that is killed, in a step or in a save, stopped or started twice, and started again.
 
 R1: recorded steps are recomputed bit for bit. R2: every issue ends in exactly one state and nothing
 is trained twice. R3: the whole loss curve equals that of an uninterrupted run.
