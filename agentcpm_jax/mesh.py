@@ -26,24 +26,34 @@ class MeshConfig:
     slices: int = 1
 
 
+def check_sizes(cfg: MeshConfig) -> None:
+    """Raises `UserError` for sizes that fit no number of devices."""
+    sizes = [getattr(cfg, axis) for axis in AXES]
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes) or cfg.slices < 1:
+        wanted = f"{_wanted(cfg)} of {cfg.slices} slices"
+        raise UserError(f"mesh {wanted} is impossible; sizes are at least 1, and one may be -1")
+
+
 def mesh_shape(cfg: MeshConfig, devices: int) -> tuple[int, ...]:
     """Sizes along `AXES` for `devices` devices; raises `UserError` when they do not fit."""
+    check_sizes(cfg)
     sizes = {axis: getattr(cfg, axis) for axis in AXES}
     free = [axis for axis, size in sizes.items() if size == -1]
     fixed = math.prod(size for size in sizes.values() if size != -1)
-    wanted = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
-    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-        raise UserError(f"mesh {wanted} is impossible; sizes are at least 1, and one may be -1")
     if free and fixed <= devices:
         sizes[free[0]] = devices // fixed
     product = math.prod(abs(size) for size in sizes.values())
     if product != devices:
         raise UserError(
-            f"mesh {wanted} needs {'a divisor' if free else 'a product'} equal to the device "
+            f"mesh {_wanted(cfg)} needs {'a divisor' if free else 'a product'} equal to the device "
             f"count: the axes multiply to {product}, there are {devices} devices; "
             f"the nearest that fits: {_nearest_mesh(sizes, free, devices)}"
         )
     return tuple(sizes.values())
+
+
+def _wanted(cfg: MeshConfig) -> str:
+    return " x ".join(f"{axis} {getattr(cfg, axis)}" for axis in AXES)
 
 
 def _nearest_mesh(sizes: Mapping[str, int], free: Sequence[str], devices: int) -> str:

@@ -79,12 +79,16 @@ def parse(argv: Sequence[str]) -> Command:
     if positional[1:]:
         raise UserError(f"unexpected argument {positional[1]!r}; overrides are --config.a.b=value")
     loaded: Any = values["config"].value
-    workdir = Path(values["workdir"].value or loaded.workdir)
+    if not (place := values["workdir"].value or loaded.workdir):
+        raise UserError("config.workdir is empty; give the --workdir in which the run lies")
+    workdir = Path(place)
     planned = bool(values["explain"].value)
     config = from_config_dict(loaded, workdir, planned=planned)
     check_limits(config)
     if values["slice"].value:
         device_count(values["slice"].value)
+    if (prices := values["prices"].value) and not Path(prices).is_file():
+        raise UserError(f"--prices={prices}: no such file; give a JSON file of prices")
     rest: list[Any] = [values[name].value for name in Command._fields[2:]]
     return Command(config, workdir, *rest)
 
@@ -128,7 +132,7 @@ def _config_first(argv: Sequence[str]) -> tuple[str, list[str]]:
         flag, equals, value = word.partition("=")
         if flag not in ("--config", "-config"):
             rest.append(word)
-        elif name := value if equals else next(words, ""):
+        elif (name := value if equals else next(words, "")) and not name.startswith("-"):
             given.append(name)
     if len(given) != 1:
         raise UserError(

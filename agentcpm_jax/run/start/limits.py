@@ -7,7 +7,13 @@ from pathlib import Path
 
 from agentcpm_jax.config import EvalStage, ExperimentConfig, RLStage, Stage, TrainShape
 from agentcpm_jax.engine.config import check_capacity
+from agentcpm_jax.merge.kernels.methods import METHODS
+from agentcpm_jax.mesh import check_sizes
+from agentcpm_jax.ranges import check_choice
 from agentcpm_jax.types import UserError
+
+#: Methods whose result is the general model plus lambda times what the method makes of the rest.
+SCALED_BY_LAMBDA = [name for name, method in METHODS.items() if "lambda" in method.global_params]
 
 
 def check_limits(cfg: ExperimentConfig) -> None:
@@ -17,6 +23,7 @@ def check_limits(cfg: ExperimentConfig) -> None:
     """
     if not cfg.stages:
         raise UserError("config.stages is empty; name at least one stage")
+    check_sizes(cfg.mesh)
     for stage in cfg.stages:
         key = f"config.stage.{stage.name}"
         if stage.pretrain is not None:
@@ -26,8 +33,10 @@ def check_limits(cfg: ExperimentConfig) -> None:
             _check_shape(stage.sft.shape, f"{key}.shape", 1)
         if stage.rl is not None:
             _check_rl(cfg, stage.rl, key)
-        if stage.merge is not None and (validation := asking(stage)) is not None:
-            _check_eval(cfg, validation, f"{key}.validation", attempts=False)
+        if stage.merge is not None:
+            check_choice(stage.merge, key, {"method": ("linear", *sorted(SCALED_BY_LAMBDA))})
+            if (validation := asking(stage)) is not None:
+                _check_eval(cfg, validation, f"{key}.validation", attempts=False)
         if stage.eval is not None:
             _check_eval(cfg, stage.eval, key)
 
