@@ -61,7 +61,7 @@ def main() -> int:
         for found, ending in pool.map(Life.run, lives, shares):
             trials += found
             broken += [t["broken"] for t in found if t["broken"]] + ending
-    report = {"command": " ".join(["python", "experiments/double_starts.py", *sys.argv[1:]])}
+    report = {"command": f"python experiments/double_starts.py --n {args.n} --seed {args.seed}"}
     report |= {"trials": trials, "broken": broken, "seconds": round(time.monotonic() - began)}
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "double_starts.json").write_text(json.dumps(report, indent=1) + "\n")
@@ -90,15 +90,18 @@ class Life:
     def run(self, count: int) -> tuple[list[dict[str, Any]], list[str]]:
         """(`count` double starts, what is wrong with the run at its end).
 
-        Every process has `PER_OWNER` of them, the first at once.
+        Every process has `PER_OWNER` of them: the first at once, the last right behind a step.
         """
         found: list[dict[str, Any]] = []
         while len(found) < count:
             owner = self._start()
             for turn in range(min(PER_OWNER, count - len(found))):
-                gap = 0.0 if turn == 0 else self._rng.uniform(0.0, LONGEST)
-                time.sleep(gap)
-                at = len(read_metrics(self.workdir / "rl" / "metrics.jsonl"))
+                began = time.monotonic()
+                if turn == PER_OWNER - 1:  # it trains, and saves after each step
+                    self._wait_for_a_step(owner)
+                elif turn:
+                    time.sleep(self._rng.uniform(0.0, LONGEST))
+                gap, at = time.monotonic() - began, self._steps()
                 owner, broken = self._second(owner)
                 found.append({"life": self.workdir.name, "gap": round(gap, 1), "step": at})
                 found[-1]["broken"] = broken
@@ -106,6 +109,14 @@ class Life:
             owner.kill()
             owner.communicate()
         return found, self._conclude()
+
+    def _wait_for_a_step(self, owner: subprocess.Popen[str]) -> None:
+        done = self._steps()
+        while self._steps() == done and owner.poll() is None:
+            time.sleep(0.01)
+
+    def _steps(self) -> int:
+        return len(read_metrics(self.workdir / "rl" / "metrics.jsonl"))
 
     def _conclude(self) -> list[str]:
         """Lets the run end and lists what is wrong with it."""
