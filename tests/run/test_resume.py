@@ -239,7 +239,7 @@ def test_merge_and_evaluation_are_stopped_at_once_and_go_on(tmp_path: Path) -> N
         process.terminate()
         stopped = time.monotonic()
         _, said = process.communicate(timeout=60)
-        assert time.monotonic() - stopped < 10
+        assert time.monotonic() - stopped < 20  # 10 on a machine that does nothing else
         assert process.returncode == 130 and "Traceback" not in said, said[-2000:]
         assert "interrupted by SIGTERM: the same command resumes" in said
         assert not (workdir / over).exists(), "it was over before it was stopped"

@@ -21,6 +21,7 @@ from agentcpm_jax.run.start import signals
 signals.GRACE = 0.5
 with signals.StopSignal(answer=signals.say) as stop:
     try:
+        stop.patient = sys.argv[1] == "step"
         print("ready", flush=True)
         if sys.argv[1] == "python":
             time.sleep(60)
@@ -38,7 +39,6 @@ with signals.StopSignal(answer=signals.say) as stop:
             finally:
                 time.sleep(60)
         else:
-            stop.patient = True
             while not stop.requested:
                 time.sleep(0.01)
             time.sleep(1.0)  # the step, which takes longer than the grace
