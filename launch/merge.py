@@ -49,7 +49,7 @@ def merge(argv: list[str] | None) -> int:
         print(plan.plan_merge(recipe, roots, args.out or Path(), args.seed).text())
         return 0
     show = plan.ProgressLine(sys.stderr).show
-    result = streaming.merge_checkpoints(recipe, args.out, roots, progress=show, seed=args.seed)
+    result = streaming.merge_checkpoints(recipe, args.out or Path(), roots, show, args.seed)
     for note in result.notes:
         print(f"note: {note}", file=sys.stderr)
     print(result.summary())

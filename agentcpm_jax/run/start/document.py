@@ -126,7 +126,8 @@ def _read_text(path: Path) -> ExperimentConfig:
         """YAML 1.2's numbers: 1e-4 is one; no key stands twice."""
 
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-            _once([(self.construct_object(key, True), value) for key, value in node.value])
+            merge = "tag:yaml.org,2002:merge"  # << may stand twice
+            _once([(key.value, value) for key, value in node.value if key.tag != merge])
             return super().construct_mapping(node, deep)
 
     number = re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$")

@@ -35,8 +35,8 @@ def check_limits(cfg: ExperimentConfig) -> None:
             _check_rl(cfg, stage.rl, key)
         if stage.merge is not None:
             check_choice(stage.merge, key, {"method": ("linear", *sorted(SCALED_BY_LAMBDA))})
-            if (validation := asking(stage)) is not None:
-                _check_eval(cfg, validation, f"{key}.validation", attempts=False)
+            if asking(stage) is not None:
+                _check_eval(cfg, stage.merge.validation, f"{key}.validation", attempts=False)
         if stage.eval is not None:
             _check_eval(cfg, stage.eval, key)
 
