@@ -407,13 +407,13 @@ def read_config(workdir: Path) -> ExperimentConfig:
 def _read(config: Mapping[str, Any]) -> tuple[ExperimentConfig, dict[str, Any]]:
     """The configuration without its model, and what it gives of that."""
     raw = dict(config.to_dict() if isinstance(config, ConfigDict) else config)
-    sections = dict(raw.pop("stage", {}))
+    sections = _section_at("config.stage", raw.pop("stage", {}))
     stages = []
-    for name in raw.pop("stages", ()):
+    for name in _value(tuple[str, ...], raw.pop("stages", ()), "config.stages"):
         if name not in sections:
             hint = did_you_mean(name, sorted(sections))
             raise UserError(f"config.stages: there is no section config.stage.{name}; {hint}")
-        stages.append(_stage(name, dict(sections[name])))
+        stages.append(_stage(name, _section_at(f"config.stage.{name}", sections[name])))
     _check_order(stages)
     version = raw.pop("schema_version", SCHEMA_VERSION)
     if version != SCHEMA_VERSION:
@@ -439,10 +439,15 @@ def _edge(cfg: ExperimentConfig, model: Mapping[str, Any]) -> ConfigDict:
     return made
 
 
+def _section_at(path: str, raw: Any) -> dict[str, Any]:
+    if not isinstance(raw, Mapping):
+        raise UserError(f"{path}={raw!r}; expected a section with keys")
+    return dict(raw)
+
+
 def _model(raw: Any) -> dict[str, Any]:
     """What is given of the model, with its types checked; None of its shape: not given."""
-    if not isinstance(raw, Mapping):
-        raise UserError(f"config.model={raw!r}; expected a section with keys")
+    raw = _section_at("config.model", raw)
     hints = typing.get_type_hints(ModelConfig)
     _check_keys(list(hints), raw, "config.model")
     given = {k: v for k, v in raw.items() if v is not None or k not in SHAPE}
@@ -457,7 +462,8 @@ def _stage(name: str, raw: dict[str, Any]) -> Stage:
     path = f"config.stage.{name}"
     kind, init_from = raw.pop("kind", None), raw.pop("init_from", "random")
     if kind not in SECTIONS:
-        raise UserError(f"{path}.kind={kind!r}; one of {', '.join(SECTIONS)}")
+        hint = did_you_mean(str(kind), SECTIONS)
+        raise UserError(f"{path}.kind={kind!r}; one of {', '.join(SECTIONS)}; {hint}")
     section = _build(SECTIONS[kind], raw, path)
     source = _value(str, init_from, f"{path}.init_from")
     return Stage(name, section, source)
@@ -468,7 +474,7 @@ def _check_order(stages: list[Stage]) -> None:
     for stage in stages:
         sources = [stage.init_from]
         if stage.merge is not None:
-            sources.append(stage.merge.general)
+            sources += [stage.merge.general, *stage.merge.soup]
         if stage.eval is not None:
             sources += map(model_source, stage.eval.models)
             if stage.init_from != "random":
@@ -524,9 +530,7 @@ def _value(hint: Any, value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(hint):
         if isinstance(value, hint):  # type: ignore[arg-type]
             return value
-        if not isinstance(value, Mapping):
-            raise UserError(f"{path}={value!r}; expected a section with keys")
-        return _build(hint, value, path)  # type: ignore[arg-type]
+        return _build(hint, _section_at(path, value), path)  # type: ignore[arg-type]
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint is float and isinstance(value, float) and not math.isfinite(value):

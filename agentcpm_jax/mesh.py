@@ -40,13 +40,12 @@ def mesh_shape(cfg: MeshConfig, devices: int) -> tuple[int, ...]:
     sizes = {axis: getattr(cfg, axis) for axis in AXES}
     free = [axis for axis, size in sizes.items() if size == -1]
     fixed = math.prod(size for size in sizes.values() if size != -1)
-    wanted = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
     if free and fixed <= devices:
         sizes[free[0]] = devices // fixed
     product = math.prod(abs(size) for size in sizes.values())
     if product != devices:
         raise UserError(
-            f"mesh {wanted} needs {'a divisor' if free else 'a product'} equal to the device "
+            f"mesh {_wanted(cfg)} needs {'a divisor' if free else 'a product'} equal to the device "
             f"count: the axes multiply to {product}, there are {devices} devices; "
             f"the nearest that fits: {_nearest_mesh(sizes, free, devices)}"
         )
@@ -67,6 +66,10 @@ def check_divides(cfg: MeshConfig, axes: Sequence[str], sizes: Mapping[str, int]
                 f"{said} does not divide {name} {size}; the nearest that fits is "
                 f"{nearest_divisor(size, count)}"
             )
+
+
+def _wanted(cfg: MeshConfig) -> str:
+    return " x ".join(f"{axis} {getattr(cfg, axis)}" for axis in AXES)
 
 
 def _nearest_mesh(sizes: Mapping[str, int], free: Sequence[str], devices: int) -> str:

@@ -15,11 +15,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from agentcpm_jax.run.start.signals import RESUMABLE, StopSignal, say
 from agentcpm_jax.types import UserError
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0; 1: logits differ; 2: a directory is not what it should be."""
+    """Returns the exit code: 0; 1: logits differ; 2: a directory is not what it should be; 130."""
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
     parser.add_argument("source", nargs="?", help="a model, a stage's checkpoints, or one step")
@@ -32,22 +33,29 @@ def main(argv: list[str] | None = None) -> int:
     if not args.parity and args.out is None:
         parser.error("name what to convert and the directory to write, or --parity=DIR")
     try:
-        if args.parity:
-            from agentcpm_jax.hf.shape import whole_model
-
-            directory, _ = whole_model(args.parity)
-            from agentcpm_jax.hf.parity import compare_logits
-
-            found = compare_logits(directory)
-            print(f"{args.parity}: {found.text()}")
-            return 0 if found.same else 1
-        from agentcpm_jax.run.inspect.convert import convert
-
-        options = {"step": args.step, "tokenizer": args.tokenizer, "dtype": args.dtype}
-        print(convert(Path(args.source), args.out, **options))
+        with StopSignal(answer=say, promise="the same command begins anew"):
+            return work(args)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return 2
+    except KeyboardInterrupt:
+        return RESUMABLE
+
+
+def work(args: argparse.Namespace) -> int:
+    if args.parity:
+        from agentcpm_jax.hf.shape import whole_model
+
+        directory, _ = whole_model(args.parity)
+        from agentcpm_jax.hf.parity import compare_logits
+
+        found = compare_logits(directory)
+        print(f"{args.parity}: {found.text()}")
+        return 0 if found.same else 1
+    from agentcpm_jax.run.inspect.convert import convert
+
+    options = {"step": args.step, "tokenizer": args.tokenizer, "dtype": args.dtype}
+    print(convert(Path(args.source), args.out, **options))
     return 0
 
 

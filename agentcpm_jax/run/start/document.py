@@ -34,8 +34,10 @@ def read_document(name: str) -> ConfigDict:
     path, _, variant = name.partition(":")
     directory = Path(path) / "config.json"
     found = directory if directory.is_file() else find_config(path)
-    if found.suffix not in TEXT:
+    if found.suffix == ".py":
         return _run_python(found, variant)
+    if found.suffix not in TEXT:
+        raise UserError(f"{path} is none of {', '.join(('.py', *TEXT))}; give such a config file")
     if variant:
         raise UserError(f"{path} has no variants; leave out {':' + variant!r}")
     return _read_text(found)
@@ -79,6 +81,8 @@ def _variants(path: Path) -> list[str] | None:
         line = getattr(error, "lineno", "?")
         raise UserError(f"{path}:{line} is not Python: {error}; mend the config file") from None
     made = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "get_config"]
+    if not made and "get_config" not in ast.dump(tree):  # else it is imported, or assigned
+        raise UserError(f"{path} has no get_config; define it: it returns the configuration")
     if not made:
         return None
     if not (arguments := [*made[0].args.posonlyargs, *made[0].args.args]):
@@ -112,13 +116,22 @@ def _read_text(path: Path) -> ConfigDict:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """YAML 1.2's numbers: 1e-4 is one."""
+        """YAML 1.2's numbers: 1e-4 is one; no key stands twice."""
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            merge = "tag:yaml.org,2002:merge"  # << may stand twice
+            _once([(key.value, value) for key, value in node.value if key.tag != merge])
+            return super().construct_mapping(node, deep)
 
     number = re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
     try:
         text = path.read_text(encoding="utf-8")
-        raw = json.loads(text) if path.suffix == ".json" else yaml.load(text, Loader)
+        raw = (
+            json.loads(text, object_pairs_hook=_once)
+            if path.suffix == ".json"
+            else yaml.load(text, Loader)
+        )
     except (OSError, ValueError, yaml.YAMLError) as error:
         said = " ".join(str(error).split())
         raise UserError(f"{path} cannot be read: {said}; mend the config file") from None
@@ -131,3 +144,11 @@ def _read_text(path: Path) -> ConfigDict:
         return given_config(raw)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The pairs as a mapping; ValueError when a key stands twice, of which one would be lost."""
+    names = [name for name, _ in pairs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"the key {twice[0]!r} stands twice")
+    return dict(pairs)

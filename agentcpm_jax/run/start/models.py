@@ -15,6 +15,9 @@ from agentcpm_jax.hf.companions import generation, tokenizer_digest
 from agentcpm_jax.hf.locate import find_model
 from agentcpm_jax.hf.shape import check_weights
 from agentcpm_jax.hf.tokenizer import chat_of, check_ids, check_size, load_tokenizer
+from agentcpm_jax.rollout.episode import check_prompt
+from agentcpm_jax.run.custom import make_tools
+from agentcpm_jax.run.start.limits import asking
 from agentcpm_jax.types import UserError
 from agentcpm_jax.world.vocabulary import write_tokenizer
 
@@ -33,14 +36,17 @@ def tokenizer_of(cfg: ExperimentConfig) -> Iterator[Path]:
 def check_models(cfg: ExperimentConfig, workdir: Path, directory: Path) -> ChatFormat:
     """The tokenizer in `directory`, which fits the models that are still to be read.
 
-    Raises `UserError`: one of the models is not whole or not that of the configuration, or the
-    tokenizer has more ids than it, other ids, or is not that of the run.
+    Raises `UserError`: one of the models is not whole or not that of the configuration; the
+    tokenizer has more ids than it, other ids, or is not that of the run; with it an episode's
+    prompt is longer than the context.
     """
     name = cfg.tokenizer or "of the offline world"
     tokenizer = load_tokenizer(directory)
     chat = chat_of(tokenizer, directory)
     check_size(chat, cfg.model.vocab_size, name)
     todo = [stage for stage in cfg.stages if not (workdir / stage.name / "DONE").exists()]
+    if any(map(asking, todo)):
+        check_prompt(chat, cfg.episode, make_tools(cfg.tools)[1])
     for model in map(find_model, outside_models(cfg, todo)):
         check_weights(model, cfg.model)
         check_ids(tokenizer, directory, model, f"the tokenizer {name}")
