@@ -7,22 +7,20 @@
 Tokenizer and chat template go along; what is written for people is a model card (README.md).
 """
 
-from __future__ import annotations
-
-import argparse
 import sys
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from agentcpm_jax.hf.shape import whole_model
 from agentcpm_jax.run.start.signals import RESUMABLE, StopSignal, say
 from agentcpm_jax.types import UserError
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0; 1: logits differ; 2: a directory is not what it should be; 130."""
-    plain = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("source", nargs="?", help="a model, a stage's checkpoints, or one step")
     parser.add_argument("out", type=Path, nargs="?", help="directory to write")
     parser.add_argument("--step", type=int, help="of the checkpoints (default: the newest)")
@@ -42,11 +40,9 @@ def main(argv: list[str] | None = None) -> int:
         return RESUMABLE
 
 
-def work(args: argparse.Namespace) -> int:
+def work(args: Namespace) -> int:
     if args.parity:
-        from agentcpm_jax.hf.shape import whole_model
-
-        directory, _ = whole_model(args.parity)
+        directory, _ = whole_model(args.parity)  # a mistake is answered before jax is imported
         from agentcpm_jax.hf.parity import compare_logits
 
         found = compare_logits(directory)

@@ -37,8 +37,7 @@ def merge(argv: list[str] | None) -> int:
     parser.add_argument("recipe", type=Path, help="YAML file")
     parser.add_argument("out", type=Path, nargs="?", help="directory to write; must not exist yet")
     parser.add_argument("--plan", action="store_true", help="show what would be done, no more")
-    compat = f"{COMPAT}: its formulas and quirks; in 16 bits its rounding only nearly (README)"
-    parser.add_argument("--compat", default="", help=compat)
+    parser.add_argument("--compat", default="", help=f"{COMPAT}: as that tool, see README")
     parser.add_argument("--seed", type=int, default=0, help="of random masks (default 0)")
     args = parser.parse_args(argv)
     if args.out is None and not args.plan:
