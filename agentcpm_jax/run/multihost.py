@@ -10,7 +10,9 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -22,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from agentcpm_jax.data.batch import Batch
 from agentcpm_jax.run.start.job import EXPLICIT, settings
-from agentcpm_jax.run.start.signals import Interrupted
+from agentcpm_jax.run.start.signals import SIGNALS, Interrupted
 from agentcpm_jax.types import UserError
 
 T = TypeVar("T")
@@ -44,7 +46,8 @@ def join(
     if environ.get("JAX_PLATFORMS", "").startswith("cpu"):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
-        jax.distributed.initialize(**found)
+        with _handlers_kept():
+            jax.distributed.initialize(**found)
     except (ValueError, RuntimeError) as error:
         where = found.get("coordinator_address", "the cluster's coordinator")
         raise UserError(
@@ -54,6 +57,18 @@ def join(
     atexit.register(jax.distributed.shutdown)
     place = f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()}"
     announce(f"{place}: {jax.local_device_count()} of {jax.device_count()} devices")
+
+
+@contextmanager
+def _handlers_kept() -> Iterator[None]:
+    """JAX's notice of preemption takes SIGTERM for itself alone; here Python's handlers stay."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def is_main() -> bool:
