@@ -36,9 +36,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--certificate", default="", help="PEM with key and chain: serve https")
     args = parser.parse_args(argv)
     try:
+        Path(args.directory).mkdir(parents=True, exist_ok=True)
         mirror = Mirror(args.source, args.directory, int(args.quota_gb * 1e9))
         key = os.environ.get("SGLANG_ADMIN_API_KEY", "")
         server = open_agent(mirror, args.host, args.port, key, args.certificate)
+    except OSError as error:
+        print(f"error: --directory={args.directory} cannot be made: {error}", file=sys.stderr)
+        return 2
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -212,7 +212,7 @@ def test_a_mistake_is_answered_at_once(argv: list[str]) -> None:
 def mistaken(script: str, *argv: str, cwd: Path = CHECKOUT) -> subprocess.CompletedProcess[str]:
     """A launcher in a process of its own, which prints what it has imported."""
     command = [sys.executable, "-c", MISTAKEN, script, *argv]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=120)
 
 
 def test_merge_command_reports_a_missing_recipe(tmp_path: Path, capsys) -> None:
