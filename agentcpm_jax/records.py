@@ -76,7 +76,7 @@ def read_records(path: str | Path) -> Iterator[Record]:
     """
     place = Path(path)
     line = 0
-    for part in _parts(place):
+    for part in record_files(place):
         before = line
         try:
             for record in _read(part):
@@ -95,6 +95,19 @@ def read_records(path: str | Path) -> Iterator[Record]:
             ) from None
     if not line:
         raise FileRefused("empty_file", f"{place} is empty: it holds no usable record")
+
+
+def record_files(place: Path) -> list[Path]:
+    """The files to read: the one, or those of a folder; of its splits one, named FOLDER:SPLIT.
+
+    Raises FileRefused when a folder holds none, several splits, or not all files of one.
+    """
+    folder, _, split = str(place).rpartition(":")
+    if place.is_dir():
+        return _of_folder(place, "")
+    if folder and not place.exists() and Path(folder).is_dir():
+        return _of_folder(Path(folder), split)
+    return [place]
 
 
 def no_text(value: Any, key: str = "") -> Flaw | None:
@@ -154,16 +167,6 @@ def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     names = [name for name, _ in pairs]
     twice = next(name for name in names if names.count(name) > 1)
     raise Flaw("ambiguous", twice, "the key is there twice; take one out")
-
-
-def _parts(place: Path) -> list[Path]:
-    """The files to read: the one, or those of a folder; of its splits one, named FOLDER:SPLIT."""
-    folder, _, split = str(place).rpartition(":")
-    if place.is_dir():
-        return _of_folder(place, "")
-    if folder and not place.exists() and Path(folder).is_dir():
-        return _of_folder(Path(folder), split)
-    return [place]
 
 
 def _of_folder(folder: Path, split: str) -> list[Path]:

@@ -10,6 +10,7 @@ from agentcpm_jax.engine.config import check_capacity
 from agentcpm_jax.merge.kernels.methods import METHODS
 from agentcpm_jax.mesh import check_divides
 from agentcpm_jax.ranges import check_choice
+from agentcpm_jax.records import record_files
 from agentcpm_jax.types import UserError
 
 #: Methods whose result is the general model plus lambda times what the method makes of the rest.
@@ -101,17 +102,18 @@ def check_worker(cfg: ExperimentConfig, workdir: Path) -> None:
 def _check_file(name: str | None, key: str, holds: str) -> None:
     if not name:
         return
-    path, wanted = Path(name), f"give a file of {holds}"
-    if not path.exists():
-        raise UserError(f"{key}={name!r}: no such file; {wanted}")
-    if not os.access(path, os.R_OK):
-        raise UserError(f"{key}={name!r} may not be read; {wanted} that may")
-    if path.is_dir():
-        columns = [*path.glob("*.arrow"), *path.glob("*.parquet"), *path.glob("state.json")]
-        if not columns:
-            raise UserError(f"{key}={name!r} is a folder without arrow or parquet files; {wanted}")
-    elif path.is_file() and not path.stat().st_size:
-        raise UserError(f"{key}={name!r} is empty; {wanted}")
+    try:
+        parts = record_files(Path(name))
+    except UserError as error:
+        raise UserError(f"{key}={name!r}: {error}") from None
+    wanted = f"give a file of {holds}"
+    for part in parts:
+        if not part.exists():
+            raise UserError(f"{key}={name!r}: no such file; {wanted}")
+        if not os.access(part, os.R_OK):
+            raise UserError(f"{key}={name!r} may not be read; {wanted} that may")
+        if part.is_file() and not part.stat().st_size:
+            raise UserError(f"{key}={name!r} is empty; {wanted}")
 
 
 def _check_shape(cfg: ExperimentConfig, shape: TrainShape, key: str, updates: int) -> None:

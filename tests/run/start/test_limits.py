@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from agentcpm_jax.config import SECTIONS, ExperimentConfig, Stage
 from agentcpm_jax.run.commandline import parse
-from agentcpm_jax.run.start.limits import check_limits
+from agentcpm_jax.run.start.limits import check_files, check_limits
 from agentcpm_jax.types import UserError
 
 TINY, QUICKSTART = "--config=configs/tiny.py:async", "--config=configs/quickstart.py"
@@ -83,3 +85,14 @@ def test_a_number_out_of_its_range_is_refused_by_its_key(flag: str) -> None:
 def test_a_mesh_that_does_not_split_what_is_trained(flags: list[str], said: str) -> None:
     with pytest.raises(UserError, match=said):
         parse([TINY, *(f"--config.{flag}" for flag in flags)])
+
+
+def test_data_that_the_reader_finds_are_found_at_the_start(tmp_path: Path) -> None:
+    """A split of a folder too, which is no path."""
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text('{"question": "q", "answer": "a"}\n')
+    cfg = parse([TINY, f"--config.stage.rl.tasks_path={tmp_path}:test"]).config
+    check_files(cfg, tmp_path / "run")
+    both = parse([TINY, f"--config.stage.rl.tasks_path={tmp_path}"]).config
+    with pytest.raises(UserError, match=r"rl\.tasks_path=.* name one split, e\.g\. "):
+        check_files(both, tmp_path / "run")
