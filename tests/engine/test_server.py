@@ -205,10 +205,10 @@ def test_what_cannot_be_done_is_refused_by_name(changes, message):
 def test_stop_ids_of_the_model_hold_unless_they_are_switched_off():
     limits = RequestLimits(64, 100, stop_ids=(7,))
     params = {"max_new_tokens": 4, "stop_token_ids": [9]}
-    (job,) = parse_generate({"input_ids": [1], "sampling_params": params}, limits, None)
+    (job,) = parse_generate({"input_ids": [1], "sampling_params": params}, limits, None).jobs
     assert job.stop_ids == (9, 7)
     params["ignore_eos"] = True
-    (job,) = parse_generate({"input_ids": [1], "sampling_params": params}, limits, None)
+    (job,) = parse_generate({"input_ids": [1], "sampling_params": params}, limits, None).jobs
     assert job.stop_ids == ()
 
 
