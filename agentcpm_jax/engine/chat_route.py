@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from agentcpm_jax.chat.blocks import OPEN, first_call
@@ -82,7 +83,8 @@ def parse_chat(body: Mapping[str, Any], chat: ChatFormat, limits: RequestLimits)
 
 def chat_completion(request: ChatRequest, current: str) -> dict[str, Any]:
     """OpenAI's answer for a finished job; the versions of the weights are in `metadata`."""
-    content, calls, finish = _reply(request)
+    said = answer_text(request.job, request.chat.decode)
+    content, calls, finish = _reply(request, said)
     message = {"role": "assistant", "content": content, "tool_calls": calls or None}
     choice = {"index": 0, "message": message, "finish_reason": finish}
     frame = _frame(request, "chat.completion") | {"choices": [choice]}
@@ -98,18 +100,19 @@ async def chat_chunks(
     def part(delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
         return frame | {"choices": [{"index": 0, "delta": delta, "finish_reason": finish}]}
 
-    said, sent = GrowingText(request.chat.decode), -1
+    growing, sent = GrowingText(request.chat.decode), -1
     async for job in jobs:
         if sent < 0:
             sent = 0
             yield part({"role": "assistant", "content": ""})
         if job.finish is None:
-            text = said.extend(job.text_ids)
-            end = _settled(text, request)
+            certain = growing.extend(job.text_ids)
+            end = _settled(certain, request)
             if end > sent:
-                yield part({"content": text[sent:end]})
+                yield part({"content": certain[sent:end]})
                 sent = end
-    content, calls, finish = _reply(request)
+    said = answer_text(request.job, partial(growing.extend, end=True))
+    content, calls, finish = _reply(request, said)
     if rest := (content or "")[sent:]:
         yield part({"content": rest})
     for call in calls:
@@ -130,11 +133,10 @@ def _settled(text: str, request: ChatRequest) -> int:
     return end
 
 
-def _reply(request: ChatRequest) -> tuple[str | None, list[dict[str, Any]], str]:
-    """Content, tool calls and finish reason. One call that is none: all is content."""
+def _reply(request: ChatRequest, said: str) -> tuple[str | None, list[dict[str, Any]], str]:
+    """Content, tool calls and finish reason of a text. With a malformed call, all is content."""
     job, chat = request.job, request.chat
     assert job.finish is not None
-    said = answer_text(job, chat.decode)
     parsed = parse_completion(said, request.tools, in_thought=chat.in_thought)
     if not request.tools or not parsed.calls or parsed.errors:
         return said, [], job.finish["type"]

@@ -275,7 +275,7 @@ def generate_answer(
 
 
 def answer_text(job: GenerationJob, decode: Callable[[Sequence[int]], str]) -> str:
-    """The text of a finished job: what stopped it is cut off, and stays in the ids."""
+    """The text of a job: what stopped it is cut off, and stays in the ids."""
+    said = decode(job.text_ids)
     matched = None if job.keep_stop else (job.finish or {}).get("matched")
-    found = decode(job.ids[:-1] if type(matched) is int else job.ids)
-    return found[: found.index(matched)] if isinstance(matched, str) else found
+    return said.partition(matched)[0] if isinstance(matched, str) else said

@@ -18,7 +18,8 @@ BROKEN = "\ufffd"  # stands for bytes that are no character, or not yet one
 class GrowingText:
     """The text of ids that come one after another, each decoded a few times only.
 
-    Held back is what more ids may change: the bytes of a character that is not complete.
+    Held back is what more ids may change: the bytes of a character that is not complete. Bytes that
+    never become one may be spelt otherwise than when all ids are decoded at once.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
@@ -26,11 +27,14 @@ class GrowingText:
         self._before = ""  # text of the ids before `_whole`, at which no character is cut
         self._whole = 0
 
-    def extend(self, ids: Sequence[int]) -> str:
-        """What is certain of the text of `ids`, which begin with those of the last call."""
+    def extend(self, ids: Sequence[int], *, end: bool = False) -> str:
+        """What is certain of the text of `ids`, which begin with those of the last call.
+
+        `end`: no more will come, so all is certain. What was certain once remains so.
+        """
         new = self._decode(ids[self._whole :])
         certain = new.rstrip(BROKEN)
-        if certain == new or len(ids) - self._whole > MAX_HELD:
+        if end or certain == new or len(ids) - self._whole > MAX_HELD:
             self._before, self._whole = self._before + new, len(ids)
             return self._before
         return self._before + certain
