@@ -75,7 +75,7 @@ CONTROL = frozenset(
 OPEN = frozenset({"/health", "/health_generate", "/metrics"})
 
 MAX_BODY_BYTES = 16 << 20  # of a request: a million token ids and more, and soon parsed
-HEALTH_SECONDS = 20.0  # in which a well engine samples a token
+HEALTH_SECONDS = 120.0  # in which a well engine samples a token, its compilation included
 FLUSH_SECONDS = 5.0  # in which the engine leaves requests that have ended
 MAX_NAME, MAX_PATH = 256, 4096
 
