@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from typing import Any
 
 IN_STRING = -2
@@ -41,13 +42,13 @@ def loads(text: str, max_depth: int = 64) -> Any:
         raise LenientJsonError("bad_json", str(error)[:200]) from None
 
 
-def object_end(text: str, start: int) -> int:
-    """The index after the `}` that closes the `{` at `start`.
+def object_end(text: str, start: int, stop: int = sys.maxsize) -> int:
+    """The index after the `}`, before `stop`, that closes the `{` at `start`.
 
     -1 when nothing closes it, `IN_STRING` when that is because a quote is never closed.
     """
     depth = 0
-    for match in _STRUCTURE.finditer(text, start):
+    for match in _STRUCTURE.finditer(text, start, stop):
         token = match[0]
         if token in "{[":
             depth += 1

@@ -1,11 +1,14 @@
 """What a completion asks for: tool calls with typed errors, and the answer.
 
 One rule for training and evaluation:
-1. the thought ends at the first `</think>`; without one, an open thought is the whole turn;
-2. every `<tool_call>...</tool_call>` block is one call, in order; a bad one does not affect others;
-3. a block holds the first JSON object in it (JSON5 leniency, see `lenient_json`), and for the code
-   tools `<code>...</code>` fills an absent or blank `code` argument;
-4. the answer is the last `<answer>...</answer>` outside the thought and the calls, stripped.
+1. the first thought ends at the first `</think>`, later ones stand between tags of their own; what
+   stands in a thought does not count. An open thought that begins the turn is the whole turn;
+2. every `<tool_call>...</tool_call>` block is one call, in order; a bad one does not affect others
+   (`chat/blocks.py`);
+3. a block holds one JSON object (JSON5 leniency, see `lenient_json`), and for the code tools
+   `<code>...</code>` fills an absent or blank `code` argument;
+4. the answer is the last `<answer>...</answer>` outside thoughts and calls, stripped;
+5. a call or an answer that cannot count is a typed error: none is dropped in silence.
 
 Linear in the length of the text; the limits bound what one hostile turn can cost.
 """
@@ -14,12 +17,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from agentcpm_jax.chat import lenient_json
+from agentcpm_jax.chat.blocks import CLOSE, OPEN, THINK_END, Block, Kind, cut, split_code
 from agentcpm_jax.chat.lenient_json import LenientJsonError
 from agentcpm_jax.types import ToolCall
 
@@ -33,6 +36,7 @@ ERRORS = (
     "missing_code",
     "unclosed_call",
     "unfinished_thought",
+    "stray_thought_end",
     "unknown_tool",
     "too_large",
     "too_deep",
@@ -71,76 +75,70 @@ def parse_completion(
 
     `in_thought`: the prompt has already opened `<think>`. Never raises on any text.
     """
-    start = _thought_end(text, in_thought)
-    if start < 0:
-        call = _error("unfinished_thought", "the thought is not closed with </think>")
-        return ParsedTurn((call,), None, ((0, len(text)),))
     if len(text) > MAX_CHARS:
         call = _error("too_large", f"the message is longer than {MAX_CHARS} characters")
         return ParsedTurn((call,), None, ((0, len(text)),))
+    start = 0
+    if in_thought:
+        start = text.find(THINK_END) + len(THINK_END)
+    blocks = list(cut(text, start))
+    if (in_thought and THINK_END not in text) or _is_open_from_the_start(text, blocks):
+        return ParsedTurn((_UNFINISHED,), None, ((0, len(text)),))
     calls: list[ToolCall] = []
     spans: list[tuple[int, int]] = []
+    if not in_thought and (end := _implied_thought(blocks)) is not None:
+        if any(block.end <= end.start for block in blocks) or _answer(text[: end.start], 0, ()):
+            calls.append(_STRAY)
+            spans.append((0, end.end))
+        start, blocks = end.end, [block for block in blocks if block.start >= end.end]
+    if blocks and blocks[-1].kind is Kind.OPEN_THOUGHT and not _asks(text, blocks[-1]):
+        blocks.pop()  # the tag is only spoken of
     room = MAX_CALL_CHARS
-    for first, last, closed in _blocks(text, start):
-        if len(calls) == MAX_CALLS:
-            calls.append(_error("too_large", f"more than {MAX_CALLS} calls in one message"))
-            spans.append((first, len(text)))
-            break
+    for kind, first, last in blocks:
+        if kind in (Kind.THOUGHT, Kind.THOUGHT_END):
+            continue
+        spans.append((first, last))
         room -= last - first
-        if not closed:
+        if kind is Kind.OPEN_THOUGHT:
+            calls.append(_UNFINISHED)
+        elif len(calls) == MAX_CALLS:
+            calls.append(_error("too_large", f"more than {MAX_CALLS} calls in one message"))
+            spans[-1] = (first, len(text))
+            break
+        elif kind is Kind.UNCLOSED:
             calls.append(_UNCLOSED)
         elif room < 0:
             message = f"the calls of a message are longer than {MAX_CALL_CHARS} characters"
             calls.append(_error("too_large", message))
         else:
             calls.append(_read(text[first:last], tool_names, MAX_DEPTH))
-        spans.append((first, last))
-    return ParsedTurn(tuple(calls), _answer(text, start), tuple(spans))
+    return ParsedTurn(tuple(calls), _answer(text, start, blocks), tuple(spans))
 
 
-def _thought_end(text: str, in_thought: bool) -> int:
-    """Where the thought ends (0 without one), or -1 when it is still open."""
-    end = text.find(_THINK_CLOSE)
-    if end >= 0:
-        return end + len(_THINK_CLOSE)
-    return -1 if in_thought or text.lstrip().startswith("<think>") else 0
+def _is_open_from_the_start(text: str, blocks: Sequence[Block]) -> bool:
+    if not blocks or blocks[0].kind is not Kind.OPEN_THOUGHT:
+        return False
+    return not text[: blocks[0].start].strip()
 
 
-def _blocks(text: str, position: int) -> Iterator[tuple[int, int, bool]]:
-    """(start, end, closed) of the call blocks from `position` on, tags included."""
-    start = body = -1  # of the open block: its start, and where its first brace may be
-    quoted = False  # the open block holds an opening tag inside a string
-    nested = 0  # opening tags right after another: as many closing tags are ignored
-    for tag in _TAG.finditer(text, position):
-        if tag[0] == _CLOSE:
-            if start >= 0:
-                yield start, tag.end(), True
-            elif nested:
-                nested -= 1
-            else:
-                yield tag.start(), tag.end(), False
-            start, quoted = -1, False
-        elif start < 0:
-            start, body, nested = tag.start(), tag.end(), 0
-        elif not quoted:
-            brace = text.find("{", body, tag.start())
-            if brace < 0:
-                body = tag.end()
-                nested += 1
-            elif lenient_json.object_end(text[brace : tag.start()], 0) == lenient_json.IN_STRING:
-                quoted = True
-            else:  # the open block was never closed; this tag begins another one
-                yield start, tag.start(), False
-                start, body, nested = tag.start(), tag.end(), 0
-    if start >= 0:
-        yield start, len(text), False
+def _implied_thought(blocks: Sequence[Block]) -> Block | None:
+    """The first `</think>` of a message that has opened no thought before."""
+    opened = (Kind.THOUGHT, Kind.OPEN_THOUGHT, Kind.THOUGHT_END)
+    first = next((block for block in blocks if block.kind in opened), None)
+    return first if first is not None and first.kind is Kind.THOUGHT_END else None
+
+
+def _asks(text: str, thought: Block) -> bool:
+    """Whether a call or an answer stands in a thought that is never closed."""
+    said = text[thought.start :]
+    return OPEN in said or CLOSE in said or _answer(said, 0, ()) is not None
 
 
 def _read(text: str, tool_names: Collection[str], max_depth: int) -> ToolCall:
     """The call inside a closed block."""
-    block = text[len(_OPEN) : -len(_CLOSE)].strip()
+    block = text[len(OPEN) : -len(CLOSE)].strip()
     try:
-        body, code = _split_code(block)
+        body, code = split_code(block)
         call = _to_call(_first_object(body, max_depth), code, max_depth)
     except LenientJsonError as error:
         return _error("bad_arguments" if error.kind == "bad_value" else error.kind, str(error))
@@ -150,26 +148,8 @@ def _read(text: str, tool_names: Collection[str], max_depth: int) -> ToolCall:
     return call
 
 
-def _split_code(block: str) -> tuple[str, str | None]:
-    """The part with the JSON, and the stripped text of the `<code>` block (None without one)."""
-    brace, code = block.find("{"), block.find("<code>")
-    if 0 <= code < brace or brace < 0 <= code:  # code first
-        end = block.find("</code>", code)
-        if end < 0:
-            return block, None
-        return block[end + len("</code>") :].strip(), block[code + len("<code>") : end].strip()
-    end = lenient_json.object_end(block, brace) if brace >= 0 else -1
-    if end < 0:
-        return block, None
-    code = block.find("<code>", end)
-    close = block.rfind("</code>", code)
-    if code < 0 or close < 0:
-        return block, None
-    return block[:code].strip(), block[code + len("<code>") : close].strip()
-
-
 def _first_object(block: str, max_depth: int) -> dict[str, Any]:
-    """The first JSON object of a block; a JSON string that holds one is decoded once."""
+    """The JSON object of a block; a JSON string that holds one is decoded once."""
     if block.startswith('"'):
         try:
             inner = json.loads(block, strict=False)
@@ -187,7 +167,10 @@ def _first_object(block: str, max_depth: int) -> dict[str, Any]:
         if block.count("{") + block.count("[") > max_depth:
             lenient_json.loads(block, max_depth)
         raise LenientJsonError("bad_json", "the JSON object is not closed")
-    return lenient_json.loads(block[brace:end], max_depth)
+    found = lenient_json.loads(block[brace:end], max_depth)
+    if "{" in block[end:]:
+        raise _NotAnObject("a second object; each call stands between tags of its own")
+    return found
 
 
 def _to_call(found: dict[str, Any], code: str | None, max_depth: int) -> ToolCall:
@@ -203,9 +186,13 @@ def _to_call(found: dict[str, Any], code: str | None, max_depth: int) -> ToolCal
     if not isinstance(name, str) or not name.strip():
         return _error("bad_name", "the name of a tool is a string that is not empty")
     call = ToolCall(name, None)
-    if "arguments" not in found:
+    arguments = found.get("arguments")
+    if name in CODE_TOOLS and code and arguments is None:
+        arguments = {}
+    elif "arguments" not in found:
         return _error("bad_arguments", "the call has no arguments", call)
-    arguments = found["arguments"]
+    elif code and name not in CODE_TOOLS:
+        return _error("bad_arguments", "this tool takes no <code>; use its arguments", call)
     if isinstance(arguments, str):
         try:
             arguments = lenient_json.loads(arguments, max_depth)
@@ -223,11 +210,13 @@ def _to_call(found: dict[str, Any], code: str | None, max_depth: int) -> ToolCal
     return ToolCall(name, arguments)
 
 
-def _answer(text: str, start: int) -> str | None:
+def _answer(text: str, start: int, blocks: Sequence[Block]) -> str | None:
+    """The last answer from `start` on and outside the blocks."""
     kept: list[str] = []
-    for first, last, _ in _blocks(text, start):
-        kept.append(text[start:first])
-        start = last
+    for kind, first, last in blocks:
+        if kind is not Kind.THOUGHT_END:
+            kept.append(text[start:first])
+            start = last
     outside = "".join([*kept, text[start:]])
     close = outside.rfind("</answer>")
     opened = outside.rfind("<answer>", 0, max(close, 0))
@@ -246,6 +235,6 @@ def _error(kind: str, message: str, call: ToolCall | None = None) -> ToolCall:
     return dataclasses.replace(call, name=call.name[:200], error=kind, message=message)
 
 
-_OPEN, _CLOSE, _THINK_CLOSE = "<tool_call>", "</tool_call>", "</think>"
-_TAG = re.compile(f"{_OPEN}|{_CLOSE}")
 _UNCLOSED = _error("unclosed_call", "a call stands between <tool_call> and </tool_call>")
+_UNFINISHED = _error("unfinished_thought", "the thought is not closed with </think>")
+_STRAY = _error("stray_thought_end", "a call or an answer before </think>, and no <think>")

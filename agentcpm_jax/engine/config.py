@@ -9,6 +9,7 @@ from agentcpm_jax.ranges import check_least
 from agentcpm_jax.types import UserError
 
 MAX_STOP_IDS = 8  # of one request
+MAX_TEMPERATURE = 1_000_000  # draws evenly from any vocabulary; float32 ends at 3e38
 
 
 @dataclass(frozen=True)

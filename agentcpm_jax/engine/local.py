@@ -10,6 +10,7 @@ token's log-probability is exactly that of the version stamped on it.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -18,7 +19,7 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from agentcpm_jax.engine.config import MAX_STOP_IDS, EngineConfig, up_to
+from agentcpm_jax.engine.config import MAX_STOP_IDS, MAX_TEMPERATURE, EngineConfig, up_to
 from agentcpm_jax.engine.device import copy_prefix, decode, empty_rows, prefill
 from agentcpm_jax.engine.running import Running, failed
 from agentcpm_jax.engine.slots import CacheSlot, Slots
@@ -30,6 +31,13 @@ LEAST_STEPS = 4  # of a chunk that ends early
 #: Prompt tokens, with padding, that are fed between two chunks of decoding: a long prompt must not
 #: make the others wait.
 PREFILL_TOKENS = 8192
+#: Of sampling parameters; outside of them arrays of 32 bits would overflow.
+_RANGES = {
+    "temperature": (0, MAX_TEMPERATURE),
+    "top_k": (-1, 2**31 - 1),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+}
 
 
 class LocalEngine:
@@ -80,9 +88,8 @@ class LocalEngine:
 
     async def sample(self, request: SampleRequest) -> Completion:
         """One completion; an engine failure has `finish=error` and never raises."""
-        prompt = np.asarray(request.prompt_ids, np.int32)
-        budget = min(request.max_new_tokens, self.cfg.capacity - len(prompt))
-        if problem := self._problem(request, prompt, budget):
+        budget = min(request.max_new_tokens, self.cfg.capacity - len(request.prompt_ids))
+        if problem := self._problem(request, budget):
             return failed(problem)
         run = Running.of(request, budget)
         with self._wake:
@@ -112,6 +119,11 @@ class LocalEngine:
             self._slots.forget()
             return True
 
+    @property
+    def failure(self) -> str:
+        """What ended the engine thread; empty while it is well."""
+        return self._failure
+
     def close(self) -> None:
         """Abort all requests and end the engine thread."""
         with self._wake:
@@ -120,17 +132,30 @@ class LocalEngine:
         if self._thread is not None:
             self._thread.join()
 
-    def _problem(self, request: SampleRequest, prompt: np.ndarray, budget: int) -> str:
+    def _problem(self, request: SampleRequest, budget: int) -> str:
+        """Why this request cannot be sampled: it fails here, alone, and not in the thread of all.
+
+        Empty when it can.
+        """
+        prompt, params = np.asarray(request.prompt_ids), request.params
+        vocabulary = self.model.vocab_size
         if not len(prompt):
             return "the prompt is empty"
+        if prompt.dtype.kind not in "iu" or prompt.min() < 0 or prompt.max() >= vocabulary:
+            return f"the prompt holds what is none of the vocabulary's {vocabulary} ids"
         if budget <= 0:
             return (
                 f"prompt of {len(prompt)} tokens leaves no room in a context of "
                 f"{self.cfg.capacity}; raise engine.capacity or shorten the prompt"
             )
-        if len(request.params.stop_ids) > MAX_STOP_IDS:
-            return f"{len(request.params.stop_ids)} stop ids; at most {MAX_STOP_IDS}"
-        if request.params.stop_strings and self._text is None:
+        for name, (low, high) in _RANGES.items():
+            if not low <= (value := getattr(params, name)) <= high:
+                return f"{name}={value!r}; give a number from {low} to {high}"
+        if len(params.stop_ids) > MAX_STOP_IDS:
+            return f"{len(params.stop_ids)} stop ids; at most {MAX_STOP_IDS}"
+        if not all(0 <= i < 2**31 for i in params.stop_ids):
+            return f"stop_ids={params.stop_ids!r}; give ids from 0 to 2**31 - 1"
+        if params.stop_strings and self._text is None:
             return "stop strings need an engine with a tokenizer; use stop ids"
         return ""
 
@@ -151,8 +176,9 @@ class LocalEngine:
                 if self._running:
                     self._feed_prompts()
                     self._decode_chunk()
-        except Exception as error:  # the thread must never die silently: everyone waits on it
+        except BaseException as error:  # the thread must never die silently: everyone waits on it
             self._failure = f"engine failed: {type(error).__name__}: {error}"
+            logging.getLogger(__name__).exception("the engine has failed and samples no more")
         reason = self._failure or "engine is closed"
         with self._wake:
             for run in [*self._running.values(), *self._waiting]:
@@ -188,14 +214,14 @@ class LocalEngine:
     def _admit(self) -> None:
         """Give waiting requests a slot, first come first served."""
         while self._waiting and len(self._running) < self.cfg.slots:
-            run = self._waiting.popleft()
+            run = self._waiting[0]  # where it is found, should anything fail here
             place = self._slots.place(run.prompt, reuse=self._reuse)
             self._slots.take(place, run.prompt)
             run.cached = place.kept
             self.tokens_reused += place.kept
             self._set_row(place.slot, run)
             self._settle(run, place)
-            self._running[place.slot] = run
+            self._running[place.slot] = self._waiting.popleft()
 
     def _settle(self, run: Running, place: CacheSlot) -> None:
         run.place, run.leader = place, self._running.get(place.source)
@@ -302,7 +328,10 @@ class LocalEngine:
         self._rows.generated[slot] += len(ids)
         self._rows.budget[slot] -= len(ids)
         self.tokens_sampled += len(ids)
-        if finish := run.record(ids, logprobs, self.version, self._text):
+        start = len(run.ids)
+        finish = run.record(ids, logprobs, self.version, self._text)
+        run.report(start)
+        if finish:
             self._leave(slot)
             run.resolve(finish)
 

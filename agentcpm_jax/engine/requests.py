@@ -1,6 +1,6 @@
 """Parses SGLang's request bodies into jobs and writes jobs as its answers.
 
-Unsupported parameters are refused by name; none that would change a sample is ignored.
+Unsupported parameters are refused by name; none that would change an answer is ignored.
 """
 
 from __future__ import annotations
@@ -12,38 +12,102 @@ from typing import Any
 
 import numpy as np
 
-from agentcpm_jax.engine.config import MAX_STOP_IDS
+from agentcpm_jax.engine.config import MAX_STOP_IDS, MAX_TEMPERATURE
+from agentcpm_jax.engine.fields import (
+    INT32,
+    INT64,
+    Reader,
+    anything,
+    flag,
+    integer,
+    list_of,
+    neutral,
+    number,
+    read_fields,
+    refused,
+    shown,
+    text,
+)
 from agentcpm_jax.engine.sessions import GenerationJob, version_spans
-from agentcpm_jax.ranges import did_you_mean
 from agentcpm_jax.types import UserError
 
 DEFAULT_NEW_TOKENS = 128
-#: Unsupported parameters, with the values that have no effect; any other value is refused.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "frequency_penalty": (0, None),
-    "presence_penalty": (0, None),
-    "repetition_penalty": (1, None),
-    "min_new_tokens": (0, None),
-    "n": (1, None),
-    "regex": (None, ""),
-    "json_schema": (None, ""),
-    "ebnf": (None, ""),
-    "structural_tag": (None, ""),
-    "logit_bias": (None, {}),
-    "stop_regex": (None, [], ""),
+MAX_PROMPTS = 1024  # of one request
+MAX_TOKEN_CHARS = 256  # a longer text cannot be so few tokens: it is not tokenised to find out
+MAX_STOPS, MAX_STOP_CHARS = 16, 256
+MAX_RID_CHARS = 512
+
+
+def request_id(path: str, value: Any) -> str:
+    """A request id: a text, or an integer that stands for its digits."""
+    if type(value) is int and abs(value) <= INT64:
+        return str(value)
+    return text(MAX_RID_CHARS, 1)(path, value)
+
+
+def stop_strings(path: str, value: Any) -> tuple[str, ...]:
+    """One text or several, none of them empty."""
+    stop = text(MAX_STOP_CHARS, 1)
+    if isinstance(value, str):
+        return (stop(path, value),)
+    return tuple(list_of(stop, MAX_STOPS)(path, value))
+
+
+#: What changes how tokens are drawn or when they end, in both protocols.
+DRAWING: dict[str, Reader] = {
+    "temperature": number(0, MAX_TEMPERATURE, f"a number of at least 0, at most {MAX_TEMPERATURE}"),
+    "top_p": number(0, 1, "a number above 0, at most 1", above=True),
+    "top_k": integer(-1, INT32, "-1 for all, or a positive integer below 2**31"),
+    "min_p": number(0, 1, "a number from 0 to 1"),
+    "stop": stop_strings,
+    "stop_token_ids": list_of(integer(0, INT32), 64),
+    "ignore_eos": flag,
+    "no_stop_trim": flag,
+    "frequency_penalty": neutral(0),
+    "presence_penalty": neutral(0),
+    "repetition_penalty": neutral(1),
+    "n": neutral(1),
+    "regex": neutral(""),
+    "ebnf": neutral(""),
+    "json_schema": neutral(""),
+    "structural_tag": neutral(""),
+    "logit_bias": neutral({}),
+    "stop_regex": neutral([], ""),
+    "skip_special_tokens": neutral(False),  # texts hold all tokens
 }
-#: (neutral value, test, valid values in words)
-_OPTIONS: dict[str, tuple[float, Callable[[float], bool], str]] = {
-    "top_p": (1.0, lambda p: 0 < p <= 1, "a number above 0, at most 1"),
-    "top_k": (0, lambda k: k == int(k) and k >= -1, "-1 for all, or a positive integer"),
-    "min_p": (0.0, lambda p: 0 <= p <= 1, "a number from 0 to 1"),
+#: SGLang's `sampling_params`.
+SAMPLING: dict[str, Reader] = DRAWING | {
+    "max_new_tokens": integer(1, INT32, "a positive integer below 2**31"),
+    "min_new_tokens": neutral(0),
+    "sampling_seed": integer(-INT64, INT64),
+    "stream_interval": integer(1, INT32),  # tokens between two parts of a stream
+    "custom_params": neutral({}),
+    "spaces_between_special_tokens": anything,
 }
-#: SGLang's sampling parameters; the last line changes nothing of what this server returns.
-_PARAMETERS = (
-    *("max_new_tokens", "temperature", "sampling_seed", *_OPTIONS, *_NEUTRAL),
-    *("stop", "stop_token_ids", "ignore_eos", "no_stop_trim"),
-    *("skip_special_tokens", "spaces_between_special_tokens", "stream_interval", "custom_params"),
-)
+#: The body of `/generate`; prompts and rids are read once it is known whether they are a batch.
+_GENERATE: dict[str, Reader] = {
+    "input_ids": anything,
+    "text": anything,
+    "rid": anything,
+    "sampling_params": lambda path, value: read_fields(value, SAMPLING, path),
+    "stream": flag,
+    "return_logprob": flag,
+    "logprob_start_len": integer(-1, INT32),
+    "top_logprobs_num": neutral(0),
+    "token_ids_logprob": neutral([]),
+    "return_text_in_logprobs": neutral(False),
+    "return_hidden_states": neutral(False),
+    "input_embeds": neutral(),
+    "image_data": neutral([]),
+    "audio_data": neutral([]),
+    "video_data": neutral([]),
+    "modalities": neutral([]),
+    "lora_path": neutral("", []),
+    "session_params": neutral({}),
+    "custom_logit_processor": neutral(),
+    # Caches are of one version of the weights and of everybody here, and requests take their turn.
+    **dict.fromkeys(("extra_key", "priority", "log_metrics", "routing_key"), anything),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,113 +119,142 @@ class RequestLimits:
     stop_ids: tuple[int, ...] = ()  # of the model, unless `ignore_eos`
 
 
+@dataclasses.dataclass(frozen=True)
+class GenerateRequest:
+    """A `/generate` body: its jobs, and how they are answered."""
+
+    jobs: tuple[GenerationJob, ...]
+    single: bool  # answered by one object, not by a list
+    stream: bool
+    interval: int  # tokens between two parts of a stream
+    logprobs: bool
+
+
 def parse_generate(
     body: Mapping[str, Any], limits: RequestLimits, encode: Callable[[str], np.ndarray] | None
-) -> list[GenerationJob]:
-    """The jobs of a `/generate` body: one, or one per prompt of a batch.
+) -> GenerateRequest:
+    """The request in a `/generate` body; raises `UserError`, status 400, that names the field.
 
-    Raises `UserError`: status 400, with a message that names the field.
+    `encode`: text to ids; None: the server has no tokenizer.
     """
-    inputs = [key for key in ("input_ids", "text", "input_embeds") if body.get(key) is not None]
-    if inputs == ["text"] and encode is not None:
-        texts = [body["text"]] if isinstance(body["text"], str) else list(body["text"])
-        prompts, single = [encode(text).tolist() for text in texts], isinstance(body["text"], str)
-    elif inputs == ["input_ids"]:
-        ids = body["input_ids"]
-        single = not (isinstance(ids, list) and ids and isinstance(ids[0], list))
-        prompts = [ids] if single else ids
-    else:
-        raise UserError(f"exactly one of input_ids and text must be given, not {inputs or 'none'}")
-    if body.get("return_logprob") and body.get("logprob_start_len", -1) not in (-1, None):
-        raise UserError("logprob_start_len: log-probabilities of the prompt are not computed here")
-    for key in ("top_logprobs_num", "token_ids_logprob", "lora_path", "image_data"):
-        if body.get(key):
-            raise UserError(f"{key} is not supported by this server")
-    rids = body.get("rid")
-    rids = [rids] if single or rids is None else rids
-    params = body.get("sampling_params") or {}
-    if not single and rids != [None] and len(rids) != len(prompts):
-        raise UserError(f"{len(rids)} rids for {len(prompts)} prompts")
-    return [
-        make_job(rids[i] if i < len(rids) else None, prompt, params, limits)
-        for i, prompt in enumerate(prompts)
-    ]
-
-
-def make_job(
-    rid: str | None, prompt: Sequence[int], params: Mapping[str, Any], limits: RequestLimits
-) -> GenerationJob:
-    """A job from ids and SGLang's `sampling_params`; raises `UserError`."""
-    if not isinstance(prompt, list) or not prompt:
-        raise UserError("input_ids must be a list of at least one id")
-    if not all(isinstance(i, int) and 0 <= i < limits.vocab_size for i in prompt):
-        bad = next(i for i in prompt if not (isinstance(i, int) and 0 <= i < limits.vocab_size))
-        raise UserError(f"input_ids holds {bad!r}; the vocabulary has {limits.vocab_size} ids")
-    for key in params:
-        if key not in _PARAMETERS:
-            hint = did_you_mean(key, _PARAMETERS)
-            raise UserError(f"unknown sampling parameter sampling_params.{key}; {hint}")
-    new = params.get("max_new_tokens", DEFAULT_NEW_TOKENS)
-    if not isinstance(new, int) or new < 1:
-        raise UserError(f"max_new_tokens={new!r} must be a positive integer")
-    if len(prompt) >= limits.capacity:
+    given = read_fields(body, _GENERATE)
+    prompts, single = _prompts(given, limits, encode)
+    params = given.get("sampling_params", {})
+    if given.get("return_logprob") and given.get("logprob_start_len", -1) != -1:
         raise UserError(
-            f"the input ({len(prompt)} tokens) is longer than the model's context length "
-            f"({limits.capacity} tokens)"
+            f"logprob_start_len={given['logprob_start_len']}: log-probabilities of the prompt are "
+            "not computed here; leave it out"
         )
-    if len(prompt) + new > limits.capacity:
-        raise UserError(
-            f"requested token count exceeds the model's maximum context length of "
-            f"{limits.capacity} tokens: {len(prompt)} of the input and {new} to be generated"
-        )
-    temperature = params.get("temperature", 1.0)
-    if not isinstance(temperature, int | float) or temperature < 0:
-        raise UserError(f"temperature={temperature!r} must be a number of at least 0")
-    for key, neutral in _NEUTRAL.items():
-        if (value := params.get(key, neutral[0])) not in neutral:
-            raise UserError(f"{key}={value!r} is not supported by this server")
-    stop = params.get("stop") or ()
-    eos = () if params.get("ignore_eos") else (*(params.get("stop_token_ids") or ()),)
-    if not params.get("ignore_eos"):
-        eos = tuple(dict.fromkeys((*eos, *limits.stop_ids)))
-    if len(eos) > MAX_STOP_IDS:
-        raise UserError(f"{len(eos)} stop ids, the model's included; at most {MAX_STOP_IDS}")
-    return GenerationJob(
-        rid=rid or uuid.uuid4().hex,
-        prompt=np.asarray(prompt, np.int32),
-        max_new_tokens=new,
-        temperature=float(temperature),
-        stop_ids=tuple(int(i) for i in eos),
-        stop_strings=(stop,) if isinstance(stop, str) else tuple(stop),
-        seed=params.get("sampling_seed"),
-        options={key: _option(key, params.get(key)) for key in _OPTIONS},
-        keep_stop=bool(params.get("no_stop_trim")),
+    if given.get("stream") and not single:
+        raise UserError("stream=true: one prompt at a time")
+    rids = _rids(given.get("rid"), len(prompts), single)
+    return GenerateRequest(
+        jobs=tuple(make_job(*one, params, limits) for one in zip(rids, prompts, strict=True)),
+        single=single,
+        stream=given.get("stream", False),
+        interval=params.get("stream_interval", 1),
+        logprobs=given.get("return_logprob", False),
     )
 
 
-def _option(key: str, value: Any) -> float:
-    neutral, allowed, words = _OPTIONS[key]
+def _prompts(
+    given: Mapping[str, Any], limits: RequestLimits, encode: Callable[[str], np.ndarray] | None
+) -> tuple[list[np.ndarray], bool]:
+    """The prompts as ids i32[P], and whether one was given by itself."""
+    inputs = [name for name in ("input_ids", "text") if name in given]
+    if len(inputs) != 1 or (encode is None and inputs == ["text"]):
+        raise UserError(f"exactly one of input_ids and text must be given, not {inputs or 'none'}")
+    (name,) = inputs
+    value = given[name]
+    single = not isinstance(value, list) or (
+        name == "input_ids" and not any(isinstance(part, list) for part in value[:1])
+    )
+    parts = [(name, value)] if single else [(f"{name}[{i}]", part) for i, part in enumerate(value)]
+    if not 1 <= len(parts) <= MAX_PROMPTS:
+        raise UserError(f"{name} holds {len(parts)} prompts; send 1 to {MAX_PROMPTS}")
+    if name == "input_ids":
+        return [_ids(*part, limits) for part in parts], single
+    assert encode is not None
+    read = text(limits.capacity * MAX_TOKEN_CHARS, 1)
+    return [encode(read(*part)) for part in parts], single
+
+
+def _ids(path: str, value: Any, limits: RequestLimits) -> np.ndarray:
+    if not isinstance(value, list) or not value:
+        raise refused(path, value, "a list of at least one id")
+    if len(value) >= limits.capacity:
+        raise _too_long(len(value), limits)
+    bad = [i for i in value if type(i) is not int or not 0 <= i < limits.vocab_size]
+    if bad:
+        raise UserError(f"{path} holds {shown(bad[0])}; the vocabulary has {limits.vocab_size} ids")
+    return np.asarray(value, np.int32)
+
+
+def _rids(value: Any, count: int, single: bool) -> list[str]:
     if value is None:
-        return neutral
-    if isinstance(value, bool) or not isinstance(value, int | float) or not allowed(value):
-        raise UserError(f"{key}={value!r} must be {words}")
-    return type(neutral)(max(value, 0))
+        return [uuid.uuid4().hex for _ in range(count)]
+    if single:
+        return [request_id("rid", value)]
+    rids = list_of(request_id, MAX_PROMPTS)("rid", value)
+    if len(rids) != count or len(set(rids)) != count:
+        raise UserError(f"rid: {len(set(rids))} different ids for {count} prompts; give each one")
+    return rids
+
+
+def make_job(
+    rid: str, prompt: np.ndarray, params: Mapping[str, Any], limits: RequestLimits
+) -> GenerationJob:
+    """A job from ids i32[P] and what `SAMPLING` has read; raises `UserError`."""
+    new = params.get("max_new_tokens", DEFAULT_NEW_TOKENS)
+    if len(prompt) >= limits.capacity:
+        raise _too_long(len(prompt), limits)
+    if len(prompt) + new > limits.capacity:
+        raise UserError(
+            f"max_new_tokens={new}: requested token count exceeds the model's maximum context "
+            f"length of {limits.capacity} tokens: {len(prompt)} of the input and {new} to be "
+            "generated"
+        )
+    stop_ids: tuple[int, ...] = ()
+    if not params.get("ignore_eos"):
+        stop_ids = tuple(dict.fromkeys((*params.get("stop_token_ids", ()), *limits.stop_ids)))
+    if len(stop_ids) > MAX_STOP_IDS:
+        raise UserError(
+            f"stop_token_ids: {len(stop_ids)} stop ids, the model's included; at most "
+            f"{MAX_STOP_IDS}"
+        )
+    return GenerationJob(
+        rid=rid,
+        prompt=prompt,
+        max_new_tokens=new,
+        temperature=params.get("temperature", 1.0),
+        stop_ids=stop_ids,
+        stop_strings=params.get("stop", ()),
+        seed=params.get("sampling_seed"),
+        options={
+            "top_p": params.get("top_p", 1.0),
+            "top_k": max(params.get("top_k", 0), 0),
+            "min_p": params.get("min_p", 0.0),
+        },
+        keep_stop=params.get("no_stop_trim", False),
+    )
+
+
+def _too_long(count: int, limits: RequestLimits) -> UserError:
+    return UserError(
+        f"the input ({count} tokens) is longer than the model's context length "
+        f"({limits.capacity} tokens)"
+    )
 
 
 def generate_answer(
     job: GenerationJob,
     current: str,
-    decode: Callable[[Sequence[int]], str] | None,
+    said: str,
     *,
     logprobs: bool,
     seconds: float,
 ) -> dict[str, Any]:
-    """SGLang's answer for a job, finished or (in a stream) not."""
-    # The stop string or id is cut from the text but stays in the ids.
-    matched = None if job.keep_stop else (job.finish or {}).get("matched")
-    text = "" if decode is None else decode(job.ids[:-1] if type(matched) is int else job.ids)
-    if isinstance(matched, str):
-        text = text[: text.index(matched)]
+    """SGLang's answer for a job whose text is `said`, finished or (in a stream) not."""
     meta: dict[str, Any] = {
         "id": job.rid,
         "finish_reason": job.finish,
@@ -178,4 +271,11 @@ def generate_answer(
         rows = zip(job.logprobs, job.ids, strict=True)
         meta["output_token_logprobs"] = [[value, token, None] for value, token in rows]
         meta["output_token_logprobs_length"] = len(job.ids)
-    return {"text": text, "output_ids": list(job.ids), "meta_info": meta}
+    return {"text": said, "output_ids": list(job.ids), "meta_info": meta}
+
+
+def answer_text(job: GenerationJob, decode: Callable[[Sequence[int]], str]) -> str:
+    """The text of a job: what stopped it is cut off, and stays in the ids."""
+    said = decode(job.text_ids)
+    matched = None if job.keep_stop else (job.finish or {}).get("matched")
+    return said.partition(matched)[0] if isinstance(matched, str) else said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -68,6 +69,12 @@ class Running:
             return Finish.STOP
         return Finish.LENGTH if len(self.ids) >= self.budget else None
 
+    def report(self, start: int) -> None:
+        """Tell the caller of the tokens from `start` on, if it wants to know; from any thread."""
+        if self.request.progress is not None:
+            new = (self.ids[start:], self.logprobs[start:], self.versions[start:])
+            self._call(self.request.progress, *new)
+
     def resolve(self, finish: Finish, error: str = "") -> None:
         """Deliver the completion to the caller's event loop; from any thread."""
         completion = Completion(
@@ -83,8 +90,11 @@ class Running:
             if not self.future.done():
                 self.future.set_result(completion)
 
-        if not self.loop.is_closed():
-            self.loop.call_soon_threadsafe(deliver)
+        self._call(deliver)
+
+    def _call(self, function: Callable[..., object], *arguments: object) -> None:
+        with contextlib.suppress(RuntimeError):  # its loop has been closed: nobody waits
+            self.loop.call_soon_threadsafe(function, *arguments)
 
 
 def failed(error: str) -> Completion:
@@ -100,11 +110,13 @@ def cut_at_stop(
 
     Returns (number of ids to keep, the stop string), or (None, '') when none is complete.
     """
-    whole = text(ids)
+    # An id is at least one byte: of what is older no byte can belong to a stop that ends only now.
+    start = max(len(ids) - new - max(len(stop.encode()) for stop in stops), 0)
+    whole = text(ids[start:])
     if not any(stop in whole for stop in stops):
         return None, ""
     for count in range(len(ids) - new + 1, len(ids) + 1):
-        part = text(ids[:count])
+        part = text(ids[start:count])
         found = next((stop for stop in stops if stop in part), None)
         if found is not None:
             return count, found

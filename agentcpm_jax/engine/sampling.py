@@ -18,12 +18,16 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+LEAST_TEMPERATURE = (
+    1e-6  # as SGLang: below it logits overflow, and the likeliest id is drawn anyway
+)
+
 
 @flax.struct.dataclass
 class Draw:
     """Sampling parameters of R rows; jax or numpy arrays."""
 
-    temperature: Any  # f32[R] 0 = greedy
+    temperature: Any  # f32[R] below LEAST_TEMPERATURE = greedy
     top_k: Any  # i32[R] 0 = all
     top_p: Any  # f32[R] 1 = all
     min_p: Any  # f32[R] 0 = all
@@ -37,7 +41,7 @@ def sample(logits: jax.Array, draw: Draw, index: jax.Array) -> jax.Array:
     A row's id depends on that row alone. Noise is made and restrictions are applied only when some
     row asks for it.
     """
-    greedy = draw.temperature <= 0
+    greedy = draw.temperature < LEAST_TEMPERATURE
     scaled = logits / jnp.where(greedy, 1.0, draw.temperature)[:, None]
     scaled = jax.lax.cond(
         jnp.any(~greedy & ((draw.top_k > 0) | (draw.top_p < 1) | (draw.min_p > 0))),

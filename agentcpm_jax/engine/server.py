@@ -1,31 +1,65 @@
 """An engine behind SGLang's HTTP protocol: the subset that rollouts and weight updates need.
 
     GET   /health /health_generate /model_info /server_info /v1/models /metrics
-    POST  /generate /v1/chat/completions /tokenize /detokenize
+    POST  /generate /v1/chat/completions (both also as streams) /tokenize /detokenize
     POST  /pause_generation /continue_generation /abort_request /flush_cache       control:
           /update_weights_from_disk /update_weight_version                         admin key
 
-Control routes require the admin key; without one they answer on the loopback interface only.
+Control routes require the admin key; without one they answer on the loopback interface only. A body
+is read by a table of its fields: what is of another type, out of range or unknown is status 400 and
+concerns nobody else. Status 500 and 503 say that the engine has ended, and why.
 """
 
 from __future__ import annotations
 
 import asyncio
 import ipaddress
-import json
+import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 from aiohttp import web
 
 from agentcpm_jax.chat.format import ChatFormat
-from agentcpm_jax.engine.chat_route import chat_completion, chat_job
-from agentcpm_jax.engine.requests import RequestLimits, generate_answer, parse_generate
+from agentcpm_jax.engine.chat_route import (
+    ChatRequest,
+    chat_chunks,
+    chat_completion,
+    messages,
+    parse_chat,
+    tools,
+)
+from agentcpm_jax.engine.fields import (
+    Reader,
+    anything,
+    flag,
+    integer,
+    list_of,
+    neutral,
+    one_of,
+    parse_body,
+    read_fields,
+    refused,
+    text,
+)
+from agentcpm_jax.engine.requests import (
+    MAX_PROMPTS,
+    MAX_TOKEN_CHARS,
+    GenerateRequest,
+    RequestLimits,
+    answer_text,
+    generate_answer,
+    parse_generate,
+    request_id,
+)
 from agentcpm_jax.engine.sessions import EngineFailure, GenerationJob, ServedEngine, Sessions
+from agentcpm_jax.engine.streaming import GrowingText, send_events
 from agentcpm_jax.types import UserError
 
 CONTROL = frozenset(
@@ -40,7 +74,10 @@ CONTROL = frozenset(
 )
 OPEN = frozenset({"/health", "/health_generate", "/metrics"})
 
-MAX_BODY_BYTES = 64 << 20  # of a request: millions of token ids, and no denial of service
+MAX_BODY_BYTES = 16 << 20  # of a request: a million token ids and more, and soon parsed
+HEALTH_SECONDS = 120.0  # in which a well engine samples a token, its compilation included
+FLUSH_SECONDS = 5.0  # in which the engine leaves requests that have ended
+MAX_NAME, MAX_PATH = 256, 4096
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -82,14 +119,18 @@ class EngineServer:
         model: dict[str, Any] | None = None,
     ) -> None:
         self.cfg, self._chat, self._keys = cfg, chat, keys or ServerKeys()
-        decode = None if chat is None else chat.decode
-        self.sessions = Sessions(engine, version=weight_version, chunk=chunk, decode=decode)
-        self._decode = decode
+        self._decode = None if chat is None else chat.decode
+        self._model = {"tokenizer_path": "", "is_generation": True} | (model or {})
+        self.sessions = Sessions(
+            engine,
+            version=weight_version,
+            chunk=chunk,
+            decode=self._decode,
+            path=self._model.pop("model_path", ""),
+        )
         self._limits = RequestLimits(
             engine.capacity, engine.vocab_size, () if chat is None else chat.stop_ids
         )
-        self._model = {"model_path": "", "tokenizer_path": "", "is_generation": True}
-        self._model |= model or {}
         self._local = is_loopback(cfg.host)
         self._started = time.time()
 
@@ -174,155 +215,211 @@ class EngineServer:
             return _error(500, str(error))
         except web.HTTPException as error:
             return _error(error.status, error.text or error.reason)
+        except ConnectionError:  # the client has gone
+            raise
+        except Exception as error:
+            logging.getLogger(__name__).exception("%s %s", request.method, request.path)
+            return _error(500, f"{type(error).__name__} in {request.path}: see the server's log")
 
     # --- sampling ---------------------------------------------------------------------------
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
-        body = await _json(request)
         encode = None if self._chat is None else self._chat.encode_text
-        jobs = parse_generate(body, self._limits, encode)
-        logprobs, started = bool(body.get("return_logprob")), time.monotonic()
+        body, started = await _json(request), time.monotonic()
+        # Tokenising a long text takes a while, in which the others are served.
+        asked = await asyncio.to_thread(parse_generate, body, self._limits, encode)
+        if asked.stream:
+            return await send_events(request, self._parts(asked, started))
+        await self._finish(asked.jobs)
+        found = [self._answer(job, asked, started) for job in asked.jobs]
+        return web.json_response(found[0] if asked.single else found)
 
-        def answer(job: GenerationJob) -> dict[str, Any]:
-            seconds = time.monotonic() - started
-            return generate_answer(
-                job, self.sessions.version, self._decode, logprobs=logprobs, seconds=seconds
-            )
+    async def _parts(
+        self, asked: GenerateRequest, started: float
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        """What a job has so far, each time it has grown enough, and at its end."""
+        (job,), sent = asked.jobs, 0
+        said = None if self._decode is None else GrowingText(self._decode)
+        async with aclosing(self.sessions.run(job)) as parts:
+            async for _ in parts:
+                if job.finish is not None:
+                    yield self._answer(job, asked, started)
+                elif len(job.ids) - sent >= asked.interval:
+                    sent = len(job.ids)
+                    yield self._answer(job, asked, started, said)
 
-        single = not isinstance((body.get("input_ids") or [0])[0], list) and not isinstance(
-            body.get("text"), list
-        )
-        if body.get("stream"):
-            if not single:
-                raise UserError("stream: one prompt at a time")
-            return await _stream(request, (answer(job) async for job in self.sessions.run(jobs[0])))
-        answers = await asyncio.gather(*(self._finish(job) for job in jobs))
-        found = [answer(job) for job in answers]
-        return web.json_response(found[0] if single else found)
+    def _answer(
+        self,
+        job: GenerationJob,
+        asked: GenerateRequest,
+        started: float,
+        growing: GrowingText | None = None,
+    ) -> dict[str, Any]:
+        said = ""
+        if growing is not None:
+            said = growing.extend(job.text_ids)
+        elif self._decode is not None:
+            said = answer_text(job, self._decode)
+        seconds = time.monotonic() - started
+        version = self.sessions.version
+        return generate_answer(job, version, said, logprobs=asked.logprobs, seconds=seconds)
 
     async def _chat_completions(self, request: web.Request) -> web.StreamResponse:
         body = await _json(request)
         if self._chat is None:
             raise UserError("/v1/chat/completions: this server has no chat template")
-        job = chat_job(body, self._chat, self._limits)
-        if body.get("stream"):
+        asked = await asyncio.to_thread(parse_chat, body, self._chat, self._limits)
+        if asked.stream:
+            return await send_events(request, self._chunks(asked))
+        await self._finish((asked.job,))
+        return web.json_response(chat_completion(asked, self.sessions.version))
 
-            async def chunks() -> AsyncIterator[dict[str, Any]]:
-                assert self._chat is not None
-                async for part in self.sessions.run(job):
-                    if part.finish is not None:
-                        yield chat_completion(part, body, self._chat, self.sessions.version)
+    async def _chunks(self, asked: ChatRequest) -> AsyncGenerator[dict[str, Any], None]:
+        async with aclosing(self.sessions.run(asked.job)) as jobs:
+            async for chunk in chat_chunks(asked, jobs, self.sessions):
+                yield chunk
 
-            return await _stream(request, chunks())
-        done = await self._finish(job)
-        return web.json_response(chat_completion(done, body, self._chat, self.sessions.version))
+    async def _finish(self, jobs: Sequence[GenerationJob]) -> None:
+        """Run jobs to their ends; the failure of one ends all of its request."""
 
-    async def _finish(self, job: GenerationJob) -> GenerationJob:
-        async for _ in self.sessions.run(job):
-            pass
-        return job
+        async def finish(job: GenerationJob) -> None:
+            async with aclosing(self.sessions.run(job)) as parts:
+                async for _ in parts:
+                    pass
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for job in jobs:
+                    group.create_task(finish(job))
+        except BaseExceptionGroup as failed:
+            raise failed.exceptions[0] from None
 
     async def _tokenize(self, request: web.Request) -> web.Response:
-        body = await _json(request)
+        limit = self._limits.capacity * MAX_TOKEN_CHARS
+        table = _TOKENIZE | {"prompt": text(limit), "messages": messages, "tools": tools}
+        given = read_fields(await _json(request), table)
         if self._chat is None:
             raise UserError("/tokenize: this server has no tokenizer")
-        if body.get("messages") is not None:
-            ids = self._chat.prompt_ids(body["messages"], body.get("tools")).tolist()
-        elif isinstance(body.get("prompt"), str):
-            ids = self._chat.encode_text(body["prompt"]).tolist()
+        if ("messages" in given) == ("prompt" in given):
+            raise UserError("/tokenize: give either a prompt or messages")
+        chat = self._chat
+        if "messages" in given:
+            ids = await asyncio.to_thread(chat.prompt_ids, given["messages"], given.get("tools"))
         else:
-            raise UserError("/tokenize: give a prompt or messages")
+            ids = await asyncio.to_thread(chat.encode_text, given["prompt"])
         return web.json_response(
-            {"tokens": ids, "count": len(ids), "max_model_len": self._limits.capacity}
+            {"tokens": ids.tolist(), "count": len(ids), "max_model_len": self._limits.capacity}
         )
 
     async def _detokenize(self, request: web.Request) -> web.Response:
-        body = await _json(request)
+        ids = list_of(integer(0, self._limits.vocab_size - 1), self._limits.capacity)
+        given = read_fields(await _json(request), _TOKENIZE | {"tokens": ids})
         if self._chat is None:
             raise UserError("/detokenize: this server has no tokenizer")
-        return web.json_response({"text": self._chat.decode(body.get("tokens") or [])})
+        if "tokens" not in given:
+            raise UserError("tokens is missing; send a list of ids")
+        return web.json_response({"text": self._chat.decode(given["tokens"])})
 
     # --- control ----------------------------------------------------------------------------
 
     async def _pause(self, request: web.Request) -> web.Response:
-        mode = (await _json(request)).get("mode", "abort")
-        if mode not in ("abort", "retract", "in_place"):
-            raise UserError(f"mode={mode!r}; one of abort, retract, in_place")
-        await self.sessions.pause(mode)
+        given = read_fields(await _json(request), _PAUSE)
+        await self.sessions.pause(given.get("mode", "abort"))
         return web.json_response({"message": "Generation paused successfully.", "status": "ok"})
 
     async def _continue(self, request: web.Request) -> web.Response:
+        read_fields(await _json(request), {})
         self.sessions.resume()
         return web.json_response({"message": "Generation continued successfully.", "status": "ok"})
 
     async def _abort(self, request: web.Request) -> web.Response:
-        body = await _json(request)
-        self.sessions.abort(body.get("rid") or "", everything=bool(body.get("abort_all")))
+        given = read_fields(await _json(request), _ABORT)
+        rids, everything = given.get("rid", []), given.get("abort_all", False)
+        if not rids and not everything:
+            raise UserError("rid is missing; name the requests to end, or send abort_all=true")
+        self.sessions.abort(*rids, everything=everything)
         return web.Response()
 
     async def _flush(self, request: web.Request) -> web.Response:
-        if self.sessions.running or not self.sessions.engine.flush():
-            return web.Response(status=400, text="Flush cache failed: requests are running.\n")
+        read_fields(await _json(request), {})
+        until = time.monotonic() + FLUSH_SECONDS
+        while self.sessions.running or not self.sessions.engine.flush():
+            if self.sessions.running or time.monotonic() > until:
+                raise UserError("Flush cache failed: requests are running.")
+            await asyncio.sleep(0.01)
         return web.Response(text="Cache flushed.\n")
 
     async def _update(self, request: web.Request) -> web.Response:
-        body = await _json(request)
-        path, waiting = body.get("model_path"), self.sessions.running
-        if not isinstance(path, str):
-            raise UserError("model_path must be a directory")
-        if body.get("abort_all_requests"):
-            self.sessions.abort("", everything=True)
+        given, waiting = read_fields(await _json(request), _UPDATE), self.sessions.running
+        if "model_path" not in given:
+            raise UserError("model_path is missing; name a directory")
+        if given.get("abort_all_requests"):
+            self.sessions.abort(everything=True)
         try:
-            await self.sessions.update(path, body.get("weight_version"))
-        except UserError as error:
-            refused = {"success": False, "message": str(error), "num_paused_requests": 0}
-            return web.json_response(refused, status=400)
-        self._model["model_path"] = path
+            await self.sessions.update(given["model_path"], given.get("weight_version"))
+        except Exception as error:  # whatever files can be damaged in
+            known = isinstance(error, UserError)
+            said = str(error) if known else f"model_path: {type(error).__name__}: {error}"
+            answer = {"success": False, "message": said, "num_paused_requests": 0}
+            return web.json_response(answer | {"error": {"message": said, "code": 400}}, status=400)
         message = f"Succeeded to update model weights. Weight version: {self.sessions.version}."
         return web.json_response(
             {"success": True, "message": message, "num_paused_requests": waiting}
         )
 
     async def _rename(self, request: web.Request) -> web.Response:
-        body = await _json(request)
-        if body.get("abort_all_requests", True):
-            self.sessions.abort("", everything=True)
-        self.sessions.rename(str(body.get("new_version")))
+        given = read_fields(await _json(request), _RENAME)
+        if "new_version" not in given:
+            raise UserError("new_version is missing; give the weights a name")
+        if given.get("abort_all_requests", True):
+            self.sessions.abort(everything=True)
+        self.sessions.rename(given["new_version"])
         return web.json_response({"success": True, "new_version": self.sessions.version})
 
     # --- information ------------------------------------------------------------------------
 
     async def _health(self, request: web.Request) -> web.Response:
+        if failure := self.sessions.engine.failure:
+            return _error(503, failure)
         return web.Response()
 
     async def _health_generate(self, request: web.Request) -> web.Response:
-        if not self.sessions.running:
-            (job,) = parse_generate(
-                {"input_ids": [0], "sampling_params": {"max_new_tokens": 1}}, self._limits, None
-            )
-            await self._finish(job)
-        return web.Response()
+        """As `/health`, and a token is sampled, unless others are being or none may be."""
+        if not (self.sessions.running or self.sessions.paused or self.sessions.engine.failure):
+            body = {"input_ids": [0], "sampling_params": {"max_new_tokens": 1}}
+            asked = parse_generate(body, self._limits, None)
+            try:
+                async with asyncio.timeout(HEALTH_SECONDS):
+                    await self._finish(asked.jobs)
+            except TimeoutError:
+                return _error(503, f"no token was sampled within {HEALTH_SECONDS:g} s")
+            except EngineFailure as error:
+                return _error(503, str(error))
+        return await self._health(request)
 
     async def _model_info(self, request: web.Request) -> web.Response:
-        return web.json_response(self._model | {"weight_version": self.sessions.version})
+        return web.json_response(self._described())
+
+    def _described(self) -> dict[str, Any]:
+        names = {"model_path": self.sessions.path, "weight_version": self.sessions.version}
+        return self._model | names
 
     async def _server_info(self, request: web.Request) -> web.Response:
         running = {"num_running_reqs": self.sessions.running, "paused": self.sessions.paused}
         return web.json_response(
-            self._model
+            self._described()
             | {
                 "version": "agentcpm_jax",
                 "context_length": self._limits.capacity,
                 "vocab_size": self._limits.vocab_size,
                 "enable_deterministic_inference": True,  # sampling_seed is honoured
                 "startup_time": self._started,
-                "weight_version": self.sessions.version,
                 "internal_states": [running],
             }
         )
 
     async def _models(self, request: web.Request) -> web.Response:
-        name = self._model.get("served_model_name") or Path(self._model["model_path"]).name
+        name = self._model.get("served_model_name") or Path(self.sessions.path).name
         card = {"id": name or "model", "object": "model", "max_model_len": self._limits.capacity}
         return web.json_response({"object": "list", "data": [card]})
 
@@ -362,31 +459,43 @@ def _error(status: int, message: str) -> web.Response:
 
 async def _json(request: web.Request) -> dict[str, Any]:
     try:
-        body = await request.json() if request.can_read_body else {}
-    except ValueError:
-        raise UserError("the body is not JSON") from None
-    if not isinstance(body, dict):
-        raise UserError("the body must be a JSON object")
-    return body
+        return parse_body(await request.read())
+    except web.HTTPException:  # larger than allowed
+        raise
+    except (web.RequestPayloadError, aiohttp.ClientError) as error:
+        raise UserError(f"the body cannot be read: {error}") from None
 
 
-async def _stream(
-    request: web.Request, answers: AsyncIterator[dict[str, Any]]
-) -> web.StreamResponse:
-    """Send server-sent events; an error before the first decides the status."""
-    first = await anext(answers)
-    response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
-    await response.prepare(request)
+def _rids(path: str, value: Any) -> list[str]:
+    """One request id or several; an empty one is none."""
+    if isinstance(value, list):
+        return list_of(request_id, MAX_PROMPTS)(path, value)
+    return [] if value == "" else [request_id(path, value)]
 
-    async def send(data: str) -> None:
-        await response.write(f"data: {data}\n\n".encode())
 
-    await send(json.dumps(first))
-    try:
-        async for answer in answers:
-            await send(json.dumps(answer))
-    except EngineFailure as error:
-        await send(json.dumps({"error": {"message": str(error), "code": 500}}))
-    await send("[DONE]")
-    await response.write_eof()
-    return response
+def _path(path: str, value: Any) -> str:
+    found = text(MAX_PATH, 1)(path, value)
+    if "\0" in found:
+        raise refused(path, value, "the path of a directory")
+    return found
+
+
+_TOKENIZE: dict[str, Reader] = {
+    "model": text(MAX_NAME),
+    "skip_special_tokens": neutral(False),
+    "add_special_tokens": anything,  # the tokenizers of these models add none
+}
+_PAUSE: dict[str, Reader] = {"mode": one_of("abort", "retract", "in_place")}
+_ABORT: dict[str, Reader] = {"rid": _rids, "abort_all": flag}
+_RENAME: dict[str, Reader] = {"new_version": text(MAX_NAME, 1), "abort_all_requests": flag}
+_UPDATE: dict[str, Reader] = {
+    "model_path": _path,
+    "weight_version": text(MAX_NAME, 1),
+    "abort_all_requests": flag,
+    "flush_cache": flag,  # what is cached under other weights is always dropped
+    "load_format": neutral("auto", "safetensors"),
+    "is_async": neutral(False),
+    "keep_pause": flag,  # an update never ends a pause
+    # Of other engines' memory and records.
+    **dict.fromkeys(("torch_empty_cache", "recapture_cuda_graph", "token_step"), anything),
+}

@@ -10,6 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
+from agentcpm_jax import tree
 from agentcpm_jax.chat.format import ChatFormat
 from agentcpm_jax.engine.config import EngineConfig
 from agentcpm_jax.engine.local import LocalEngine
@@ -74,6 +78,7 @@ class ServedLocal(LocalEngine):
 
     def __init__(self, path: str, cfg: EngineConfig, dtype: str | None = None) -> None:
         params, model = load_hf(path, param_dtype=dtype)
+        _check_finite(params, path)
         if dtype is not None:
             model = replace(model, dtype=dtype)
         super().__init__(params, model, cfg)
@@ -83,6 +88,7 @@ class ServedLocal(LocalEngine):
         if not (Path(path) / CONFIG).is_file():
             raise UserError(f"{path} holds no config.json; name a Hugging Face directory")
         params, _ = load_hf(path, self.model)
+        _check_finite(params, path)
         self.set_params(params, version)
 
     def describe(self, path: str) -> dict[str, Any]:
@@ -94,3 +100,15 @@ class ServedLocal(LocalEngine):
             "architectures": ["Qwen3ForCausalLM"],
             "dtype": self.model.param_dtype,
         }
+
+
+def _check_finite(params: dict[str, Any], path: str) -> None:
+    """Raise `UserError` for weights that would make every answer NaN."""
+    for name, values in tree.flatten(params).items():
+        if not _all_finite(values):
+            raise UserError(f"{path}: {name} holds NaN or infinity; name whole weights")
+
+
+@jax.jit
+def _all_finite(values: jax.Array) -> jax.Array:
+    return jnp.isfinite(values).all()

@@ -43,13 +43,18 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """A request for one completion. `rid` ends with a delimiter: engines abort by prefix."""
+    """A request for one completion. `rid` ends with a delimiter: engines abort by prefix.
+
+    `progress`: an engine that can calls it, in the caller's event loop, with the ids, log-probs and
+    versions of each stretch of tokens as soon as it is sampled.
+    """
 
     rid: str
     prompt_ids: np.ndarray  # i32[P]
     max_new_tokens: int
     params: SamplingParams = field(default_factory=SamplingParams)
     deadline: float | None = None  # seconds from submission; None: no limit
+    progress: Callable[[Sequence[int], Sequence[float], Sequence[int]], None] | None = None
 
 
 @dataclass(frozen=True)

@@ -99,6 +99,115 @@ def test_spans_are_the_blocks() -> None:
     assert [text[slice(*span)] for span in parse(text).spans] == [good, bad, good]
 
 
+A, B = call('{"q": "a"}'), call('{"q": "b"}')
+PYTHON = '{"name": "PythonInterpreter", "arguments": {}}'
+
+
+def program(code: str, head: str = PYTHON) -> str:
+    return f"{OPEN}\n{head}\n<code>{code}</code>\n{CLOSE}"
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        # two objects in a block are one error, not one call
+        (A.replace(CLOSE, "\n" + B.replace(OPEN, "")) + B, [0, "b"]),
+        (OPEN + '{"name": "f", "arguments": {}}, {"x": 1}' + CLOSE, [0]),
+        # tags in strings are text
+        (call('{"q": "what is </tool_call>?"}') + B, ["what is </tool_call>?", "b"]),
+        (call('{"q": "</tool_call> <tool_call>{"}') + B, ["</tool_call> <tool_call>{", "b"]),
+        (call("{'q': '</tool_call>'}"), ["</tool_call>"]),
+        (call('{"q": "<think> </think>"}'), ["<think> </think>"]),
+        (call('{"q": "</think>"}') + B, ["</think>", "b"]),
+        (call('{"q": "<code>"}'), ["<code>"]),
+        ("<think>t</think>" + call('{"q": "</think>"}'), ["</think>"]),
+        # a quote that is never closed swallows no neighbour
+        (OPEN + '{"name": "f", "arguments": {"q": "x}}' + CLOSE + B, [0, "b"]),
+        # a thought end that ends no thought
+        (A + "</think>", [0]),
+        (A + "</think>" + B, [0, "b"]),
+        ("<answer>x</answer></think>" + B, [0, "b"]),
+        ("words </think>" + B + "</think>", ["b"]),
+        (A + "<think>x</think>" + B, ["a", "b"]),
+        # later thoughts
+        ("<think>t</think><think>" + A, [0]),
+        (B + "<think>" + A, ["b", 0]),
+        ("<think>t</think><think>" + A + "</think>" + B, ["b"]),
+        ("a <think> is a tag", []),
+    ],
+)
+def test_no_call_is_dropped_in_silence(text: str, found: list[Any]) -> None:
+    """The argument `q` of each call, 0 for a typed error."""
+    turn = parse(text)
+    assert [0 if c.error else (c.arguments or {})["q"] for c in turn.calls] == found
+    assert set(turn.errors) <= set(ERRORS)
+    assert all(0 <= start < end <= len(text) for start, end in turn.spans)
+
+
+def test_a_thought_that_the_prompt_opened_ends_once() -> None:
+    assert parse(f"t</think>{A}", in_thought=True).errors == ()
+    assert parse(f"t</think><think>{A}", in_thought=True).errors == ("unfinished_thought",)
+    assert parse(f"t {A}</think>", in_thought=True).calls == ()
+    assert parse("<answer>The <think> tag</answer>").answer == "The <think> tag"
+    assert parse("<answer>x</answer></think>").answer is None
+
+
+@pytest.mark.parametrize(
+    ("code", "read"),
+    [
+        ("\n    x = 1\n    if x:\n        print(x)\n", "x = 1\nif x:\n    print(x)"),
+        ("\n\tx = 1\n\n\ty = 2\n", "x = 1\n\ny = 2"),
+        ("\n    x = 1\ny = 2\n", "    x = 1\ny = 2"),  # as it is written: Python says so
+        (" import os\nprint(os)", "import os\nprint(os)"),
+        ("    x = 1\n    y = 2", "x = 1\ny = 2"),
+        ("\n\n  \n  x = 1  \n\n", "x = 1"),
+        ('\nprint("</tool_call>")\n', 'print("</tool_call>")'),
+        ('\nprint("</code>")\n', 'print("</code>")'),
+        ('\nprint("</tool_call> <tool_call>")\n', 'print("</tool_call> <tool_call>")'),
+        ("\nx = '<think>'\n", "x = '<think>'"),
+        ("\nd = {1: '}'}\n", "d = {1: '}'}"),
+    ],
+)
+def test_code_is_what_was_written(code: str, read: str) -> None:
+    for head in (PYTHON, '{"name": "PythonInterpreter"}', PYTHON.replace("{}", "null")):
+        first, second = parse(program(code, head) + B).calls
+        assert (first.error, first.arguments) == (None, {"code": read})
+        assert second.arguments == {"q": "b"}
+    before = f"{OPEN}<code>{code}</code>\n{PYTHON}{CLOSE}"
+    assert parse(before).calls[0].arguments == {"code": read}
+
+
+def test_code_that_no_tool_takes_or_nothing_closes_is_an_error() -> None:
+    assert parse(program("x", '{"name": "f", "arguments": {}}')).errors == ("bad_arguments",)
+    unclosed = f"{OPEN}{PYTHON}<code>print(1){CLOSE}"
+    turn = parse(unclosed + program("print(2)"))
+    assert turn.errors == ("missing_code",) and turn.calls[1].arguments == {"code": "print(2)"}
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    arguments=st.lists(
+        st.dictionaries(
+            st.text(max_size=2),
+            st.lists(
+                st.sampled_from(
+                    [OPEN, CLOSE, "<think>", "</think>", "<code>", "</code>", "<answer>", '"', "{"]
+                ),
+                max_size=3,
+            ).map("".join),
+            max_size=2,
+        ),
+        max_size=3,
+    ),
+    between=st.sampled_from(["", "\n", " words ", "<think>a</think>"]),
+)
+def test_tags_in_strings_are_text(arguments: list[dict[str, str]], between: str) -> None:
+    calls = [call(json.dumps(a)) for a in arguments]
+    turn = parse(between.join(calls))
+    assert [c.arguments for c in turn.calls] == arguments
+    assert [c.error for c in turn.calls] == [None] * len(arguments)
+
+
 def test_unknown_tool_names_the_known_ones() -> None:
     found = parse(call("{}", name="g")).calls[0]
     assert (found.name, found.error) == ("g", "unknown_tool")
@@ -127,6 +236,15 @@ HOSTILE = {
     + "<code>" * 10_000
     + CLOSE,
     "megabytes": call('{"x": "' + "y" * 10_000_000 + '"}'),
+    "closing tags in strings": (OPEN + '{"a": "' + CLOSE) * 5000,
+    "closed tags in strings": (OPEN + '{"a": "' + CLOSE + '"}') * 5000 + CLOSE,
+    "tags in code": OPEN + PYTHON + "<code>" + CLOSE * N,
+    "calls in code": (OPEN + PYTHON + "<code>" + CLOSE) * 2000,
+    "ends of code": OPEN + PYTHON + "<code>" + ("</code>" + " " * 50) * 1000,
+    "code before": (OPEN + "<code>" + "</code> " * 10) * 2000,
+    "empty thoughts": "<think></think>" * N,
+    "ends of thoughts": "</think>" * N,
+    "a thought before all": "<think>" + (OPEN + CLOSE) * N,
     "answers": "<answer>" * N + "</answer>" * N,
     "thoughts": "<think>" * N,
     "64 json5 calls": call('{"x": ' + "[1,]," * 150 + "}") * 64,

@@ -70,6 +70,7 @@ class ToyEngine:
     def __init__(self, vocab_size: int = 97, capacity: int = 4096, weights: str = "base") -> None:
         self.vocab_size, self.capacity, self.weights = vocab_size, capacity, weights
         self._version = 0
+        self.failure = ""
         self.on_token: Callable[[], None] = lambda: None
 
     async def sample(self, request: SampleRequest) -> Completion:
@@ -84,6 +85,8 @@ class ToyEngine:
             logprobs.append(logprob)
             versions.append(self._version)
             state = zlib.crc32(token.to_bytes(4, "little"), state)
+            if request.progress is not None:
+                request.progress([token], [logprob], [self._version])
             self.on_token()
             await asyncio.sleep(0)  # weights may change between any two tokens
             if token in request.params.stop_ids:

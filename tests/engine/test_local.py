@@ -311,3 +311,74 @@ def test_failures_are_completions(params):
     engine.close()
     (closed,) = run(engine, [request([9])])
     assert closed.finish == Finish.ERROR
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        *[({"top_k": k}, "top_k=") for k in (2**40, 10**400, -2, float("nan"))],
+        *[({"temperature": t}, "temperature=") for t in (float("nan"), -1.0, 1e308)],
+        ({"top_p": 1.5}, "top_p=1.5"),
+        ({"min_p": float("inf")}, "min_p=inf"),
+        *[({"stop_ids": (i,)}, "stop_ids=") for i in (2**40, -1)],
+        *[({"prompt_ids": np.asarray(p)}, "prompt holds") for p in ([2**40], [-1], [64], [0.5])],
+        ({"prompt_ids": [2**70]}, "prompt holds"),
+    ],
+)
+def test_what_does_not_fit_arrays_fails_alone(params, wrong, named):
+    engine = LocalEngine(params, CFG, ENGINE)
+    good = request([9, 10])
+    if "prompt_ids" in wrong:
+        bad = replace(good, **wrong)
+    else:
+        bad = replace(good, params=replace(good.params, **wrong))
+    first, second, third = run(engine, [good, bad, good])
+    engine.close()
+    assert second.finish == Finish.ERROR and named in second.error
+    assert first.finish == third.finish != Finish.ERROR and not engine.failure
+
+
+@pytest.mark.parametrize("where", ["decode", "prefill", "copy_prefix"])
+def test_a_failure_in_the_thread_is_everybodys_and_stays(params, monkeypatch, where):
+    engine = LocalEngine(params, CFG, ENGINE)
+
+    def breaks(*_):
+        raise SystemExit("out of memory")
+
+    monkeypatch.setattr(local, where, breaks)
+    asked = [request(np.arange(30), seed=i) for i in range(9)]  # more than there are slots
+    for done in (*run(engine, asked), *run(engine, asked[:1])):
+        assert done.finish == Finish.ERROR and "out of memory" in done.error
+    assert engine.failure == "engine failed: SystemExit: out of memory"
+    engine.close()
+
+
+def test_a_request_that_breaks_the_thread_while_it_is_admitted_is_answered(params, monkeypatch):
+    engine = LocalEngine(params, CFG, ENGINE)
+    monkeypatch.setattr(engine._slots, "take", lambda *_: 1 / 0)
+    (done,) = run(engine, [request([9])])
+    assert done.finish == Finish.ERROR and "ZeroDivisionError" in done.error
+    engine.close()
+
+
+def test_progress_is_what_the_completion_says(params):
+    engine = LocalEngine(params, CFG, ENGINE, version=5)
+    told: list[tuple] = []
+
+    def progress(*new):
+        told.append(new)
+
+    asked = replace(request([9, 10], new=30, stop=()), progress=progress)
+    done, silent = run(engine, [asked, replace(asked, progress=None)])
+    engine.close()
+    assert len(told) >= 30 / ENGINE.chunk
+    ids, logprobs, versions = ([x for new in told for x in new[i]] for i in range(3))
+    assert (ids, versions) == (done.ids.tolist(), [5] * 30)
+    assert logprobs == done.logprobs.tolist() == silent.logprobs.tolist()
+
+
+def test_a_temperature_near_zero_is_greedy(params):
+    engine = LocalEngine(params, CFG, ENGINE)
+    greedy, tiny = run(engine, [request([9], temperature=t) for t in (0.0, 1e-45)])
+    engine.close()
+    np.testing.assert_array_equal(greedy.ids, tiny.ids)

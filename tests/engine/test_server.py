@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import httpx
 import numpy as np
 import pytest
 
+from agentcpm_jax.engine import server as server_module
 from agentcpm_jax.engine.requests import RequestLimits, parse_generate
 from agentcpm_jax.engine.server import CONTROL, ServerConfig, ServerKeys, is_loopback
 from agentcpm_jax.engine.sessions import version_spans
@@ -20,7 +24,7 @@ from agentcpm_jax.hf.tokenizer import load_chat
 from agentcpm_jax.rollout.policy import Finish, SamplingParams
 from agentcpm_jax.types import UserError
 from tests.doubles.fault_server import FaultServer, ToyEngine, toy_next, toy_state
-from tests.doubles.toy_pool import Servers, wait_for
+from tests.doubles.toy_pool import Servers, toy_weights, wait_for
 from tests.pool.contract_suite import body, in_flight
 
 ROOT = Path(__file__).parents[2]
@@ -168,6 +172,139 @@ def test_a_tool_call_becomes_one_in_the_answer(servers):
     assert called["function"] == {"name": "search", "arguments": '{"query": "a"}'}
 
 
+# --- ids, names and failures ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rid", "named"),
+    [(5, 5), (5, "5"), ("a/1/", "a/"), ("a/1/", ["x", "a/1/"]), (-3, [-3]), ("ü/", "ü/")],
+)
+def test_every_rid_that_is_taken_can_be_aborted(servers, rid, named):
+    url = servers.start(FaultServer(chunk=1))
+    with in_flight(Url(url), 2000, rid="other/"), in_flight(Url(url), 2000, rid=rid) as answers:
+        assert post(url, "/abort_request", {"rid": "none of them"}).status_code == 200
+        assert post(url, "/abort_request", {"rid": named}).status_code == 200
+        while answers[-1]["meta_info"]["finish_reason"] is None:
+            time.sleep(0.01)
+        others = post(url, "/abort_request", {"rid": "other/"})
+    assert others.status_code == 200
+    assert answers[-1]["meta_info"]["finish_reason"]["type"] == "abort"
+    assert answers[-1]["meta_info"]["id"] == str(rid)
+
+
+def test_requests_that_wait_for_the_end_of_a_pause_can_be_aborted(servers):
+    server = FaultServer()
+    url = servers.start(server)
+    post(url, "/pause_generation", {"mode": "retract"})
+    with ThreadPoolExecutor() as pool:
+        waiting = [pool.submit(generate, url, rid=rid) for rid in ("a/1/", "a/2/", "b/")]
+        wait_for(lambda: len(server.sessions._new) == 3)
+        assert post(url, "/generate", body(2, rid="a/1/")).status_code == 400
+        assert httpx.get(url + "/health_generate", trust_env=False).status_code == 200
+        post(url, "/abort_request", {"rid": "a/"})
+        reasons = [w.result()["meta_info"]["finish_reason"] for w in waiting[:2]]
+        assert reasons == [{"type": "abort", "message": "Abort before prefill"}] * 2
+        post(url, "/abort_request", {"rid": "", "abort_all": True})
+        assert waiting[2].result()["output_ids"] == []
+    post(url, "/continue_generation")
+    assert len(generate(url)["output_ids"]) == 6
+
+
+def test_one_bad_prompt_of_a_batch_starts_none(servers):
+    server = FaultServer()
+    url = servers.start(server)
+    answer = post(url, "/generate", body(2, input_ids=[[1], [500]]))
+    assert answer.status_code == 400 and "input_ids[1] holds 500" in answer.text
+    with in_flight(Url(url), 4000, rid="taken/"):
+        twice = post(url, "/generate", body(4000, input_ids=[[1], [2]], rid=["new/", "taken/"]))
+        assert twice.status_code == 400 and "'taken/'" in twice.text
+        wait_for(lambda: server.sessions.running == 1)
+        post(url, "/abort_request", {"abort_all": True})
+
+
+@pytest.mark.parametrize("error", [UserError("shapes differ"), OSError("torn"), KeyError("x")])
+def test_refused_weights_leave_weights_and_every_name_as_they_were(servers, tmp_path, error):
+    class Refuses(ToyEngine):
+        refuses = False
+
+        def load(self, path, version):
+            if self.refuses:
+                raise error
+            super().load(path, version)
+
+    toy = Refuses()
+    url = servers.start(FaultServer(toy))
+    update = {"model_path": toy_weights(tmp_path, "w1"), "weight_version": "one"}
+    assert post(url, "/update_weights_from_disk", update).json()["success"] is True
+    toy.refuses = True
+    wrong = {"model_path": toy_weights(tmp_path, "w2"), "weight_version": "two"}
+    answer = post(url, "/update_weights_from_disk", wrong)
+    assert (answer.status_code, answer.json()["success"]) == (400, False)
+    assert str(error) in answer.json()["message"]
+    for name in ("one", "renamed"):
+        info = httpx.get(url + "/model_info", trust_env=False).json()
+        assert (info["weight_version"], info["model_path"]) == (name, update["model_path"])
+        assert httpx.get(url + "/v1/models", trust_env=False).json()["data"][0]["id"] == "w1"
+        meta = generate(url)["meta_info"]
+        assert meta["weight_version"] == name
+        assert meta["weight_versions"] == [{"version": name, "start": 0, "end": 6}]
+        post(url, "/update_weight_version", {"new_version": "renamed"})
+    toy.refuses = False
+    assert post(url, "/update_weights_from_disk", wrong).json()["success"] is True
+    assert generate(url)["meta_info"]["weight_version"] == "two"
+
+
+def test_an_update_is_whole_although_its_caller_leaves(servers, tmp_path):
+    class Slow(ToyEngine):
+        def load(self, path, version):
+            time.sleep(0.5)
+            super().load(path, version)
+
+    url = servers.start(FaultServer(Slow()))
+    update = {"model_path": toy_weights(tmp_path, "w1"), "weight_version": "one"}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(url + "/update_weights_from_disk", json=update, timeout=0.1, trust_env=False)
+    info = lambda: httpx.get(url + "/model_info", trust_env=False).json()  # noqa: E731
+    wait_for(lambda: info()["weight_version"] == "one")
+    assert info()["model_path"] == update["model_path"]
+    meta = generate(url)["meta_info"]
+    assert meta["weight_versions"] == [{"version": "one", "start": 0, "end": 6}]
+
+
+def test_a_dead_engine_is_told_from_a_well_one(servers):
+    class Dies(ToyEngine):
+        async def sample(self, request):
+            if 13 in request.prompt_ids:
+                self.failure = "engine failed: out of memory"
+            if self.failure:
+                return replace(
+                    await super().sample(request), finish=Finish.ERROR, error=self.failure
+                )
+            return await super().sample(request)
+
+    url = servers.start(FaultServer(Dies()))
+    health = ("/health", "/ready", "/health_generate")
+    assert [httpx.get(url + path, trust_env=False).status_code for path in health] == [200] * 3
+    batch = post(url, "/generate", body(4, input_ids=[[1], [13]]))
+    assert batch.status_code == 500 and "out of memory" in batch.json()["error"]["message"]
+    for path in health:
+        answer = httpx.get(url + path, trust_env=False)
+        assert answer.status_code == 503 and "out of memory" in answer.text
+    assert httpx.get(url + "/metrics", trust_env=False).status_code == 200
+
+
+def test_an_engine_that_samples_nothing_is_not_well(servers, monkeypatch):
+    class Hangs(ToyEngine):
+        async def sample(self, request):
+            await asyncio.Event().wait()
+
+    monkeypatch.setattr(server_module, "HEALTH_SECONDS", 0.2)
+    url = servers.start(FaultServer(Hangs()))
+    answer = httpx.get(url + "/health_generate", trust_env=False)
+    assert answer.status_code == 503 and "no token was sampled within 0.2 s" in answer.text
+    assert httpx.get(url + "/health", trust_env=False).status_code == 200
+
+
 # --- what it refuses ------------------------------------------------------------------------
 
 
@@ -205,10 +342,10 @@ def test_what_cannot_be_done_is_refused_by_name(changes, message):
 def test_stop_ids_of_the_model_hold_unless_they_are_switched_off():
     limits = RequestLimits(64, 100, stop_ids=(7,))
     params = {"max_new_tokens": 4, "stop_token_ids": [9]}
-    (job,) = parse_generate({"input_ids": [1], "sampling_params": params}, limits, None)
+    (job,) = parse_generate({"input_ids": [1], "sampling_params": params}, limits, None).jobs
     assert job.stop_ids == (9, 7)
     params["ignore_eos"] = True
-    (job,) = parse_generate({"input_ids": [1], "sampling_params": params}, limits, None)
+    (job,) = parse_generate({"input_ids": [1], "sampling_params": params}, limits, None).jobs
     assert job.stop_ids == ()
 
 
