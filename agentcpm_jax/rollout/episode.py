@@ -73,14 +73,17 @@ async def run_episode(
     sample: int,
     attempt: int,
     seed: int,
+    redraw: bool = True,
 ) -> Trajectory:
     """Play one task to its end; sets the answer, and leaves verdict and reward to the grader.
 
-    The caller opens and closes `toolbox`. Cancellation propagates.
+    The caller opens and closes `toolbox`. Cancellation propagates. Another attempt draws other
+    tokens, or the same ones without `redraw`.
     Raises UserError when the system prompt and the tools alone do not fit into `max_context`.
     """
     began = time.monotonic()
-    episode = _Episode(policy, toolbox, chat, cfg, (issue_id, sample, attempt), seed)
+    key, drawn = (issue_id, sample, attempt), attempt if redraw else 0
+    episode = _Episode(policy, toolbox, chat, cfg, key, (seed, issue_id, sample, drawn))
     stop = episode.open(task.question)
     while stop is None:
         stop = await episode.step()
@@ -117,7 +120,7 @@ class _Episode:
         chat: ChatFormat,
         cfg: EpisodeConfig,
         key: tuple[int, int, int],
-        seed: int,
+        seed: tuple[int, ...],
     ) -> None:
         self._policy, self._toolbox, self._chat, self._cfg = policy, toolbox, chat, cfg
         self._key, self._seed = key, seed
@@ -179,7 +182,7 @@ class _Episode:
             params=SamplingParams(
                 temperature=cfg.temperature,
                 stop_ids=self._chat.stop_ids,
-                seed=(self._seed, *self._key, turn),
+                seed=(*self._seed, turn),
             ),
         )
 
