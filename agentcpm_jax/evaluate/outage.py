@@ -4,7 +4,7 @@ A failure says nothing about the policy, so it is never a result. After a pause 
 is asked again, and given up in one of two ways, which the others tell apart:
 
     others get answers      what fails on its own for `GRACE` seconds stays without an answer
-    nobody gets an answer   after `PATIENCE` seconds of that everything ends, as `BreakerOpen`
+    nobody gets an answer   after `PATIENCE` seconds everything ends, as `BreakerOpen`
 
 Where no other is being asked, one that had an answer before is asked once more, and decides.
 """
@@ -23,6 +23,7 @@ ATTEMPTS = 4  # before anything is given up
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 15.0  # seconds; each is twice the one before
 GRACE = 60.0
 PATIENCE = 300.0
+LONGEST_PATIENCE = 3600.0  # as long as first attempts are under way: episodes may be long
 TELL_AFTER = 2.0  # seconds without an answer that are worth a line
 _NEVER = -float("inf")
 
@@ -44,7 +45,9 @@ class Outages:
         self._name, self._announce = name, announce
         self._slots, self._checking = asyncio.Semaphore(concurrency), asyncio.Lock()
         self._answered = _NEVER  # when anybody last had an answer, by the event loop's clock
+        self._silent: float | None = None  # when the first failure since then was
         self._checked = _NEVER  # when the witness last had none
+        self._untried = 0  # first attempts under way
         self._told = False
         self._witness: Callable[[], Awaitable[bool]] | None = None
 
@@ -58,22 +61,28 @@ class Outages:
         for attempt in itertools.count():
             async with self._slots:
                 started = time()
-                result = await once(attempt)
+                self._untried += not attempt
+                try:
+                    result = await once(attempt)
+                finally:
+                    self._untried -= not attempt
             now, why = time(), failure(result)
             if not why:
                 self.remember(once, failure, attempt)
                 self._note_answer(now)
                 return result
             first = first if attempt else now
+            self._silent = now if self._silent is None else self._silent
             if attempt + 1 >= ATTEMPTS and now - first >= GRACE:
                 if before < self._answered < started:
                     return result
                 await self._ask_witness(since=before)
-                if now - max(self._answered, first) >= PATIENCE:
+                silence = time() - self._silent if self._silent is not None else 0.0
+                if silence >= (LONGEST_PATIENCE if self._untried else PATIENCE):
                     raise BreakerOpen(
-                        f"{self._name}: no answer for {PATIENCE:.0f} s; the last failure: {why}"
+                        f"{self._name}: no answer for {silence:.0f} s; the last failure: {why}"
                     )
-            self._tell(now - max(self._answered, first), why)
+            self._tell(now, why)
             before = now
             await asyncio.sleep(min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE))
         raise AssertionError("unreachable")
@@ -96,13 +105,14 @@ class Outages:
             else:
                 self._checked = time()
 
-    def _tell(self, silence: float, why: str) -> None:
-        if silence >= TELL_AFTER and not self._told:
+    def _tell(self, now: float, why: str) -> None:
+        silent = self._silent is not None and now - self._silent >= TELL_AFTER
+        if silent and not self._told:
             self._told = True
             self._announce(f"{self._name}: no answers ({why}); asking again, {PATIENCE:.0f} s long")
 
     def _note_answer(self, now: float) -> None:
-        self._answered = now
+        self._answered, self._silent = now, None
         if self._told:
             self._told = False
             self._announce(f"{self._name}: answers again")
