@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -50,7 +50,7 @@ class Estimate:
     low: float = math.nan
     high: float = math.nan
     tasks: int = 0
-    asked: int = 0
+    asked: int = field(default=0, compare=False)
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:

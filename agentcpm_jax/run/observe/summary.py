@@ -241,7 +241,9 @@ def _headlines(models: Mapping[str, Mapping[str, Any]]) -> list[Headline]:
         out.append(
             Headline(
                 f"general skill of {plain[0]} that {plain[-1]} keeps",
-                f"{100 * last.value / first.value:.0f} %" if first.value > 0 else "n/a",
+                f"{100 * last.value / first.value:.0f} %"
+                if first.value > 0 and last.tasks
+                else "n/a",
                 f"{format_estimate(first, percent=True)} before, "
                 f"{format_estimate(last, percent=True)} after",
             )
