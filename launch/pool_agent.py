@@ -3,8 +3,9 @@
     python launch/pool_agent.py --source=gs://bucket/weights --directory=/local/weights
     SGLANG_ADMIN_API_KEY=... python launch/pool_agent.py --source=... --directory=... --host=0.0.0.0
 
---source is the trainer's pool.weights_dir; pool.agent_port is --port. Runs in SGLang's environment
-(no jax). Copies resume where they stopped. Exit codes: 0 stopped, 2 a mistake (one line says it).
+--source is the trainer's pool.weights_dir; pool.agent_port is --port. Other machines are answered
+with a key alone. Runs in SGLang's environment (no jax). Copies resume where they stopped. Exit
+codes: 0 stopped, 2 a mistake (one line says it).
 """
 
 from __future__ import annotations
