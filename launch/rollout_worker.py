@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
 
 def work(argv: list[str]) -> int:
     """Parse, work, say how much was handed in."""
-    from agentcpm_jax.run.commandline import parse
+    from agentcpm_jax.run.commandline import check_worker, parse
     from agentcpm_jax.types import UserError
 
     try:
@@ -40,6 +40,7 @@ def work(argv: list[str]) -> int:
         if groups and not (groups[-1].isdecimal() and int(groups[-1])):
             raise UserError(f"--groups={groups[-1]}: give a whole number of at least 1")
         count = int(groups[-1]) if groups else 0
+        check_worker(command.config, command.workdir)  # before jax and all the rest are imported
         from agentcpm_jax.rollout.groups import StreamError
         from agentcpm_jax.run.worker import run_worker
 

@@ -273,6 +273,17 @@ def not_finite(x: np.ndarray) -> int:
     return sum(int(piece.size - np.count_nonzero(np.isfinite(piece))) for piece in broken)
 
 
+def check_finite(checkpoint: Checkpoint) -> None:
+    """Raises UserError that names the first tensor with a number that is not."""
+    for name in checkpoint.tensors:
+        if count := not_finite(checkpoint.read(name)):
+            raise UserError(
+                f"{checkpoint.places[name]}: tensor {name} has {count} values that are not finite; "
+                "the checkpoint is damaged, use another"
+            )
+        checkpoint.release(name)
+
+
 def all_finite(x: np.ndarray) -> bool:
     """Whether none is."""
     exponent = EXPONENT.get(x.dtype)
@@ -376,6 +387,12 @@ def _weight_files(directory: Path) -> list[Path]:
         shards = shards if SINGLE in shards else []
     else:
         shards = _shards(directory / INDEX)
+        others = {p.name for p in directory.glob("model-*-of-*.safetensors")} - {*shards}
+        if shards and others:
+            raise UserError(
+                f"{directory} has {min(others)}, which {INDEX} does not name: two sets of weights; "
+                "remove one of them"
+            )
     for name in shards or [SINGLE]:
         if not (directory / name).is_file():
             raise UserError(

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from agentcpm_jax.chat.format import ChatFormat
-from agentcpm_jax.config import EvalStage, Stage
+from agentcpm_jax.config import EvalStage, Stage, model_source
 from agentcpm_jax.engine.config import check_capacity
 from agentcpm_jax.engine.local import LocalEngine
 from agentcpm_jax.evaluate.passk import TaskScore
@@ -55,10 +55,10 @@ def run_eval(ctx: RunContext, stage: Stage) -> bool:
     check_prompt(ctx.chat, ctx.cfg.episode, make_tools(ctx.cfg.tools)[1])
     tasks = evaluation_tasks(spec, ctx.cfg.test_tasks)
     announce_tasks(ctx, stage, spec)
-    sources = {name: f"stage:{name}" for name in spec.models} | _sweep_points(ctx)
+    sources = {name: model_source(name) for name in spec.models} | _sweep_points(ctx)
     lost = 0
     for name, source in sources.items():
-        path, swept = ctx.directory(stage) / f"{name}.json", name not in spec.models
+        path, swept = ctx.directory(stage) / results_file(name), name not in spec.models
         asked = tasks[: max(len(tasks) // 4, 1)] if swept else tasks
         results = json.loads(path.read_text()) if path.exists() else {}
         if not _is_whole(results, asked, spec, brief=swept):
@@ -71,6 +71,11 @@ def run_eval(ctx: RunContext, stage: Stage) -> bool:
     if lost:
         ctx.announce(f"{stage.name}: {lost} samples have no verdict; the same command asks again")
     return not lost
+
+
+def results_file(model: str) -> str:
+    """What the results of a model are stored as."""
+    return f"{model.replace('/', '--')}.json"
 
 
 def evaluate_model(

@@ -49,7 +49,7 @@ def open_agent(
         server.server_bind()
         if not key and not _is_loopback(str(server.server_address[0])):  # bound, not yet listening
             raise UserError(
-                f"--host={host} is open to other machines and there is no key: export "
+                f"--host={host} is open to other machines and there is no key: set "
                 "SGLANG_ADMIN_API_KEY, here and at the trainer, or keep --host=127.0.0.1"
             )
         server.server_activate()
@@ -127,11 +127,14 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(400, {"error": str(error)})
 
     def _allowed(self) -> bool:
-        if not self.key:  # a page sends its origin, or the name by which it found this address
-            if "Origin" not in self.headers and _is_loopback(self.headers.get("Host", "")):
-                return True
-            self._answer(403, {"error": "without a key this is for programs of this machine"})
+        # A page in a browser of this machine reaches loopback too. It sends its origin, or the name
+        # by which it found this address.
+        named = self.key or _is_loopback(self.headers.get("Host", ""))
+        if "Origin" in self.headers or not named:
+            self._answer(403, {"error": "this is for programs, and no page of a browser may ask"})
             return False
+        if not self.key:
+            return True
         given = self.headers.get("Authorization", "")
         if hmac.compare_digest(given.encode(), f"Bearer {self.key}".encode()):
             return True

@@ -258,6 +258,8 @@ def test_other_machines_are_answered_with_a_key_alone(
         pulled = httpx.post(f"{url}/pull", json=body, headers=bearer, trust_env=False)
         assert pulled.status_code == 401
     assert ask(url, 1, "secret").status_code == 200
+    page = {"Origin": "http://evil.example", "Authorization": "Bearer secret"}
+    assert httpx.get(f"{url}/versions", headers=page, trust_env=False).status_code == 403
 
 
 @pytest.mark.parametrize(
@@ -301,7 +303,7 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys) -> None:
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3 and all(line.startswith("error: ") for line in lines)
     assert pool_agent.main([*flags, "--port=0", "--host=0.0.0.0"]) == 2
-    assert "export SGLANG_ADMIN_API_KEY" in capsys.readouterr().err
+    assert "set SGLANG_ADMIN_API_KEY" in capsys.readouterr().err
 
 
 def test_tls_and_addresses(store: ObjectStore, agents, tmp_path: Path) -> None:

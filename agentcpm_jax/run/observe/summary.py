@@ -39,7 +39,7 @@ from agentcpm_jax.evaluate.report.page import (
 )
 from agentcpm_jax.files import write_atomically
 from agentcpm_jax.run.context import RunContext
-from agentcpm_jax.run.evaluation import DECISIONS, DECODINGS
+from agentcpm_jax.run.evaluation import DECISIONS, DECODINGS, results_file
 from agentcpm_jax.run.observe import health
 from agentcpm_jax.run.observe.dataset import data_tables
 from agentcpm_jax.run.observe.metrics import series
@@ -117,10 +117,16 @@ def write_summary(ctx: RunContext, announce: Callable[[str], None]) -> Path:
 
 def model_results(directory: Path, spec: EvalStage) -> dict[str, dict[str, Any]]:
     """model name -> its results, in the order of the stage; sweep points (`merge@0.5`) follow."""
-    found = {p.stem: p for p in sorted(directory.glob("*.json"))}
+    names = {results_file(model): model for model in spec.models}
+    found = {names.get(p.name, p.stem): p for p in sorted(directory.glob("*.json"))}
     order = [m for m in spec.models if m in found]
-    order += [m for m in found if "@" in m]
+    order += [m for m in found if _swept(m) and m not in order]
     return {name: json.loads(found[name].read_text()) for name in order}
+
+
+def _swept(name: str) -> bool:
+    """Whether a model is a point of a merge's sweep, and not a revision of a repository."""
+    return "@" in name and "/" not in name
 
 
 def scores_of(result: Mapping[str, Any], decode: str) -> list[TaskScore]:
@@ -215,7 +221,7 @@ def _fewer(name: str, row: Mapping[str, Any]) -> list[str]:
 
 def differences(names: Sequence[str]) -> list[tuple[str, str]]:
     """Each model against the one before it, leaving out sweep points."""
-    plain = [n for n in names if "@" not in n]
+    plain = [n for n in names if not _swept(n)]
     return list(zip(plain[1:], plain[:-1], strict=True))
 
 
@@ -235,7 +241,7 @@ def _headlines(models: Mapping[str, Mapping[str, Any]]) -> list[Headline]:
                 if paired.tasks
                 else Headline(f"{a} against {b}, {decode}", "no graded task", _tasks(paired))
             )
-    plain = [n for n in models if "@" not in n]
+    plain = [n for n in models if not _swept(n)]
     if len(plain) > 1:
         first, last = (general_skill(models[n]) for n in (plain[0], plain[-1]))
         out.append(
@@ -257,7 +263,7 @@ def _tasks(value: Estimate) -> str:
 
 
 def _charts(models: Mapping[str, Mapping[str, Any]]) -> list[BarChart]:
-    plain = {n: r for n, r in models.items() if "@" not in n}
+    plain = {n: r for n, r in models.items() if not _swept(n)}
     charts = []
     for decode in DECODINGS:
         kinds = sorted({s.kind for r in plain.values() for s in scores_of(r, decode)})
@@ -315,7 +321,7 @@ def search_charts(directory: Path) -> list[ScatterChart]:
 
 
 def _tables(models: Mapping[str, Mapping[str, Any]], ks: Sequence[int]) -> list[Table]:
-    plain = {n: r for n, r in models.items() if "@" not in n}
+    plain = {n: r for n, r in models.items() if not _swept(n)}
     tables = [
         attempts_table(plain, ks),
         Table(
