@@ -66,7 +66,6 @@ def test_a_stage_with_outages_and_edited_tasks(
     assert judge.away and judge.away[0] < time.monotonic() and began < judge.away[0]
     assert scores(workdir) == {"t0": (2, 0, 0), "t1": (2, 2, 0), "t2": (2, 0, 0), "t3": (2, 2, 0)}
     assert (workdir / "eval" / "DONE").exists()
-    assert any("judge_error: ConnectionError: connection refused" in line for line in lines)
 
     # Another order, one task less and one more, which the judge cannot judge.
     monkeypatch.setattr(outage, "GRACE", 0.5)
