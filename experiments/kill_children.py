@@ -154,11 +154,11 @@ def crash(spec: str, server: int = 0) -> None:
     if name == "moment":  # seconds after the stages begin, imports and set-up excluded
         run_stage = stages.run_stage
 
-        def timed(*args: Any) -> None:
+        def timed(*args: Any) -> bool:
             timer = threading.Timer(float(count), die)
             timer.daemon = True
             timer.start()
-            run_stage(*args)
+            return run_stage(*args)
 
         if "rollout_worker" in sys.modules:
             work = run_worker._work

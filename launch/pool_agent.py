@@ -3,8 +3,9 @@
     python launch/pool_agent.py --source=gs://bucket/weights --directory=/local/weights
     SGLANG_ADMIN_API_KEY=... python launch/pool_agent.py --source=... --directory=... --host=0.0.0.0
 
---source is the trainer's pool.weights_dir; pool.agent_port is --port. Runs in SGLang's environment
-(no jax). Copies resume where they stopped. Exit codes: 0 stopped, 2 a mistake (one line says it).
+--source is the trainer's pool.weights_dir; pool.agent_port is --port. Other machines are answered
+with a key alone. Runs in SGLang's environment (no jax). Copies resume where they stopped. Exit
+codes: 0 stopped, 2 a mistake (one line says it).
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         Path(args.directory).mkdir(parents=True, exist_ok=True)
         mirror = Mirror(args.source, args.directory, int(args.quota_gb * 1e9))
-        key = os.environ.get("SGLANG_ADMIN_API_KEY", "")
+        key = os.environ.get("SGLANG_ADMIN_API_KEY") or os.environ.get("SGLANG_API_KEY", "")
         server = open_agent(mirror, args.host, args.port, key, args.certificate)
     except OSError as error:
         print(f"error: --directory={args.directory} cannot be made: {error}", file=sys.stderr)

@@ -5,14 +5,15 @@
     mean@k = c / n                         share of right attempts, where n >= k
 
 for a task with n graded attempts of which c are right: each is the unbiased estimate from the
-attempts at hand, and NaN where n < k. Attempts without a verdict are not counted in n.
+attempts at hand, and NaN where n < k. Attempts without a verdict are not counted in n: a
+mean over fewer tasks than were asked is said to be one.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -21,13 +22,17 @@ Metric = Callable[[int, int, int], float]
 
 @dataclass(frozen=True)
 class TaskScore:
-    """n graded attempts at one task, c of them right; `unknown` more had no verdict."""
+    """n graded attempts at one task, c of them right; `unknown` more have no verdict.
+
+    `lost` of the unknown failed outside the policy (an outage) and can be asked again.
+    """
 
     uid: str
     n: int
     c: int
     kind: str = "qa"
     unknown: int = 0
+    lost: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.c <= self.n:
@@ -36,12 +41,16 @@ class TaskScore:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over `tasks` tasks with its 95 % interval; NaN where there is none."""
+    """A mean over `tasks` of the `asked` tasks with its 95 % interval; NaN where there is none.
+
+    `asked` is 0 where nobody says how many there were.
+    """
 
     value: float
     low: float = math.nan
     high: float = math.nan
     tasks: int = 0
+    asked: int = field(default=0, compare=False)
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -74,7 +83,7 @@ def per_task(scores: Sequence[TaskScore]) -> dict[str, float]:
 
 
 def estimate(scores: Sequence[TaskScore], k: int = 1, metric: Metric = pass_at_k) -> Estimate:
-    """Mean of the metric over the tasks with n >= k, whose number is the estimate's `tasks`.
+    """Mean of the metric over the tasks with n >= k: the estimate's `tasks`, of `asked` in all.
 
     Tasks with one attempt each are independent draws that are right or wrong, so their interval is
     the exact binomial one; otherwise attempts at one task resemble each other, and tasks are
@@ -82,8 +91,10 @@ def estimate(scores: Sequence[TaskScore], k: int = 1, metric: Metric = pass_at_k
     """
     graded = [s for s in scores if s.n >= k]
     if graded and all(s.n == 1 for s in graded):
-        return clopper_pearson(sum(s.c for s in graded), len(graded))
-    return bootstrap_mean(np.array([metric(s.n, s.c, k) for s in graded], np.float64))
+        found = clopper_pearson(sum(s.c for s in graded), len(graded))
+    else:
+        found = bootstrap_mean(np.array([metric(s.n, s.c, k) for s in graded], np.float64))
+    return replace(found, asked=len(scores))
 
 
 def by_kind(scores: Sequence[TaskScore]) -> dict[str, list[TaskScore]]:
@@ -104,7 +115,7 @@ def paired_difference(a: Mapping[str, float], b: Mapping[str, float]) -> Estimat
     if a.keys() != b.keys():
         raise ValueError(f"unpaired: {len(a.keys() ^ b.keys())} tasks are only in one of the two")
     values = np.array([a[uid] - b[uid] for uid in sorted(a)], np.float64)
-    return bootstrap_mean(values[~np.isnan(values)])
+    return replace(bootstrap_mean(values[~np.isnan(values)]), asked=len(values))
 
 
 def bootstrap_mean(values: np.ndarray) -> Estimate:

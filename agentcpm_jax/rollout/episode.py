@@ -8,13 +8,16 @@ The loop of AgentCPM-Explore's sampler with the following deviations:
 4. every malformed call gets its own error observation and its own token span, the valid calls of
    the turn run, and flags of a turn add up instead of overwriting one another;
 5. a turn cut at its token budget is kept and flagged but never acted on;
-6. a failing engine or tool server ends the episode as unknown, never as a wrong answer.
+6. a failing engine or tool server ends the episode as unknown, never as a wrong answer;
+7. a turn that opens a second thought is not acted on: it has not come to its calls or its answer;
+8. half of a surrogate pair, which is no text, is replaced in what a tool said, and this is said.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -56,6 +59,11 @@ NUDGE = (
     "Your message held neither a tool call nor an answer. "
     "Call a tool, or give the final answer between <answer> and </answer>."
 )
+_SECOND_THOUGHT = ToolCall(
+    "", None, "unfinished_thought", "a message has one thought; nothing after a second is acted on"
+)
+_ANSWER = re.compile(r"<answer>.*?</answer>", re.DOTALL)
+_HALF = re.compile("[\ud800-\udfff]")
 #: ids i32[N] and provenance u8[N]
 _Tokens: TypeAlias = tuple[np.ndarray, np.ndarray]
 #: why to stop, or the messages that answer the turn
@@ -73,14 +81,17 @@ async def run_episode(
     sample: int,
     attempt: int,
     seed: int,
+    redraw: bool = True,
 ) -> Trajectory:
     """Play one task to its end; sets the answer, and leaves verdict and reward to the grader.
 
-    The caller opens and closes `toolbox`. Cancellation propagates.
+    The caller opens and closes `toolbox`. Cancellation propagates. Another attempt draws other
+    tokens, or the same ones without `redraw`.
     Raises UserError when the system prompt and the tools alone do not fit into `max_context`.
     """
     began = time.monotonic()
-    episode = _Episode(policy, toolbox, chat, cfg, (issue_id, sample, attempt), seed)
+    key, drawn = (issue_id, sample, attempt), attempt if redraw else 0
+    episode = _Episode(policy, toolbox, chat, cfg, key, (seed, issue_id, sample, drawn))
     stop = episode.open(task.question)
     while stop is None:
         stop = await episode.step()
@@ -117,7 +128,7 @@ class _Episode:
         chat: ChatFormat,
         cfg: EpisodeConfig,
         key: tuple[int, int, int],
-        seed: int,
+        seed: tuple[int, ...],
     ) -> None:
         self._policy, self._toolbox, self._chat, self._cfg = policy, toolbox, chat, cfg
         self._key, self._seed = key, seed
@@ -179,7 +190,7 @@ class _Episode:
             params=SamplingParams(
                 temperature=cfg.temperature,
                 stop_ids=self._chat.stop_ids,
-                seed=(self._seed, *self._key, turn),
+                seed=(*self._seed, turn),
             ),
         )
 
@@ -193,6 +204,8 @@ class _Episode:
         cfg, chat = self._cfg, self._chat
         text = chat.decode(completion.ids[:-1] if _ended(completion, chat) else completion.ids)
         parsed = parse_completion(text, self._names, in_thought=chat.in_thought)
+        if _thinks_again(text, parsed):
+            parsed = ParsedTurn((_SECOND_THOUGHT,), None, ((0, len(text)),))
         called = any(call.error != "unfinished_thought" for call in parsed.calls)
         progress = called or parsed.answer is not None
         self._idle = 0 if progress else self._idle + 1
@@ -290,6 +303,16 @@ def _ended(completion: Completion, chat: ChatFormat) -> bool:
     return len(completion.ids) > 0 and int(completion.ids[-1]) in chat.stop_ids
 
 
+def _thinks_again(text: str, parsed: ParsedTurn) -> bool:
+    """Whether the turn opens another thought after its first, in none of its calls and answers."""
+    start = text.find("</think>")
+    if start < 0:
+        return False
+    for first, last in reversed(parsed.spans):  # what a call holds is data
+        text = text[: max(first, start)] + text[max(last, start) :]
+    return "<think>" in _ANSWER.sub("", text[start:])
+
+
 def _located(
     parsed: ParsedTurn, completion: Completion, chat: ChatFormat, offset: int
 ) -> tuple[ToolCall, ...]:
@@ -312,10 +335,19 @@ async def _run_calls(
             result = ToolResult(ToolStatus.BAD_ARGUMENTS, content)
         else:
             result = await toolbox.call(call.name, call.arguments)
-        results.append(_shortened(result, max_chars))
+        results.append(_shortened(_as_text(result), max_chars))
         if result.status is ToolStatus.INFRA_ERROR:
             break
     return tuple(results)
+
+
+def _as_text(result: ToolResult) -> ToolResult:
+    """The result as text that every tokenizer, file and page takes."""
+    content, count = _HALF.subn("\ufffd", result.content)
+    if not count:
+        return result
+    said = f"[replaced {count} times: half of a surrogate pair, which is no text]"
+    return dataclasses.replace(result, content=f"{content}\n{said}")
 
 
 def _shortened(result: ToolResult, max_chars: int) -> ToolResult:

@@ -1,12 +1,12 @@
 """The eval stage: each model on held-out tasks (sampled and greedy), on general skills, and the
-decisions behind the scores. Every number lands in `results.json`; the log holds every episode."""
+decisions behind the scores. Every number lands in `<model>.json`; the log holds every episode."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from agentcpm_jax.chat.format import ChatFormat
-from agentcpm_jax.config import Stage, model_source
+from agentcpm_jax.config import EvalStage, Stage, model_source
 from agentcpm_jax.engine.config import check_capacity
 from agentcpm_jax.engine.local import LocalEngine
 from agentcpm_jax.evaluate.passk import TaskScore
@@ -38,13 +38,17 @@ from agentcpm_jax.world.questions import demonstration
 from agentcpm_jax.world.search import search_index
 from agentcpm_jax.world.tools import SCHEMAS, config_of
 
+DECODINGS = ("sampled", "greedy")
 DECISIONS = ("syntax", "relation", "lookup", "copying")
 DECISION_TASKS = 96
 DECISION_ROWS = 16  # episodes of a forward pass
 
 
-def run_eval(ctx: RunContext, stage: Stage) -> None:
-    """Evaluate every model of the stage; a model whose results are on disk is not run again."""
+def run_eval(ctx: RunContext, stage: Stage) -> bool:
+    """Evaluate every model of the stage; returns whether no sample is left to ask again.
+
+    A model whose results are on disk, all of them and of these tasks, is not run again.
+    """
     spec = stage.eval
     assert spec is not None
     check_capacity(spec.engine, ctx.cfg.episode.max_context)
@@ -52,15 +56,21 @@ def run_eval(ctx: RunContext, stage: Stage) -> None:
     tasks = evaluation_tasks(spec, ctx.cfg.test_tasks)
     announce_tasks(ctx, stage, spec)
     sources = {name: model_source(name) for name in spec.models} | _sweep_points(ctx)
+    lost = 0
     for name, source in sources.items():
-        path = ctx.directory(stage) / results_file(name)
-        if not path.exists():
+        path, swept = ctx.directory(stage) / results_file(name), name not in spec.models
+        asked = tasks[: max(len(tasks) // 4, 1)] if swept else tasks
+        results = json.loads(path.read_text()) if path.exists() else {}
+        if not _is_whole(results, asked, spec, brief=swept):
             ctx.claim()
-            swept = name not in spec.models
-            results = evaluate_model(ctx, stage, name, ctx.load_params(source), tasks, brief=swept)
+            results = evaluate_model(ctx, stage, name, ctx.load_params(source), asked, brief=swept)
             write_atomically(path, json.dumps(results, indent=1) + "\n")
+        lost += sum(_lost(row) for decode in DECODINGS for row in results.get(decode, []))
         if ctx.stop.requested:
             raise Interrupted(f"stopped after {name} of {stage.name}; same command resumes")
+    if lost:
+        ctx.announce(f"{stage.name}: {lost} samples have no verdict; the same command asks again")
+    return not lost
 
 
 def results_file(model: str) -> str:
@@ -77,20 +87,24 @@ def evaluate_model(
     *,
     brief: bool = False,
 ) -> dict[str, Any]:
-    """Scores of one model as plain data; `brief` = greedy and skills only, on fewer tasks."""
+    """Scores of one model as plain data; `brief` = greedy and skills only.
+
+    Raises `BreakerOpen` when the engine, the tools or the judge are down and do not come back.
+    """
     spec = stage.eval
     assert spec is not None
     engine = LocalEngine(params, ctx.cfg.model, spec.engine)
     results: dict[str, Any] = {"name": name}
     try:
-        if brief:
-            tasks = tasks[: max(len(tasks) // 4, 1)]
-        else:
+        if not brief:
             results["sampled"] = _scores(ctx, stage, f"{name}/sampled", tasks, engine, sampled=True)
         results["greedy"] = _scores(ctx, stage, f"{name}/greedy", tasks, engine, sampled=False)
         documents = skill_documents(spec.skill_tasks, ctx.cfg.seed)
-        skills = asyncio.run(skill_scores(engine, ctx.chat.encode_text, documents))
+        skills = asyncio.run(
+            skill_scores(engine, ctx.chat.encode_text, documents, announce=ctx.announce)
+        )
         results["skills"] = {k: [int(ok) for ok in v] for k, v in skills.items()}
+        results["documents"] = len(documents)
     finally:
         engine.close()
     if not brief:
@@ -103,6 +117,27 @@ def evaluate_model(
             length=spec.engine.capacity,
         )
     return results
+
+
+def _is_whole(
+    results: Mapping[str, Any], tasks: Sequence[Task], spec: EvalStage, *, brief: bool
+) -> bool:
+    """Whether these are results of exactly these tasks, and none is to be asked again."""
+    uids = {task.uid for task in tasks}
+    if not results:
+        return False
+    for decode, samples in (("greedy", 1), *([] if brief else [("sampled", spec.samples)])):
+        rows = results.get(decode, [])
+        if {row["uid"] for row in rows} != uids:
+            return False
+        if any(_lost(row) or row["n"] + row["unknown"] < samples for row in rows):
+            return False
+    return True
+
+
+def _lost(row: Mapping[str, Any]) -> int:
+    """Samples of a task that are to be asked again; earlier releases do not tell them apart."""
+    return row.get("lost", row["unknown"])
 
 
 def _scores(
@@ -130,12 +165,14 @@ def _scores(
                 seed=ctx.cfg.seed,
                 reward=make_reward(spec.grader, spec.judge, ctx.workdir),
                 deadline=spec.judge.deadline,
+                redraw=False,
             ),
             ctx.log,
             f"{stage.name}/{name}",
             samples=spec.samples if sampled else 1,
             concurrency=spec.engine.slots,
             on_task=bar.update,
+            announce=ctx.announce,
         )
     )
     bar.close()

@@ -151,6 +151,7 @@ class Skills:
             seed=ctx.cfg.seed,
             reward=make_reward(spec.grader, spec.judge, ctx.workdir),
             deadline=spec.judge.deadline,
+            redraw=False,
         )
         name = f"candidate {self._candidate}"
         try:
@@ -162,18 +163,28 @@ class Skills:
                     name,
                     samples=1,
                     concurrency=spec.engine.slots,
+                    announce=ctx.announce,
                 )
             )
         finally:
             engine.close()
         self._candidate += 1
-        return estimate(scores, 1, mean_at_k).value
+        found = estimate(scores, 1, mean_at_k)
+        if not found.tasks:
+            raise UserError(
+                f"{name}: none of {found.asked} validation tasks has a verdict; see what "
+                f"validation.grader {spec.grader!r} says of an answer"
+            )
+        if found.tasks < found.asked:
+            ctx.announce(f"{name}: {found.tasks} of {found.asked} validation tasks have a verdict")
+        return found.value
 
     def general(self, params: Tree) -> float:
         """Mean over the general skills of the share of documents completed rightly."""
         engine = LocalEngine(params, self._ctx.cfg.model, self._spec.engine)
         try:
-            scores = asyncio.run(skill_scores(engine, self._ctx.chat.encode_text, self._documents))
+            encode, said = self._ctx.chat.encode_text, self._ctx.announce
+            scores = asyncio.run(skill_scores(engine, encode, self._documents, said))
         finally:
             engine.close()
         self._bar.update()

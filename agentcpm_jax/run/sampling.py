@@ -34,10 +34,13 @@ def make_run_sample(
     seed: int,
     reward: Reward | None = None,
     deadline: float = 0.0,
+    redraw: bool = True,
 ) -> RunSample:
     """A function that plays an episode in a fresh environment and adds its reward.
 
     reward: None is `grade_exact` of the answer. deadline: seconds of an async one (0: no limit).
+    redraw: a further attempt draws other tokens. Evaluation draws the same: an outage that is over
+    must change no result, and what a tool fails at must not be drawn until it is something else.
     """
 
     async def run_sample(task: Task, issue_id: int, sample: int, attempt: int) -> Trajectory:
@@ -53,6 +56,7 @@ def make_run_sample(
                 sample=sample,
                 attempt=attempt,
                 seed=seed,
+                redraw=redraw,
             )
         finally:
             await toolbox.close()

@@ -62,25 +62,29 @@ def run_experiment(
                     ctx.announce(f"{stage.name}: done before, skipped")
                     continue
                 started = time.monotonic()
-                run_stage(ctx, stage)
+                whole = run_stage(ctx, stage)
                 seconds = time.monotonic() - started
-                mark_done(ctx, stage, seconds)
+                if whole:
+                    mark_done(ctx, stage, seconds)
                 ctx.announce(f"{stage.name}: done in {seconds:.0f} s")
                 if decide(f"{stage.name}/stop", lambda: ctx.stop.requested):
                     raise Interrupted(f"stopped after {stage.name}; same command resumes")
             return Path(decide("report", lambda: str(write_summary(ctx, ctx.announce))))
 
 
-def run_stage(ctx: RunContext, stage: Stage) -> None:
-    """Run one stage to its end: training in every process, merging and evaluation in the first."""
+def run_stage(ctx: RunContext, stage: Stage) -> bool:
+    """Run one stage to its end: training in every process, merging and evaluation in the first.
+
+    False: the same command has something left to ask, of an evaluation that an outage ended.
+    """
     ctx.directory(stage).mkdir(parents=True, exist_ok=True)
     trains = {"pretrain": run_pretrain, "sft": run_sft, "rl": train}
     if stage.kind in trains:
         with naming_what_is_too_large(ctx.cfg, stage, ctx.mesh):
             trains[stage.kind](ctx, stage)
-        return
+        return True
     alone = {"merge": run_merge, "eval": run_eval}[stage.kind]
-    decide(f"{stage.name}/end", lambda: alone(ctx, stage))
+    return decide(f"{stage.name}/end", lambda: alone(ctx, stage)) is not False
 
 
 def mark_done(ctx: RunContext, stage: Stage, seconds: float) -> None:

@@ -7,16 +7,20 @@
 
 The pool asks each host's agent before it pauses that host's workers, so that an update reads local
 files. It shares SGLang's environment: standard library, fsspec and xxhash (which SGLang brings), no
-arrays.
+arrays. Other machines reach it only where it has a key. Without one it answers this machine's
+programs, and no page that a browser here shows.
 """
 
 from __future__ import annotations
 
 import hmac
+import ipaddress
 import json
 import ssl
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from socketserver import TCPServer
 from typing import Any
+from urllib.parse import urlsplit
 
 from agentcpm_jax.types import UserError
 from agentcpm_jax.weights.mirror import Mirror
@@ -30,33 +34,54 @@ def open_agent(
     """A bound server; `serve_forever` runs it.
 
     Args:
-      key: with one, `/pull` and `/versions` want it as bearer.
+      key: with one, `/pull` and `/versions` want it as bearer; needed where others can connect.
       certificate: PEM file with private key and chain; empty: no TLS.
 
-    Raises `UserError`: the address or the certificate cannot be used.
+    Raises `UserError`: the address or the certificate cannot be used, or there is no key.
     """
 
     class Handler(_Handler):
         pass
 
     Handler.mirror, Handler.key = mirror, key
+    server = _Server((host, port), Handler, bind_and_activate=False)
     try:
-        server = ThreadingHTTPServer((host, port), Handler)
+        server.server_bind()
+        if not key and not _is_loopback(str(server.server_address[0])):  # bound, not yet listening
+            raise UserError(
+                f"--host={host} is open to other machines and there is no key: set "
+                "SGLANG_ADMIN_API_KEY, here and at the trainer, or keep --host=127.0.0.1"
+            )
+        server.server_activate()
+        if certificate:
+            _serve_tls(server, certificate)
     except OSError as error:
+        server.server_close()
         raise UserError(f"cannot listen on {host}:{port}: {error}; choose another --port") from None
-    if certificate:
-        try:
-            context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-            context.load_cert_chain(certificate)
-        except OSError as error:
-            server.server_close()
-            raise UserError(f"--certificate={certificate}: {error}; name a PEM file") from None
-        # The handshake belongs to a connection's own thread: a client that says nothing holds
-        # nobody up.
-        server.socket = context.wrap_socket(
-            server.socket, server_side=True, do_handshake_on_connect=False
-        )
+    except UserError:
+        server.server_close()
+        raise
     return server
+
+
+def _serve_tls(server: ThreadingHTTPServer, certificate: str) -> None:
+    try:
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(certificate)
+    except OSError as error:
+        raise UserError(f"--certificate={certificate}: {error}; name a PEM file") from None
+    # The handshake belongs to a connection's own thread: a client that says nothing holds nobody
+    # up.
+    server.socket = context.wrap_socket(
+        server.socket, server_side=True, do_handshake_on_connect=False
+    )
+
+
+class _Server(ThreadingHTTPServer):
+    def server_bind(self) -> None:
+        """Without the name of the address, which the standard library asks a name server for."""
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -90,9 +115,9 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             asked = json.loads(body)
             name, version = asked["name"], asked["version"]
-            if not isinstance(name, str) or not isinstance(version, int):
+            if type(name) is not str or type(version) is not int:
                 raise TypeError
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             self._answer(400, {"error": 'send {"name": "<run>", "version": <number>}'})
             return
         try:
@@ -102,8 +127,16 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(400, {"error": str(error)})
 
     def _allowed(self) -> bool:
+        # A page in a browser of this machine reaches loopback too. It sends its origin, or the name
+        # by which it found this address.
+        named = self.key or _is_loopback(self.headers.get("Host", ""))
+        if "Origin" in self.headers or not named:
+            self._answer(403, {"error": "this is for programs, and no page of a browser may ask"})
+            return False
+        if not self.key:
+            return True
         given = self.headers.get("Authorization", "")
-        if not self.key or hmac.compare_digest(given.encode(), f"Bearer {self.key}".encode()):
+        if hmac.compare_digest(given.encode(), f"Bearer {self.key}".encode()):
             return True
         self._answer(401, {"error": "the admin key is missing or wrong"})
         return False
@@ -118,3 +151,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing: the pool asks often."""
+
+
+def _is_loopback(address: str) -> bool:
+    """Whether an address, `name:port` too, is this machine's own and nobody else's."""
+    try:
+        name = urlsplit(f"//{address}").hostname or ""
+        return name == "localhost" or ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False

@@ -4,7 +4,8 @@
 #   MODEL=Qwen/Qwen3-4B WORKERS=8 SOURCE=gs://bucket/weights bash launch/pool/workers.sh
 #
 # Ends, and ends all others, as soon as one of them does: whoever started it starts it again.
-# SGLANG_API_KEY and SGLANG_ADMIN_API_KEY, where set, become the keys of every server.
+# SGLANG_API_KEY and SGLANG_ADMIN_API_KEY, where set, become the keys of every server. Without any key
+# whoever reaches a server can give it other weights: one is needed unless HOST is 127.0.0.1.
 set -euo pipefail
 
 MODEL=${MODEL:?name the model: a Hugging Face name or directory}
@@ -18,6 +19,10 @@ DIRECTORY=${DIRECTORY:-/tmp/weights}                  # on a local disk
 AGENT_PORT=${AGENT_PORT:-30900}                       # the trainer's pool.agent_port
 QUOTA_GB=${QUOTA_GB:-0}
 PYTHON=${PYTHON:-python3}
+if [[ -z ${SGLANG_ADMIN_API_KEY:-}${SGLANG_API_KEY:-} && $HOST != 127.* && $HOST != localhost ]]; then
+  echo "HOST=$HOST is open to other machines: export SGLANG_ADMIN_API_KEY, here and at the trainer" >&2
+  exit 2
+fi
 read -ra flags <<<"${SGLANG_FLAGS:-}"                 # further ones of sglang.launch_server
 
 here=$(cd "$(dirname "$0")/.." && pwd)

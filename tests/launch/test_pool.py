@@ -161,9 +161,18 @@ def test_one_server_per_gpu_and_one_agent_per_host(stage) -> None:
         assert arguments[-2:] == ["--log-level", "warning"]
 
 
+@pytest.mark.parametrize("host", ["0.0.0.0", "10.1.2.3", "node7", ""])
+def test_workers_that_others_reach_need_a_key(stage, host: str) -> None:
+    environment, calls = stage
+    environment |= {"HOST": host, "SGLANG_API_KEY": "", "SGLANG_ADMIN_API_KEY": ""}
+    done = subprocess.run(["bash", POOL / "workers.sh"], env=environment, capture_output=True)
+    assert done.returncode == 2 and read(calls) == []
+    assert b"is open to other machines: export SGLANG_ADMIN_API_KEY" in done.stderr
+
+
 def test_a_server_that_dies_ends_its_host(stage) -> None:
     environment, calls = stage
-    environment |= {"FAIL": "--port 30002"}
+    environment |= {"FAIL": "--port 30002", "HOST": "127.0.0.1"}
     done = subprocess.run(["bash", POOL / "workers.sh"], env=environment, capture_output=True)
     assert done.returncode == 1 and b"ended; ending the others" in done.stderr
     assert len(read(calls)) <= 4  # as many as nvidia-smi counts

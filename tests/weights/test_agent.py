@@ -18,6 +18,7 @@ import pytest
 from agentcpm_jax.engine.server import ServerConfig
 from agentcpm_jax.pool.config import PoolConfig, agent_url
 from agentcpm_jax.pool.servers import SGLangPool
+from agentcpm_jax.types import UserError
 from agentcpm_jax.weights.agent import open_agent
 from agentcpm_jax.weights.mirror import Mirror
 from agentcpm_jax.weights.store import VersionWriter
@@ -233,12 +234,59 @@ def test_the_agent_imports_no_arrays(store: ObjectStore, tmp_path: Path) -> None
 def test_what_is_asked_wrongly_is_answered(store: ObjectStore, agents) -> None:
     url = f"http://127.0.0.1:{agents('127.0.0.1', store.url)}"
     evil = b'{"name": "../x", "version": 1}'
-    for body in (b"no json", b"[]", b'{"name": 3, "version": 1}', evil):
+    odd = (b"[" * 3000, b'"x"', b'{"name": "run", "version": true}', b'{"name": "a"}')
+    odd += (b'{"name": "run", "version": -1}', b'{"name": "run\\n", "version": 1}', b"\xff")
+    for body in (b"no json", b"[]", b'{"name": 3, "version": 1}', evil, *odd):
         answer = httpx.post(f"{url}/pull", content=body, trust_env=False)
         assert (answer.status_code, "error" in answer.json()) == (400, True)
     too_long = httpx.post(f"{url}/pull", content=b"x" * 5000, trust_env=False)
     assert too_long.status_code == 400
     assert httpx.get(f"{url}/etc/passwd", trust_env=False).status_code == 404
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", ""])
+def test_other_machines_are_answered_with_a_key_alone(
+    store: ObjectStore, agents, tmp_path: Path, host: str
+) -> None:
+    with pytest.raises(UserError, match=r"open to other machines .* SGLANG_ADMIN_API_KEY"):
+        open_agent(Mirror(store.url, tmp_path / "none"), host, 0)
+    url = f"http://127.0.0.1:{agents(host, store.url, key='secret')}"
+    for given in ("secret", "Bearer wrong", "Bearer secre", "Bearer secrets", "Bearer \xff"):
+        bearer = {"Authorization": given.encode("latin-1")}
+        assert httpx.get(f"{url}/versions", headers=bearer, trust_env=False).status_code == 401
+        body = {"name": "run", "version": 1}
+        pulled = httpx.post(f"{url}/pull", json=body, headers=bearer, trust_env=False)
+        assert pulled.status_code == 401
+    assert ask(url, 1, "secret").status_code == 200
+    page = {"Origin": "http://evil.example", "Authorization": "Bearer secret"}
+    assert httpx.get(f"{url}/versions", headers=page, trust_env=False).status_code == 403
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Origin": "http://evil.example"},
+        {"Origin": "null"},
+        {"Host": "evil.example"},
+        {"Host": "evil.example:30900"},
+        {"Host": "10.0.0.1"},
+        {"Host": "["},
+    ],
+)
+def test_without_a_key_no_page_of_a_browser_is_answered(
+    store: ObjectStore, agents, headers: dict[str, str]
+) -> None:
+    url = f"http://127.0.0.1:{agents('127.0.0.1', store.url)}"
+    body = {"name": "run", "version": 1}
+    assert httpx.get(f"{url}/versions", headers=headers, trust_env=False).status_code == 403
+    assert httpx.post(f"{url}/pull", json=body, headers=headers, trust_env=False).status_code == 403
+    assert ask(url, 1).status_code == 200, "programs are"
+
+
+def test_the_key_is_compared_in_constant_time() -> None:
+    for file in ("weights/agent.py", "engine/server.py"):
+        text = (ROOT / "agentcpm_jax" / file).read_text()
+        assert "compare_digest(" in text and '== f"Bearer' not in text
 
 
 def test_mistakes_are_one_line(tmp_path: Path, capsys) -> None:
@@ -254,6 +302,8 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys) -> None:
     assert pool_agent.main([*flags, "--port=0", f"--certificate={tmp_path}/none.pem"]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3 and all(line.startswith("error: ") for line in lines)
+    assert pool_agent.main([*flags, "--port=0", "--host=0.0.0.0"]) == 2
+    assert "set SGLANG_ADMIN_API_KEY" in capsys.readouterr().err
 
 
 def test_tls_and_addresses(store: ObjectStore, agents, tmp_path: Path) -> None:

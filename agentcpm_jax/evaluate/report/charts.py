@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 
 from agentcpm_jax.evaluate.passk import Estimate
 from agentcpm_jax.evaluate.report.formats import format_estimate, format_number
+from agentcpm_jax.evaluate.report.render import without_controls
 
 PALETTE = {
     "blue": "#0072b2",
@@ -173,7 +174,7 @@ class _Chart:
 
     def svg(self) -> str:
         """The text of the SVG."""
-        return ElementTree.tostring(self._svg, encoding="unicode")
+        return without_controls(ElementTree.tostring(self._svg, encoding="unicode"))
 
     def frame(
         self, top: float, below: float, x0: float, x1: float, ticks: Sequence[float], unit: str = ""

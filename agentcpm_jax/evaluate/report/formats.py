@@ -39,14 +39,18 @@ def format_number(value: float, step: float | None = None) -> str:
 
 
 def format_estimate(v: Estimate, percent: bool = False) -> str:
-    """`62.1% [58.0, 66.0]`, or with 3 significant digits when not a percentage."""
+    """`62.1% [58.0, 66.0]`, or with 3 significant digits when not a percentage.
+
+    A mean over fewer tasks than were asked says so: `62.1% [58.0, 66.0] (380 of 400 tasks)`.
+    """
 
     def number(x: float) -> str:
         return f"{100 * x:.1f}" if percent else format_number(x)
 
+    fewer = f" ({v.tasks} of {v.asked} tasks)" if v.tasks < v.asked else ""
     if math.isnan(v.value):
-        return "n/a"
+        return f"n/a{fewer}"
     text = number(v.value) + ("%" if percent else "")
     if math.isnan(v.low) or math.isnan(v.high):
-        return text
-    return f"{text} [{number(v.low)}, {number(v.high)}]"
+        return text + fewer
+    return f"{text} [{number(v.low)}, {number(v.high)}]{fewer}"

@@ -30,7 +30,7 @@ def _environment() -> Environment:
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
         undefined=StrictUndefined,
-        finalize=_without_controls,
+        finalize=_shown,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
@@ -39,8 +39,13 @@ def _environment() -> Environment:
     return found
 
 
-def _without_controls(value: Any) -> Any:
-    """Text with its control characters replaced; markup, which templates made, as it is."""
+def without_controls(text: str) -> str:
+    """Text with the characters that hide or reorder it replaced."""
+    return CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def _shown(value: Any) -> Any:
+    """A value as a page shows it; markup, which templates made, as it is."""
     if isinstance(value, str) and not hasattr(value, "__html__"):
-        return CONTROL.sub("\N{REPLACEMENT CHARACTER}", value)
+        return without_controls(value)
     return value

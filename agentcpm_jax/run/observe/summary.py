@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from agentcpm_jax.evaluate.report.page import (
 )
 from agentcpm_jax.files import write_atomically
 from agentcpm_jax.run.context import RunContext
-from agentcpm_jax.run.evaluation import DECISIONS, results_file
+from agentcpm_jax.run.evaluation import DECISIONS, DECODINGS, results_file
 from agentcpm_jax.run.observe import health
 from agentcpm_jax.run.observe.dataset import data_tables
 from agentcpm_jax.run.observe.metrics import series
@@ -74,7 +74,8 @@ def write_summary(ctx: RunContext, announce: Callable[[str], None]) -> Path:
         (s, s.eval, model_results(ctx.directory(s), s.eval)) for s in ctx.cfg.stages if s.eval
     ]
     summary = {s.name: summarize(models, spec.k) for s, spec, models in evaluated}
-    write_atomically(ctx.workdir / "summary.json", json.dumps(summary, indent=1) + "\n")
+    text = json.dumps(summary, indent=1, allow_nan=False)
+    write_atomically(ctx.workdir / "summary.json", text + "\n")
     for models in summary.values():
         for line in result_lines(models):
             announce(line)
@@ -115,11 +116,11 @@ def write_summary(ctx: RunContext, announce: Callable[[str], None]) -> Path:
 
 
 def model_results(directory: Path, spec: EvalStage) -> dict[str, dict[str, Any]]:
-    """model name -> its results, in the order of the stage; sweep points follow."""
+    """model name -> its results, in the order of the stage; sweep points (`merge@0.5`) follow."""
     names = {results_file(model): model for model in spec.models}
     found = {names.get(p.name, p.stem): p for p in sorted(directory.glob("*.json"))}
     order = [m for m in spec.models if m in found]
-    order += [m for m in found if m not in order]
+    order += [m for m in found if _swept(m) and m not in order]
     return {name: json.loads(found[name].read_text()) for name in order}
 
 
@@ -136,28 +137,35 @@ def scores_of(result: Mapping[str, Any], decode: str) -> list[TaskScore]:
 def general_skill(result: Mapping[str, Any]) -> Estimate:
     """Share of the documents of all skills, equally many of each, that were completed rightly."""
     right = [ok for skill in result["skills"].values() for ok in skill]
-    return clopper_pearson(sum(right), len(right))
+    asked = result.get("documents", len(right))
+    return replace(clopper_pearson(sum(right), len(right)), asked=asked)
 
 
 def summarize(models: Mapping[str, Mapping[str, Any]], ks: Sequence[int]) -> dict[str, Any]:
-    """Every number of the report that a claim may rest on."""
+    """Every number of the report that a claim may rest on; null where there is none.
+
+    An estimate has the number of `tasks` it is over and of those that were `asked`; of samples
+    there are those with a verdict and those asked.
+    """
     out: dict[str, Any] = {}
     for name, result in models.items():
         row: dict[str, Any] = {
-            "skills": {k: float(np.mean(v)) for k, v in result["skills"].items()}
+            "skills": {k: float(np.mean(v)) if v else None for k, v in result["skills"].items()}
         }
-        row["general"] = asdict(general_skill(result))
-        for decode in ("sampled", "greedy"):
+        row["general"] = _row(general_skill(result))
+        for decode in DECODINGS:
             scores = scores_of(result, decode)
             if scores:
-                row[decode] = asdict(estimate(scores, 1, mean_at_k))
+                graded, unknown = (sum(getattr(s, key) for s in scores) for key in ("n", "unknown"))
+                row[decode] = _row(estimate(scores, 1, mean_at_k))
+                row[decode] |= {"samples": graded, "samples_asked": graded + unknown}
                 row[f"{decode}_by_kind"] = {
-                    kind: asdict(estimate(some, 1, mean_at_k))
+                    kind: _row(estimate(some, 1, mean_at_k))
                     for kind, some in by_kind(scores).items()
                 }
         if sampled := scores_of(result, "sampled"):
             row["sampled_at_k"] = {
-                name.replace("k", str(k)): asdict(estimate(sampled, k, metric))
+                name.replace("k", str(k)): _row(estimate(sampled, k, metric))
                 for k in ks
                 for name, metric in AT_K.items()
             }
@@ -165,16 +173,22 @@ def summarize(models: Mapping[str, Mapping[str, Any]], ks: Sequence[int]) -> dic
             row["decisions"] = {k: r / n for k, (r, n) in result["decisions"].items() if n}
         out[name] = row
     for a, b in differences(list(models)):
-        for decode in ("sampled", "greedy"):
+        for decode in DECODINGS:
             left, right = (scores_of(models[m], decode) for m in (a, b))
             if left and right:
                 paired = paired_difference(per_task(left), per_task(right))
-                out[f"{a} - {b} ({decode})"] = asdict(paired)
+                out[f"{a} - {b} ({decode})"] = _row(paired)
     return out
 
 
+def _row(value: Estimate) -> dict[str, Any]:
+    """As JSON, which knows no NaN."""
+    return {k: v if math.isfinite(v) else None for k, v in asdict(value).items()}
+
+
 def result_lines(models: Mapping[str, Any]) -> list[str]:
-    """The summary of an eval stage as a table for the terminal, in percent."""
+    """The summary of an eval stage as a table for the terminal, in percent; below it what is a mean
+    over fewer tasks or samples than were asked."""
     columns = ("sampled", "greedy", "general", *DECISIONS)
     lines = [" ".join(["model".ljust(10), *(c.rjust(9) for c in columns)])]
     for name, row in models.items():
@@ -184,6 +198,24 @@ def result_lines(models: Mapping[str, Any]) -> list[str]:
         values += [row.get("decisions", {}).get(c) for c in DECISIONS]
         cells = ["-" if v is None else f"{100 * v:.1f}" for v in values]
         lines.append(" ".join([name.ljust(10), *(c.rjust(9) for c in cells)]))
+    return lines + [line for name, row in models.items() for line in _fewer(name, row)]
+
+
+def _fewer(name: str, row: Mapping[str, Any]) -> list[str]:
+    """A line for each figure of a model that stands on less than was asked."""
+    lines = []
+    for decode in DECODINGS:
+        found = row.get(decode, {})
+        if found and not found["tasks"]:
+            lines.append(f"{name}, {decode}: no graded task (0 of {found['asked']})")
+        elif found and found["samples"] < found["samples_asked"]:
+            lines.append(
+                f"{name}, {decode}: {found['tasks']} of {found['asked']} tasks, {found['samples']} "
+                f"of {found['samples_asked']} samples have a verdict; the figure is over these"
+            )
+    general = row.get("general", {})
+    if general and general["tasks"] < general["asked"]:
+        lines.append(f"{name}, general: {general['tasks']} of {general['asked']} documents")
     return lines
 
 
@@ -196,7 +228,7 @@ def differences(names: Sequence[str]) -> list[tuple[str, str]]:
 def _headlines(models: Mapping[str, Mapping[str, Any]]) -> list[Headline]:
     out = []
     for a, b in differences(list(models))[-1:]:
-        for decode in ("sampled", "greedy"):
+        for decode in DECODINGS:
             left, right = (scores_of(models[m], decode) for m in (a, b))
             paired = paired_difference(per_task(left), per_task(right))
             out.append(
@@ -204,8 +236,10 @@ def _headlines(models: Mapping[str, Mapping[str, Any]]) -> list[Headline]:
                     f"{a} against {b}, {decode}",
                     f"{100 * paired.value:+.1f} points",
                     f"95 % interval {100 * paired.low:+.1f} to {100 * paired.high:+.1f}, "
-                    f"{paired.tasks} held-out tasks",
+                    f"{_tasks(paired)}",
                 )
+                if paired.tasks
+                else Headline(f"{a} against {b}, {decode}", "no graded task", _tasks(paired))
             )
     plain = [n for n in models if not _swept(n)]
     if len(plain) > 1:
@@ -213,7 +247,9 @@ def _headlines(models: Mapping[str, Mapping[str, Any]]) -> list[Headline]:
         out.append(
             Headline(
                 f"general skill of {plain[0]} that {plain[-1]} keeps",
-                f"{100 * last.value / first.value:.0f} %" if first.value else "n/a",
+                f"{100 * last.value / first.value:.0f} %"
+                if first.value > 0 and last.tasks
+                else "n/a",
                 f"{format_estimate(first, percent=True)} before, "
                 f"{format_estimate(last, percent=True)} after",
             )
@@ -221,10 +257,15 @@ def _headlines(models: Mapping[str, Mapping[str, Any]]) -> list[Headline]:
     return out
 
 
+def _tasks(value: Estimate) -> str:
+    asked = f" of {value.asked}" if value.tasks < value.asked else ""
+    return f"{value.tasks}{asked} held-out tasks"
+
+
 def _charts(models: Mapping[str, Mapping[str, Any]]) -> list[BarChart]:
     plain = {n: r for n, r in models.items() if not _swept(n)}
     charts = []
-    for decode in ("sampled", "greedy"):
+    for decode in DECODINGS:
         kinds = sorted({s.kind for r in plain.values() for s in scores_of(r, decode)})
         columns = {
             kind: [
@@ -233,7 +274,9 @@ def _charts(models: Mapping[str, Mapping[str, Any]]) -> list[BarChart]:
             ]
             for kind in kinds
         }
-        charts.append(BarChart(f"Held-out accuracy, {decode}", tuple(plain), columns))
+        fewer = [line for n, r in plain.items() for line in _fewer_of(n, scores_of(r, decode))]
+        note = f"Over fewer tasks than were asked: {', '.join(fewer)}." if fewer else ""
+        charts.append(BarChart(f"Held-out accuracy, {decode}", tuple(plain), columns, note))
     skills = {
         kind: [
             clopper_pearson(sum(r["skills"][kind]), len(r["skills"][kind])) for r in plain.values()
@@ -242,6 +285,11 @@ def _charts(models: Mapping[str, Mapping[str, Any]]) -> list[BarChart]:
     }
     charts.append(BarChart("General skills, greedy", tuple(plain), skills))
     return charts
+
+
+def _fewer_of(name: str, scores: Sequence[TaskScore]) -> list[str]:
+    graded = sum(s.n > 0 for s in scores)
+    return [f"{name} {graded} of {len(scores)}"] if graded < len(scores) else []
 
 
 def search_charts(directory: Path) -> list[ScatterChart]:
@@ -313,7 +361,10 @@ def attempts_table(models: Mapping[str, Mapping[str, Any]], ks: Sequence[int]) -
         scores = scores_of(result, "sampled")
         for k in ks:
             values = [estimate(scores, k, metric) for metric in AT_K.values()]
-            rows.append((name, k, values[0].tasks, *values))
+            first = values[0]
+            fewer = first.tasks < first.asked
+            tasks = f"{first.tasks} of {first.asked}" if fewer else first.tasks
+            rows.append((name, k, tasks, *(replace(v, asked=0) for v in values)))
     return Table(
         "Several attempts at a task, temperature 1",
         ("model", "k", "tasks", *AT_K),

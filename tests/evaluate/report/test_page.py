@@ -206,7 +206,8 @@ def test_the_page_loads_nothing(page):
     style = "".join(re.findall(r"<style>(.*?)</style>", raw, re.DOTALL))
     assert style and not re.search(r"url\(|@import|https?:", style)
     csp = [v for t, k, v in page.attributes if t == "meta" and k == "content"]
-    assert "default-src 'none'; style-src 'unsafe-inline'" in csp
+    policy = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+    assert policy in csp
 
 
 def test_everything_is_there(page):

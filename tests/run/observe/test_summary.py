@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from agentcpm_jax.config import EvalStage, ExperimentConfig, MergeStage, Stage
+from agentcpm_jax.evaluate.report.page import ReportData, render
 from agentcpm_jax.run.evaluation import results_file
 from agentcpm_jax.run.observe.summary import (
+    _charts,
+    _headlines,
+    _tables,
     attempts_table,
     differences,
     general_skill,
@@ -89,6 +94,80 @@ def test_a_k_above_the_samples_is_refused_before_the_run(tmp_path: Path) -> None
         with pytest.raises(UserError, match=r"stage\.e\.k is .*samples is 4"):
             run_experiment(ExperimentConfig(stages=(stages[0], broken)), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def without(graded: int) -> dict:
+    """As 'rl', of whose tasks only the first `graded` have a verdict, one of them for 3 samples."""
+    rows = MODELS["rl"]["sampled"]
+    sampled = [
+        row if i < graded else row | {"n": 0, "c": 0, "unknown": 4, "lost": 4}
+        for i, row in enumerate(rows)
+    ]
+    greedy = [
+        row if i < graded else row | {"n": 0, "c": 0, "unknown": 1, "lost": 1}
+        for i, row in enumerate(MODELS["rl"]["greedy"])
+    ]
+    if graded:
+        sampled[0] = sampled[0] | {"n": 3, "c": 3, "unknown": 1, "lost": 1}
+    return MODELS["rl"] | {"sampled": sampled, "greedy": greedy}
+
+
+def test_a_score_over_fewer_tasks_than_asked_says_so_everywhere() -> None:
+    models = {"merge": MODELS["merge"], "rl": without(6)}
+    summary = summarize(models, (1, 4))
+    found = summary["rl"]["sampled"]
+    assert [found[key] for key in ("tasks", "asked", "samples", "samples_asked")] == [6, 8, 23, 32]
+    assert summary["rl"]["greedy"]["value"] == pytest.approx(1.0)
+    assert summary["rl"]["sampled_at_k"]["pass@4"]["tasks"] == 5
+    assert summary["rl - merge (greedy)"]["tasks"] == 6
+    assert summary["rl - merge (greedy)"]["asked"] == 8
+    assert result_lines(summary)[3:] == [
+        "rl, sampled: 6 of 8 tasks, 23 of 32 samples have a verdict; the figure is over these",
+        "rl, greedy: 6 of 8 tasks, 6 of 8 samples have a verdict; the figure is over these",
+    ]
+    rows = attempts_table(models, (1, 4)).rows
+    assert [row[2] for row in rows] == [8, 8, "6 of 8", "5 of 8"]
+    page = render(ReportData("t", tables=tuple(_tables(models, (1, 4))), charts=_shown(models)))
+    assert "Over fewer tasks than were asked: rl 6 of 8." in page
+    assert "(3 of 4 tasks)" in page, "of each kind"
+    (_, greedy), *_ = zip(*[iter(_headlines(models))] * 2, strict=False)
+    assert greedy.detail.endswith("6 of 8 held-out tasks")
+
+
+def test_no_graded_task_is_null_and_said() -> None:
+    models = {"merge": MODELS["merge"], "rl": without(0) | {"skills": {"sort": [], "add": []}}}
+    summary = summarize(models, (1, 4))
+    text = json.dumps(summary, allow_nan=False)
+    assert json.loads(text)["rl"]["greedy"] == {
+        **{"value": None, "low": None, "high": None, "tasks": 0, "asked": 8},
+        **{"samples": 0, "samples_asked": 8},
+    }
+    assert summary["rl"]["skills"] == {"sort": None, "add": None}
+    lines = result_lines(summary)
+    assert lines[2].split()[:4] == ["rl", "-", "-", "-"]
+    assert lines[3:] == [
+        "rl, sampled: no graded task (0 of 8)",
+        "rl, greedy: no graded task (0 of 8)",
+    ]
+    assert [h.value for h in _headlines(models)] == ["no graded task", "no graded task", "n/a"]
+    render(ReportData("t", tables=tuple(_tables(models, (1, 4))), charts=_shown(models)))
+
+
+def _shown(models: dict) -> tuple:
+    return tuple(_charts(models))
+
+
+def test_documents_that_were_not_completed_are_counted() -> None:
+    model = MODELS["rl"] | {"documents": 6}
+    summary = summarize({"rl": model}, ())
+    assert summary["rl"]["general"]["tasks"] == 4 and summary["rl"]["general"]["asked"] == 6
+    assert result_lines(summary)[2:] == ["rl, general: 4 of 6 documents"]
+
+
+def test_only_results_of_models_are_read(tmp_path: Path) -> None:
+    for name in ("rl", "merge@0.5", "data", "unknown"):
+        (tmp_path / f"{name}.json").write_text("{}")
+    assert list(model_results(tmp_path, EvalStage(models=("rl", "late")))) == ["rl", "merge@0.5"]
 
 
 def test_general_skill_is_the_mean_over_skills() -> None:
