@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from agentcpm_jax.pool.config import Keys, PoolConfig
-from agentcpm_jax.pool.protocol import Expected, PoolError, PoolErrorKind, read_generate
+from agentcpm_jax.pool.errors import PoolError, PoolErrorKind
+from agentcpm_jax.pool.protocol import Expected, read_generate
 from agentcpm_jax.pool.routing import Routes, State, Worker
 from agentcpm_jax.pool.worker import Server, open_client
 from tests.doubles.fault_server import FaultServer
