@@ -125,7 +125,7 @@ class HostileServer(EngineServer):
     @web.middleware
     async def _spoil(self, request: web.Request, handler: Any) -> web.StreamResponse:
         response = await handler(request)
-        body = bytes(response.body or b"") if isinstance(response, web.Response) else b""
+        body = getattr(response, "body", None) or b""
         content = request.path == "/generate" and response.status == 200
         if content:
             self._write_truth(json.loads(body))

@@ -39,7 +39,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "launch"), str(ROOT / "experiments")]
 import hostile_answers
 import jax
 import numpy as np
-import train as launch_train
+import train as launch_train  # pyright: ignore[reportMissingImports]
 from kill_points import RESULTS, broken_accounts
 
 from agentcpm_jax.log.experience import ExperienceLog
@@ -51,6 +51,7 @@ STARTS = 6  # of a life, the one that is ended on the way included
 LIMIT = 3600  # s that a start may take, on the busiest machine
 FLAGS = (
     "--config=configs/tiny.py:async",
+    "--nodoctor",  # it checks the pool once; the start does it patiently
     "--config.episode.max_turns=3",
     "--config.stage.rl.stream.group_size=3",
     f"--config.stage.rl.shape.steps={STEPS}",

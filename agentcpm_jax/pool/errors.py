@@ -29,6 +29,19 @@ class PoolErrorKind(enum.StrEnum):
 OF_THE_REQUEST = frozenset({PoolErrorKind.BAD_REQUEST, PoolErrorKind.FORBIDDEN})
 
 
+#: Errors after which a worker is checked again, its version too, before it gets another request.
+SUSPECT = frozenset(
+    {
+        PoolErrorKind.UNREACHABLE,
+        PoolErrorKind.TIMEOUT,
+        PoolErrorKind.WRONG_VERSION,
+        PoolErrorKind.FORBIDDEN,
+    }
+)
+#: Errors after which nothing more is to be expected of a worker's running requests.
+GONE = frozenset({PoolErrorKind.UNREACHABLE, PoolErrorKind.TIMEOUT, PoolErrorKind.DIED_LOADING})
+
+
 class PoolError(Exception):
     """A named failure of one attempt. `str` is one line: kind, server, what it said.
 

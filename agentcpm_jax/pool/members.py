@@ -9,17 +9,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import httpx
 import numpy as np
 
 from agentcpm_jax.pool.config import ADMIN_KEY_ENV, Keys, PoolConfig, agent_url, check_url
-from agentcpm_jax.pool.errors import PoolError, PoolErrorKind
+from agentcpm_jax.pool.errors import GONE, SUSPECT, PoolError, PoolErrorKind
 from agentcpm_jax.pool.fields import Fields
 from agentcpm_jax.pool.probe import (
     CONVENTION_TEMPERATURE,
@@ -38,30 +37,16 @@ from agentcpm_jax.pool.probe import (
 )
 from agentcpm_jax.pool.protocol import Chunk, Expected, generate_body, read_generate
 from agentcpm_jax.pool.routing import Doubt, State, Worker
-from agentcpm_jax.pool.worker import Server
+from agentcpm_jax.pool.worker import Server, asked
 from agentcpm_jax.rollout.policy import SamplingParams
 from agentcpm_jax.types import UserError
 
-T = TypeVar("T")
 #: Seconds for an agent to copy weights to its host; workers generate meanwhile.
 PREFETCH_TIMEOUT = 900.0
 #: Seconds without one usable answer after which a worker has to pass its checks again.
 DOUBT = 2.0
 #: A refused worker is asked again after `health_every`, then twice that, ... up to this (s).
 ASK_AGAIN = 600.0
-#: How often a check asks the same: of a worker, one odd answer says little.
-ASKS = 4
-#: Errors after which a worker is checked again, its version too, before it gets another request.
-SUSPECT = frozenset(
-    {
-        PoolErrorKind.UNREACHABLE,
-        PoolErrorKind.TIMEOUT,
-        PoolErrorKind.WRONG_VERSION,
-        PoolErrorKind.FORBIDDEN,
-    }
-)
-#: Errors after which nothing more is to be expected of a worker's running requests.
-GONE = frozenset({PoolErrorKind.UNREACHABLE, PoolErrorKind.TIMEOUT, PoolErrorKind.DIED_LOADING})
 
 
 @dataclass(frozen=True)
@@ -265,11 +250,11 @@ class Members:
                 # Compare text first: SGLang crashes on an id beyond its vocabulary, and only a
                 # server that took the run's weights surely has the trainer's ids.
                 if self.trainer.chat is not None and not worker.probed:
-                    await _asked(partial(check_text, worker.server, self.trainer.chat))
+                    await check_text(worker.server, self.trainer.chat)
                 if served != target.name:
                     await self._load(worker, target)
-                elif worker.paused:
-                    await self._resume(worker)
+                else:  # it may have been paused and not have heard that it may go on
+                    await asked(worker.server.resume)
                 await self._verify(worker, target)
                 if not worker.probed:
                     await self._probe(worker)
@@ -291,6 +276,7 @@ class Members:
         elif error.kind is PoolErrorKind.DIED_LOADING and worker.version < 0:
             said = f"wrong model on {worker.url}? It ended while it loaded the run's first "
             said += "weights; serve the run's model, and read the server's log"
+            worker.refusals += 1  # it cannot say it twice
             self._refuse(worker, said)
         elif error.kind is PoolErrorKind.FORBIDDEN:
             names = f"{self.cfg.api_key_env} and {ADMIN_KEY_ENV}"
@@ -301,18 +287,18 @@ class Members:
                 worker.drop_requests()
 
     def _refuse(self, worker: Worker, reason: str) -> None:
-        """Ask a worker again later, and ever later: its server may be restarted as it should be."""
+        """Believe it at the second time; then ask a worker ever later: it may be started anew."""
         pause = min(self.cfg.health_every * 2 ** min(worker.refusals, 16), ASK_AGAIN)
         worker.refusals, worker.again = worker.refusals + 1, _now() + pause
-        self._set(worker, State.REFUSED, reason)
+        self._set(worker, State.REFUSED if worker.refusals > 1 else State.JOINING, reason)
 
     async def _inform(self, worker: Worker) -> str | None:
         """Learn what a server is; returns the name of the weights that it announces."""
-        info = await _asked(worker.server.model_info)
+        info = await asked(worker.server.model_info)
         if info.flag("is_generation") is False:
             raise Mismatch(f"wrong model on {worker.url}: it does not generate")
         check_model(worker.server, info, self.trainer.config)
-        arguments = await _asked(worker.server.server_info)
+        arguments = await asked(worker.server.server_info)
         worker.context = _context(arguments)
         worker.seeded = bool(arguments.flag("enable_deterministic_inference"))
         return info.text("weight_version")
@@ -321,19 +307,14 @@ class Members:
         """Pause, load, and resume the server even after a failure."""
         server, mode = worker.server, self.cfg.pause
         path = await self._path(worker, target)
-        worker.paused = True
         try:
-            await server.pause(mode)
+            await asked(partial(server.pause, mode))
             await server.update_from_disk(path, target.name, flush=mode != "in_place")
         except BaseException:
             with contextlib.suppress(PoolError):  # the first error says more
-                await self._resume(worker)
+                await asked(server.resume)
             raise
-        await self._resume(worker)
-
-    async def _resume(self, worker: Worker) -> None:
-        await _asked(worker.server.resume)
-        worker.paused = False
+        await asked(server.resume)
 
     async def _path(self, worker: Worker, target: Weights) -> str:
         """Directory of the weights on the worker's host; waits while its agent copies them."""
@@ -355,7 +336,7 @@ class Members:
 
     async def _verify(self, worker: Worker, target: Weights) -> None:
         """Check that the server announces the version and that its answers match the weights."""
-        announced = (await _asked(worker.server.model_info)).text("weight_version")
+        announced = (await asked(worker.server.model_info)).text("weight_version")
         if announced != target.name:
             raise PoolError(
                 PoolErrorKind.WRONG_VERSION,
@@ -396,7 +377,7 @@ class Members:
         worker.probed = True
 
     async def _ask(self, worker: Worker, prompt: np.ndarray, temperature: float) -> Answer:
-        return Answer(prompt, await _asked(lambda: self._generate(worker, prompt, temperature)))
+        return Answer(prompt, await asked(lambda: self._generate(worker, prompt, temperature)))
 
     async def _generate(self, worker: Worker, prompt: np.ndarray, temperature: float) -> Chunk:
         rid = f"{self._nonce}/probe/{next(self._numbers)}/"
@@ -421,18 +402,6 @@ class Members:
         if self.cfg.urls_file and Path(self.cfg.urls_file).is_file():
             for line in Path(self.cfg.urls_file).read_text().split():
                 self.add(line)
-
-
-async def _asked(ask: Callable[[], Awaitable[T]]) -> T:
-    """What a server answers; when that is odd it is asked again."""
-    for attempt in range(ASKS - 1):
-        try:
-            return await ask()
-        except PoolError as error:
-            if error.kind in SUSPECT:
-                raise
-        await asyncio.sleep(0.1 * 2**attempt)
-    return await ask()
 
 
 def _context(arguments: Fields) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from agentcpm_jax.chat.format import ChatFormat
 from agentcpm_jax.pool.errors import shown
 from agentcpm_jax.pool.fields import Fields
 from agentcpm_jax.pool.protocol import Chunk
-from agentcpm_jax.pool.worker import Server
+from agentcpm_jax.pool.worker import Server, asked
 from agentcpm_jax.records import parse_json
 
 PROMPTS, TOKENS = 4, 8  # of a fingerprint: number of prompts, greedy tokens per prompt
@@ -137,7 +138,8 @@ async def check_text(server: Server, chat: ChatFormat) -> str:
     """
     for message in _MESSAGES:
         text = message["content"]
-        found = await server.tokenize({"prompt": text, "add_special_tokens": False})
+        plain = {"prompt": text, "add_special_tokens": False}
+        found = await asked(partial(server.tokenize, plain))
         if found is None:
             return "unverified"
         expected = chat.encode_text(text).tolist()
@@ -147,7 +149,7 @@ async def check_text(server: Server, chat: ChatFormat) -> str:
                 f"trainer as {expected[:8]}...; give the server the run's tokenizer"
             )
     ours = chat.prompt_ids(_MESSAGES).tolist()
-    theirs = await server.tokenize({"messages": list(_MESSAGES)})
+    theirs = await asked(partial(server.tokenize, {"messages": list(_MESSAGES)}))
     if theirs != ours:
         raise Mismatch(
             f"chat template mismatch: {server.url} has template hash {_hash(theirs or [])}, the "

@@ -41,7 +41,6 @@ class Worker:
     context: int = 0  # tokens, prompt and completion; 0: the server does not say
     seeded: bool = False  # honours sampling_seed
     probed: bool = False
-    paused: bool = False  # it was told to pause and has not confirmed that it goes on
     missed: int = 0  # failed health checks in a row
     doubt: Doubt | None = None
     refusals: int = 0  # in a row

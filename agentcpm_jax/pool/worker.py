@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import ssl
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping
+from http.cookiejar import CookieJar, DefaultCookiePolicy
+from typing import Any, TypeVar
 
 import httpx
 
@@ -15,6 +16,9 @@ from agentcpm_jax.pool.errors import PoolError, PoolErrorKind
 from agentcpm_jax.pool.fields import Fields
 from agentcpm_jax.pool.protocol import read_body
 
+T = TypeVar("T")
+#: How often a check asks the same: of a worker, one odd answer says little.
+ASKS = 4
 HEALTH_TIMEOUT = 25.0  # s; SGLang itself answers after at most 20
 #: Bytes that an answer may have, and those that each token asked for adds: about 60 are needed.
 ANSWER_BYTES, TOKEN_BYTES = 1 << 20, 1 << 10
@@ -36,7 +40,20 @@ def open_client() -> httpx.AsyncClient:
     here: dict[str, httpx.AsyncBaseTransport | None] = {
         f"all://{host}": own for host in ("127.0.0.1", "localhost", "[::1]")
     }
-    return httpx.AsyncClient(verify=verify, limits=limits, timeout=None, mounts=here)
+    none = CookieJar(DefaultCookiePolicy(allowed_domains=()))  # they would go to other workers
+    return httpx.AsyncClient(verify=verify, limits=limits, timeout=None, mounts=here, cookies=none)
+
+
+async def asked(ask: Callable[[], Awaitable[T]]) -> T:
+    """What a server answers; when that is odd it is asked again, unless it took too long."""
+    for attempt in range(ASKS - 1):
+        try:
+            return await ask()
+        except PoolError as error:
+            if error.kind is PoolErrorKind.TIMEOUT:
+                raise
+        await asyncio.sleep(0.1 * 2**attempt)
+    return await ask()
 
 
 class Server:
@@ -97,12 +114,11 @@ class Server:
         """
         body = {"model_path": path, "weight_version": version, "flush_cache": flush}
         try:
-            done = await self._control("/update_weights_from_disk", body, self._cfg.update_timeout)
+            found = await self._control("/update_weights_from_disk", body, self._cfg.update_timeout)
         except PoolError as error:
             if error.kind is PoolErrorKind.UNREACHABLE:
                 raise PoolError(PoolErrorKind.DIED_LOADING, self.url, error.detail) from None
             raise
-        found = Fields(done, self.url, "/update_weights_from_disk")
         if not found.flag("success"):
             raise found.bad("/update_weights_from_disk does not say whether it was done")
 
@@ -112,8 +128,7 @@ class Server:
         Raises `PoolError`, `NO_WEIGHTS`, when it cannot.
         """
         body = {"name": run, "version": version}
-        done = await self._control("/pull", body, self._cfg.control_timeout)
-        found = Fields(done, self.url, "/pull")
+        found = await self._control("/pull", body, self._cfg.control_timeout)
         state, path = found.text("state"), found.text("path")
         if state == "failed":
             said = found.text("reason") or "no reason given"
@@ -133,9 +148,11 @@ class Server:
                 break
         return Fields(read_body(status, payload, self.url), self.url, paths[0])
 
-    async def _control(self, path: str, body: Mapping[str, Any], timeout: float) -> Any:
+    async def _control(self, path: str, body: Mapping[str, Any], timeout: float) -> Fields:
         status, payload = await self._send("POST", path, body, timeout, admin=True)
-        return read_body(status, payload, f"{self.url}{path}")
+        url = f"{self.url}{path}"
+        done = read_body(status, payload, url)
+        return Fields({} if done is None else done, url)
 
     async def _send(
         self,
@@ -171,7 +188,7 @@ class Server:
         except (TimeoutError, httpx.TimeoutException):
             said = f"{path}: no answer within {timeout:g} s"
             raise PoolError(PoolErrorKind.TIMEOUT, self.url, said) from None
-        except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+        except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
             said = f"{path}: {type(error).__name__} {error}"
             raise PoolError(PoolErrorKind.UNREACHABLE, self.url, said) from None
 

@@ -117,7 +117,7 @@ SPOILT: list[FaultKind] = ["deep_json", "number", "drip", "error_500", "death", 
 @pytest.mark.parametrize("path", CONTROL)
 @pytest.mark.parametrize("kind", SPOILT)
 def test_an_odd_answer_during_an_update_ends_nothing(servers, tmp_path, path, kind) -> None:
-    """The update returns, no worker stays `updating`, and the next requests have the new weights."""
+    """The update returns, nobody stays `updating`, and the next requests have the new weights."""
     toy = FaultServer()
     pool = open_pool(
         [servers.start(toy)], tmp_path, update_timeout=5.0, control_timeout=0.5, start_timeout=60.0
@@ -154,7 +154,7 @@ def test_a_context_that_is_no_length_is_a_bad_answer(servers, tmp_path, length) 
 
             return web.json_response({"context_length": length})
 
-    with pytest.raises(Exception, match="context_length is .*, not a count"):
+    with pytest.raises(Exception, match=r"context_length is .*, not a count"):
         open_pool([servers.start(Boasting())], tmp_path, start_timeout=0.2)
 
 
@@ -209,6 +209,7 @@ def test_bytes_that_are_no_http_raise_nothing_but_a_pool_error(tmp_path) -> None
                 with pytest.raises(PoolError):
                     await ask()
             listening.close()
+            await listening.wait_closed()
         await client.aclose()
 
     asyncio.run(scenario())
