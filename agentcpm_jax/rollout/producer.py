@@ -300,7 +300,8 @@ class Producer:
         self._dropped.add(reason, group)
         groups, batch = self._dropped.groups, self._cfg.batch_groups
         cause = self._no_verdicts() or self._dropped.cause()
-        if groups >= (max(SURE_GROUPS, SURE_BATCHES * batch) if cause else BARREN_BATCHES * batch):
+        sure = max(SURE_GROUPS, SURE_BATCHES * batch) if cause else math.inf
+        if groups >= min(sure, BARREN_BATCHES * batch):
             asked = "are the tasks too easy or too hard, or eta too small? (stream.max_staleness)"
             raise NoSignal(
                 f"{groups} groups were dropped since the last batch; all drops: "

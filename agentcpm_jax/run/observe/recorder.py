@@ -64,7 +64,7 @@ class Recorder:
         values |= rollouts
         values |= outcome_metrics(self._ctx.log, shipped)
         values |= age_metrics(shipped, step - 1) | shipped_stats(shipped).metrics()
-        values |= drop_metrics(stale_drops(self._ctx.log, self._stage.name))
+        values |= drop_metrics(stale_drops(self._ctx.log, self._stage.name, steps=step))
         micro_rows = self._rl.shape.micro_rows or 0
         values |= {
             "data/fill": forward_fill(np.asarray(batch.segment_ids), micro_rows),
