@@ -1,7 +1,6 @@
 """Whole runs on a pool of which three answers in ten are odd: progress, and nothing untrue trained.
 
-    python experiments/hostile_pool.py --n 1000        # make test-hostile N=1000
-    python experiments/hostile_pool.py --n 30
+    python experiments/hostile_pool.py --n 1000
 
 Real in every life: launch/train.py on configs/tiny.py:async, and a server with the package's own
 engine and routes behind `hostile_answers.py`, which spoils three answers in ten on every route:

@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         mirror = Mirror(args.source, args.directory, int(args.quota_gb * 1e9))
-        key = os.environ.get("SGLANG_ADMIN_API_KEY", "")
+        key = os.environ.get("SGLANG_ADMIN_API_KEY") or os.environ.get("SGLANG_API_KEY", "")
         server = open_agent(mirror, args.host, args.port, key, args.certificate)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

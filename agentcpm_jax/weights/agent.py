@@ -13,6 +13,7 @@ arrays.
 from __future__ import annotations
 
 import hmac
+import ipaddress
 import json
 import ssl
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -30,11 +31,16 @@ def open_agent(
     """A bound server; `serve_forever` runs it.
 
     Args:
-      key: with one, `/pull` and `/versions` want it as bearer.
+      key: `/pull` and `/versions` want it as bearer; without one only loopback is served.
       certificate: PEM file with private key and chain; empty: no TLS.
 
-    Raises `UserError`: the address or the certificate cannot be used.
+    Raises `UserError`: the address or the certificate cannot be used, or there is no key for it.
     """
+    if not key and not _is_loopback(host):
+        raise UserError(
+            f"{host} is open to other machines, which could take copies and crowd out others'; set "
+            "SGLANG_ADMIN_API_KEY here and for the trainer, or listen on 127.0.0.1"
+        )
 
     class Handler(_Handler):
         pass
@@ -57,6 +63,13 @@ def open_agent(
             server.socket, server_side=True, do_handshake_on_connect=False
         )
     return server
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -90,9 +103,9 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             asked = json.loads(body)
             name, version = asked["name"], asked["version"]
-            if not isinstance(name, str) or not isinstance(version, int):
+            if type(name) is not str or type(version) is not int:
                 raise TypeError
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             self._answer(400, {"error": 'send {"name": "<run>", "version": <number>}'})
             return
         try:
@@ -102,6 +115,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(400, {"error": str(error)})
 
     def _allowed(self) -> bool:
+        if "Origin" in self.headers:  # a page in a browser of this machine reaches loopback too
+            self._answer(403, {"error": "no web page may ask this"})
+            return False
         given = self.headers.get("Authorization", "")
         if not self.key or hmac.compare_digest(given.encode(), f"Bearer {self.key}".encode()):
             return True

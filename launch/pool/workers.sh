@@ -4,7 +4,8 @@
 #   MODEL=Qwen/Qwen3-4B WORKERS=8 SOURCE=gs://bucket/weights bash launch/pool/workers.sh
 #
 # Ends, and ends all others, as soon as one of them does: whoever started it starts it again.
-# SGLANG_API_KEY and SGLANG_ADMIN_API_KEY, where set, become the keys of every server.
+# SGLANG_API_KEY and SGLANG_ADMIN_API_KEY, where set, become the keys of every server; the agent
+# wants one of them, unless HOST is 127.0.0.1.
 set -euo pipefail
 
 MODEL=${MODEL:?name the model: a Hugging Face name or directory}

@@ -146,8 +146,8 @@ def test_rewards_of_another_scale_stop_the_run_by_name(
         stream.start()
         with pytest.raises(NoSignal, match=said) as error:
             stream.next_step_segments(0)
-    sure = "too easy" not in said
-    assert str(error.value).startswith(f"{producer.SURE_GROUPS if sure else 18} groups")
+    dropped = int(str(error.value).split()[0])
+    assert dropped == 18 if "too easy" in said else producer.SURE_GROUPS <= dropped < 18
 
 
 def test_bugs_in_any_part_reach_the_trainer(tmp_path: Path) -> None:

@@ -233,12 +233,17 @@ def test_the_agent_imports_no_arrays(store: ObjectStore, tmp_path: Path) -> None
 def test_what_is_asked_wrongly_is_answered(store: ObjectStore, agents) -> None:
     url = f"http://127.0.0.1:{agents('127.0.0.1', store.url)}"
     evil = b'{"name": "../x", "version": 1}'
-    for body in (b"no json", b"[]", b'{"name": 3, "version": 1}', evil):
+    deep, yes = b"[" * 3000, b'{"name": "run", "version": true}'
+    for body in (b"no json", b"[]", b'{"name": 3, "version": 1}', evil, deep, yes):
         answer = httpx.post(f"{url}/pull", content=body, trust_env=False)
         assert (answer.status_code, "error" in answer.json()) == (400, True)
     too_long = httpx.post(f"{url}/pull", content=b"x" * 5000, trust_env=False)
     assert too_long.status_code == 400
     assert httpx.get(f"{url}/etc/passwd", trust_env=False).status_code == 404
+    page = {"Origin": "http://evil.example"}
+    for path, method in (("/pull", "POST"), ("/versions", "GET")):
+        answer = httpx.request(method, f"{url}{path}", headers=page, content=b"", trust_env=False)
+        assert answer.status_code == 403
 
 
 def test_mistakes_are_one_line(tmp_path: Path, capsys) -> None:
@@ -252,8 +257,10 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys) -> None:
         assert pool_agent.main([*flags, f"--port={taken.getsockname()[1]}"]) == 2
     assert pool_agent.main(["--source=nowhere://b", f"--directory={tmp_path}"]) == 2
     assert pool_agent.main([*flags, "--port=0", f"--certificate={tmp_path}/none.pem"]) == 2
+    assert pool_agent.main([*flags, "--port=0", "--host=0.0.0.0"]) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 3 and all(line.startswith("error: ") for line in lines)
+    assert "set SGLANG_ADMIN_API_KEY" in lines[-1]
+    assert len(lines) == 4 and all(line.startswith("error: ") for line in lines)
 
 
 def test_tls_and_addresses(store: ObjectStore, agents, tmp_path: Path) -> None:

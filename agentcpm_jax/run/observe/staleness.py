@@ -42,8 +42,8 @@ def stale_drops(
     """(tokens, lost to staleness) of every sample of a stage that was good enough to be trained.
 
     These are the samples of shipped groups and of groups dropped as over-age; samples that a filter
-    dropped are not counted. `recent`: only the newest `recent` issues; None: all. `steps`: as it was
-    after so many steps.
+    dropped are not counted. `recent`: only the newest `recent` issues; None: all. `steps`: as it
+    was after so many steps.
     """
     return log.lengths_and_losses(stage, OVER_AGE, recent, steps)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +35,8 @@ def ended(
     )
     known = reward is not None and math.isfinite(reward)
     verdict = Verdict.UNKNOWN if not known else Verdict.RIGHT if reward else Verdict.WRONG
-    made = dict(issue_id=issue, sample=sample, attempt=attempt, verdict=verdict, reward=reward)
-    return Trajectory((segment,), (), stop, **made)
+    trajectory = Trajectory((segment,), (), stop, issue_id=issue, sample=sample, attempt=attempt)
+    return replace(trajectory, verdict=verdict, reward=reward)
 
 
 def credit(advantage: float) -> Credit:
