@@ -177,14 +177,14 @@ class Members:
         self.target = weights
         self.names[weights.name] = weights.version
         self._logprobs, self._fingerprint = logprobs, None
-        asked = [w for w in self.workers.values() if w.state is State.READY]
-        await asyncio.gather(*(self._prefetch(w) for w in asked))  # while they generate
-        ready = [w for w in asked if w.state is State.READY]
+        told = [w for w in self.workers.values() if w.state is State.READY]
+        await asyncio.gather(*(self._prefetch(w) for w in told))  # while they generate
+        ready = [w for w in told if w.state is State.READY]
         for worker in ready:  # all at once: else aborted requests go to the next one to load
             self._set(worker, State.UPDATING, f"loading {weights.name}")
         await asyncio.gather(*(self._update_ready(w) for w in ready))
         for worker in self.workers.values():
-            if worker.state is State.REFUSED and worker not in asked:
+            if worker.state is State.REFUSED and worker not in told:
                 self._set(worker, State.JOINING, worker.reason)
         self._wake.set()
         with contextlib.suppress(TimeoutError):
@@ -192,7 +192,7 @@ class Members:
                 while logprobs is not None and self._fingerprint is None:
                     await asyncio.sleep(min(0.1, self.cfg.health_every))
         self._logprobs = None
-        return {w.url: "" if w.state is State.READY else w.reason for w in asked}
+        return {w.url: "" if w.state is State.READY else w.reason for w in told}
 
     # --- one worker -------------------------------------------------------------------------
 
