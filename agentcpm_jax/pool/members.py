@@ -251,7 +251,7 @@ class Members:
                 # server that took the run's weights surely has the trainer's ids.
                 if self.trainer.chat is not None and not worker.probed:
                     await check_text(worker.server, self.trainer.chat)
-                if served != target.name:
+                if served != target.name or worker.refusals:  # its word is not enough any more
                     await self._load(worker, target)
                 else:  # it may have been paused and not have heard that it may go on
                     await asked(worker.server.resume)
