@@ -27,7 +27,8 @@ ODD: list[FaultKind] = ["not_json", "error_500", "error_400", "vocabulary", "nan
 
 
 @pytest.mark.parametrize("kind", ODD)
-def test_many_odd_answers_at_once_are_no_outage(servers, tmp_path, kind) -> None:
+def test_many_odd_answers_at_once_are_no_outage(servers, tmp_path, monkeypatch, kind) -> None:
+    monkeypatch.setattr("agentcpm_jax.pool.members.DOUBT", 30.0)  # on the busiest machine
     toy = FaultServer()
     pool = open_pool([servers.start(toy)], tmp_path)
     toy.arm(*[Fault(kind)] * 12)  # more than any count of failures in a row would allow
@@ -49,7 +50,7 @@ def test_a_worker_that_answers_nothing_else_is_out_until_it_answers(
     monkeypatch.setattr("agentcpm_jax.pool.members.DOUBT", 0.2)
     good, dead = FaultServer(), FaultServer()
     urls = [servers.start(good), servers.start(dead)]
-    pool = open_pool(urls, tmp_path, control_timeout=0.5 if kind == "busy_503" else 20.0)
+    pool = open_pool(urls, tmp_path, control_timeout=3.0 if kind == "busy_503" else 20.0)
     dead.arm(*[Fault(kind)] * 100_000)
     done = sample_all(pool, [request(i) for i in range(16)])
     wait_for(lambda: pool.workers()[urls[1]].startswith("joining"))
@@ -119,9 +120,9 @@ SPOILT: list[FaultKind] = ["deep_json", "number", "drip", "error_500", "death", 
 def test_an_odd_answer_during_an_update_ends_nothing(servers, tmp_path, path, kind) -> None:
     """The update returns, nobody stays `updating`, and the next requests have the new weights."""
     toy = FaultServer()
-    slow = {"update_timeout": 2.0, "control_timeout": 0.5} if kind == "drip" else {}
+    slow = {"update_timeout": 6.0, "control_timeout": 3.0} if kind == "drip" else {}
     pool = open_pool([servers.start(toy)], tmp_path, **slow)
-    toy.arm(*[Fault(kind, path)] * 3)
+    toy.arm(*[Fault(kind, path)] * (1 if slow else 3))
     weights = toy_weights(tmp_path, "w1")
     pool.update_weights(1, weights, toy_trainer("w1").logprobs)
     assert not next(iter(pool.workers().values())).startswith("updating")
