@@ -150,8 +150,8 @@ def conclude(life: children.Life | None, expected: dict[int, set[str]]) -> list[
     return [f"{life.workdir.name}: {what}" for what in broken]
 
 
-def broken_accounts(log: ExperienceLog) -> list[str]:
-    """R2 of a finished run, from the log alone."""
+def broken_accounts(log: ExperienceLog, steps: int = STEPS) -> list[str]:
+    """R2 of a finished run of `steps` steps, from the log alone."""
     issues, broken = log.issues("rl"), []
     if [i.issue_id for i in issues] != list(range(1, len(issues) + 1)):
         broken.append("R2: an issue id is missing")
@@ -164,7 +164,7 @@ def broken_accounts(log: ExperienceLog) -> list[str]:
         broken.append(f"R2: states {unknown}")
     rows: Counter[tuple[int, int, int]] = Counter()
     groups: Counter[int] = Counter()
-    for step in range(STEPS):
+    for step in range(steps):
         batch = log.shipped("rl", step)
         rows.update((s.issue_id, s.sample, s.segment_index) for s in batch)
         mine = {s.issue_id for s in batch}
@@ -175,7 +175,7 @@ def broken_accounts(log: ExperienceLog) -> list[str]:
         broken.append("R2: trained twice")
     if groups.keys() != {i.issue_id for i in issues if i.state == "shipped"}:
         broken.append("R2: shipped issues are not those of the steps")
-    if log.last_shipped_step("rl") != STEPS - 1:
+    if log.last_shipped_step("rl") != steps - 1:
         broken.append("R2: not all steps are recorded")
     return broken
 

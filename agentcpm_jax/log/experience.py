@@ -386,16 +386,19 @@ class ExperienceLog:
         return found
 
     def lengths_and_losses(
-        self, stage: str, reason: str, recent: int | None = None
+        self, stage: str, reason: str, recent: int | None = None, steps: int | None = None
     ) -> list[tuple[int, bool]]:
         """(tokens, lost) of every sample of the groups that were shipped or dropped for `reason`.
 
         A sample is lost if its group was dropped, or if the filter `reason` decided about it when
-        its group was shipped. `recent`: only the newest `recent` issues.
+        its group was shipped. `recent`: only the newest `recent` issues; `steps`: not what was
+        shipped to later steps than the first `steps` (a resumed run recomputes an earlier one).
         """
-        i, t, d = db.issue.c, db.trajectory.c, db.decision.c
+        i, t, d, s = db.issue.c, db.trajectory.c, db.decision.c, db.shipped.c
         fate = sa.or_(i.state == "shipped", sa.and_(i.state == "dropped", i.reason == reason))
+        later = sa.exists().where(s.issue_id == i.issue_id, s.step >= (steps or 0))
         issues = sa.select(i.issue_id, i.state).where(*_of(stage, "train"), fate)
+        issues = issues if steps is None else issues.where(~later)
         chosen = issues.order_by(i.issue_id.desc()).limit(recent).subquery()
         about = [d.issue_id == t.issue_id, d.sample == t.sample, d.filter == reason]
         query = (

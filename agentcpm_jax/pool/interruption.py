@@ -13,7 +13,8 @@ After AReaL (arXiv 2505.24298, section 4.1, interruptible rollout workers). Devi
 2. a stop string split over two chunks, which no server sees, is found in the joined text; tokens
    sampled after it are cut off;
 3. the token budget shrinks by the tokens kept; at zero the completion finishes with `length`;
-4. chunks in a row without a token are bounded: a server that only aborts is an error, not a loop.
+4. chunks in a row without a token are bounded: a server that only aborts is an error, not a loop;
+5. that a request is bad or forbidden is believed when two attempts in a row say so.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from agentcpm_jax.pool.protocol import FINAL, Chunk, PoolError, PoolErrorKind
+from agentcpm_jax.pool.errors import OF_THE_REQUEST, PoolError, PoolErrorKind
+from agentcpm_jax.pool.protocol import Chunk
 from agentcpm_jax.rollout.policy import Completion, Finish, SampleRequest
 
 #: ids -> text
@@ -75,6 +77,7 @@ async def complete(
     try:
         async with asyncio.timeout(limits.timeout):
             failures = number = 0
+            refused = None  # what the last attempt said of the request
             while len(kept.ids) < request.max_new_tokens:
                 prefix = np.concatenate([np.asarray(request.prompt_ids, np.int32), kept.array()])
                 budget = request.max_new_tokens - len(kept.ids)
@@ -84,11 +87,13 @@ async def complete(
                 except PoolError as error:
                     counters.count(error)
                     reason, failures = str(error), failures + 1
-                    if error.kind in FINAL or failures >= limits.failures:
+                    again = error.kind is refused and refused in OF_THE_REQUEST
+                    if error.final or again or failures >= limits.failures:
                         return kept.completion(Finish.ERROR, reason)
+                    refused = error.kind
                     await asyncio.sleep(_pause(limits, failures))
                     continue
-                seam = len(kept.ids)
+                seam, refused = len(kept.ids), None
                 kept.add(chunk, counters)
                 if seam and decode is not None and kept.cut(request.params.stop_strings, decode):
                     return kept.completion(Finish.STOP)

@@ -11,12 +11,15 @@ import contextlib
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import httpx
 import numpy as np
 
 from agentcpm_jax.pool.config import ADMIN_KEY_ENV, Keys, PoolConfig, agent_url, check_url
+from agentcpm_jax.pool.errors import GONE, SUSPECT, PoolError, PoolErrorKind
+from agentcpm_jax.pool.fields import Fields
 from agentcpm_jax.pool.probe import (
     CONVENTION_TEMPERATURE,
     TOKENS,
@@ -32,20 +35,18 @@ from agentcpm_jax.pool.probe import (
     gap_to_trainer,
     probe_prompts,
 )
-from agentcpm_jax.pool.protocol import (
-    Expected,
-    PoolError,
-    PoolErrorKind,
-    generate_body,
-    read_generate,
-)
-from agentcpm_jax.pool.routing import State, Worker
-from agentcpm_jax.pool.worker import Server
+from agentcpm_jax.pool.protocol import Chunk, Expected, generate_body, read_generate
+from agentcpm_jax.pool.routing import Doubt, State, Worker
+from agentcpm_jax.pool.worker import Server, asked
 from agentcpm_jax.rollout.policy import SamplingParams
 from agentcpm_jax.types import UserError
 
 #: Seconds for an agent to copy weights to its host; workers generate meanwhile.
 PREFETCH_TIMEOUT = 900.0
+#: Seconds without one usable answer after which a worker has to pass its checks again.
+DOUBT = 2.0
+#: A refused worker is asked again after `health_every`, then twice that, ... up to this (s).
+ASK_AGAIN = 600.0
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,25 @@ class Members:
             self._set(worker, State.JOINING, reason)
             self._wake.set()
 
-    def refuse(self, worker: Worker, reason: str) -> None:
-        """Take a worker out until the next weight update."""
-        self._set(worker, State.REFUSED, reason)
+    def answered(self, worker: Worker) -> None:
+        """An answer of a worker was usable."""
+        worker.doubt = None
+
+    def failed(self, worker: Worker, error: PoolError) -> None:
+        """An answer of a worker was not usable: how long that goes on counts, not how often.
+
+        Many requests at once fail in the same moment, and each of them is asked again.
+        """
+        loop = asyncio.get_running_loop()
+        if worker.state is not State.READY:
+            return
+        if worker.doubt is None:
+            loop.call_later(DOUBT + 0.01, self._wake.set)
+        worker.doubt = Doubt(worker.doubt.since if worker.doubt else loop.time(), error)
+        if error.kind in SUSPECT:
+            self.lost(worker, str(error))
+        else:
+            self._judge(worker)
 
     def describe(self) -> str:
         """One line: every worker that is not ready, and why."""
@@ -138,7 +155,9 @@ class Members:
                     async with asyncio.timeout(self.cfg.health_every):
                         await self._wake.wait()
                 self._wake.clear()
-                self._read_urls_file()
+                # Another process may be writing the file: what is no url today is one later.
+                with contextlib.suppress(OSError, ValueError, UserError):
+                    self._read_urls_file()
                 for worker in list(self.workers.values()):
                     running = self._checks.get(worker.url)
                     if running is None or running.done():
@@ -151,23 +170,29 @@ class Members:
     async def update(self, weights: Weights, logprobs: Logprobs | None) -> Mapping[str, str]:
         """Load `weights` on every ready worker; returns url -> '' or what went wrong.
 
-        Workers that fail leave the pool until they have caught up.
+        Workers that fail leave the pool until they have caught up. While there is none that was
+        compared with `logprobs`, they are tried again for up to `update_timeout`: later there is
+        nothing to compare them with.
         """
         self.target = weights
         self.names[weights.name] = weights.version
         self._logprobs, self._fingerprint = logprobs, None
-        asked = [w for w in self.workers.values() if w.state is State.READY]
-        await asyncio.gather(*(self._prefetch(w) for w in asked))  # while they generate
-        ready = [w for w in asked if w.state is State.READY]
+        told = [w for w in self.workers.values() if w.state is State.READY]
+        await asyncio.gather(*(self._prefetch(w) for w in told))  # while they generate
+        ready = [w for w in told if w.state is State.READY]
         for worker in ready:  # all at once: else aborted requests go to the next one to load
             self._set(worker, State.UPDATING, f"loading {weights.name}")
         await asyncio.gather(*(self._update_ready(w) for w in ready))
-        self._logprobs = None
         for worker in self.workers.values():
-            if worker.state is State.REFUSED and worker not in asked:
+            if worker.state is State.REFUSED and worker not in told:
                 self._set(worker, State.JOINING, worker.reason)
         self._wake.set()
-        return {w.url: "" if w.state is State.READY else w.reason for w in asked}
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.cfg.update_timeout):
+                while logprobs is not None and self._fingerprint is None:
+                    await asyncio.sleep(min(0.1, self.cfg.health_every))
+        self._logprobs = None
+        return {w.url: "" if w.state is State.READY else w.reason for w in told}
 
     # --- one worker -------------------------------------------------------------------------
 
@@ -186,14 +211,15 @@ class Members:
                 await self._load(worker, target)
                 await self._verify(worker, target)
             self._set(worker, State.READY, "")
-        except (PoolError, Mismatch, TimeoutError) as error:
-            reason = str(error) or f"no weights within {self.cfg.update_timeout:g} s"
-            self._set(worker, State.JOINING, reason)
+        except TimeoutError:
+            said = f"no weights within {self.cfg.update_timeout:g} s"
+            self._set(worker, State.JOINING, said)
+        except Exception as error:  # whatever it is: nobody else would end `UPDATING`
+            self._set(worker, State.JOINING, _reason(error))
 
     async def _check(self, worker: Worker) -> None:
-        if worker.state is State.JOINING:
-            await self._join(worker)
-        elif worker.state is State.READY:
+        self._judge(worker)
+        if worker.state is State.READY:
             healthy = await worker.server.healthy()
             worker.missed = 0 if healthy else worker.missed + 1
             if worker.missed >= 2:
@@ -201,66 +227,94 @@ class Members:
                     worker, f"{PoolErrorKind.UNREACHABLE}: {worker.url}: two health checks failed"
                 )
                 worker.drop_requests()
+        elif worker.state is not State.REFUSED or worker.again <= _now():
+            await self._join(worker)
+
+    def _judge(self, worker: Worker) -> None:
+        """Take a worker out that has given nothing usable for too long; a full queue may last."""
+        if worker.doubt is None or worker.state is not State.READY:
+            return
+        busy = worker.doubt.error.kind is PoolErrorKind.BUSY
+        passed = _now() - worker.doubt.since
+        if passed >= (self.cfg.control_timeout if busy else DOUBT):
+            self.lost(worker, f"{worker.doubt.error}; nothing usable for {passed:.0f} s")
 
     async def _join(self, worker: Worker) -> None:
         """Load the published weights on a worker and let it in; else `reason` says why not."""
-        if worker.state is not State.JOINING:
+        if worker.state not in (State.JOINING, State.REFUSED):
             return
         try:
             while True:
                 target = self.target
-                await self._inform(worker)
+                served = await self._inform(worker)
                 # Compare text first: SGLang crashes on an id beyond its vocabulary, and only a
                 # server that took the run's weights surely has the trainer's ids.
                 if self.trainer.chat is not None and not worker.probed:
-                    worker.info["template"] = await check_text(worker.server, self.trainer.chat)
-                if str(worker.info.get("weight_version")) != target.name:
+                    await check_text(worker.server, self.trainer.chat)
+                if served != target.name or worker.refusals:  # its word is not enough any more
                     await self._load(worker, target)
+                else:  # it may have been paused and not have heard that it may go on
+                    await asked(worker.server.resume)
                 await self._verify(worker, target)
                 if not worker.probed:
                     await self._probe(worker)
                 if self.target is target:  # else weights were published meanwhile
                     break
+            worker.refusals = 0
             self._set(worker, State.READY, "")
-        except Mismatch as error:
-            self._set(worker, State.REFUSED, str(error))
         except PoolError as error:
-            if error.kind is PoolErrorKind.UPDATE_REFUSED:
-                said = f"wrong model on {worker.url}: it does not take the run's weights: "
-                self._set(worker, State.REFUSED, said + error.detail)
-            elif error.kind is PoolErrorKind.DIED_LOADING and worker.version < 0:
-                said = f"wrong model on {worker.url}? It ended while it loaded the run's first "
-                said += "weights; serve the run's model, and read the server's log"
-                self._set(worker, State.REFUSED, said)
-            elif error.kind is PoolErrorKind.FORBIDDEN:
-                names = f"{self.cfg.api_key_env} and {ADMIN_KEY_ENV}"
-                self._set(worker, State.REFUSED, f"{error}; set {names}")
-            else:
-                worker.reason = str(error)
+            self._not_joined(worker, error)
+        except Mismatch as error:
+            self._refuse(worker, str(error))
+        except Exception as error:  # whatever it is: this worker's, and not the pool's
+            self._set(worker, State.JOINING, _reason(error))
+
+    def _not_joined(self, worker: Worker, error: PoolError) -> None:
+        if error.kind is PoolErrorKind.UPDATE_REFUSED:
+            said = f"wrong model on {worker.url}: it does not take the run's weights: "
+            self._refuse(worker, said + error.detail)
+        elif error.kind is PoolErrorKind.DIED_LOADING and worker.version < 0:
+            said = f"wrong model on {worker.url}? It ended while it loaded the run's first "
+            said += "weights; serve the run's model, and read the server's log"
+            worker.refusals += 1  # it cannot say it twice
+            self._refuse(worker, said)
+        elif error.kind is PoolErrorKind.FORBIDDEN:
+            names = f"{self.cfg.api_key_env} and {ADMIN_KEY_ENV}"
+            self._refuse(worker, f"{error}; set {names}")
+        else:
+            self._set(worker, State.JOINING, str(error))
+            if error.kind in GONE:
                 worker.drop_requests()
 
-    async def _inform(self, worker: Worker) -> None:
-        info = worker.info = await worker.server.model_info()
-        if info.get("is_generation") is False:
+    def _refuse(self, worker: Worker, reason: str) -> None:
+        """Believe it at the second time; then ask a worker ever later: it may be started anew."""
+        pause = min(self.cfg.health_every * 2 ** min(worker.refusals, 16), ASK_AGAIN)
+        worker.refusals, worker.again = worker.refusals + 1, _now() + pause
+        self._set(worker, State.REFUSED if worker.refusals > 1 else State.JOINING, reason)
+
+    async def _inform(self, worker: Worker) -> str | None:
+        """Learn what a server is; returns the name of the weights that it announces."""
+        info = await asked(worker.server.model_info)
+        if info.flag("is_generation") is False:
             raise Mismatch(f"wrong model on {worker.url}: it does not generate")
         check_model(worker.server, info, self.trainer.config)
-        arguments = await worker.server.server_info()
-        limits = (arguments.get("context_length"), arguments.get("max_req_input_len"))
-        worker.context = int(next((n for n in limits if n), 0))
-        worker.seeded = bool(arguments.get("enable_deterministic_inference"))
+        arguments = await asked(worker.server.server_info)
+        worker.context = _context(arguments)
+        worker.seeded = bool(arguments.flag("enable_deterministic_inference"))
+        return info.text("weight_version")
 
     async def _load(self, worker: Worker, target: Weights) -> None:
         """Pause, load, and resume the server even after a failure."""
         server, mode = worker.server, self.cfg.pause
         path = await self._path(worker, target)
         try:
-            await server.pause(mode)
+            await asked(partial(server.pause, mode))
             await server.update_from_disk(path, target.name, flush=mode != "in_place")
         except BaseException:
             with contextlib.suppress(PoolError):  # the first error says more
-                await server.resume()
+                await asked(server.resume)
             raise
-        await server.resume()
+        await asked(server.resume)
 
     async def _path(self, worker: Worker, target: Weights) -> str:
         """Directory of the weights on the worker's host; waits while its agent copies them."""
@@ -272,21 +326,17 @@ class Members:
         pause = 0.05
         try:
             async with asyncio.timeout(PREFETCH_TIMEOUT):
-                found = await agent.pull(target.run, target.version)
-                while found["state"] == "pulling":
+                while (path := await agent.pull(target.run, target.version)) is None:
                     await asyncio.sleep(pause)
                     pause = min(2 * pause, 1.0)
-                    found = await agent.pull(target.run, target.version)
+                return path
         except TimeoutError:
-            found = {"reason": f"not copied within {PREFETCH_TIMEOUT:g} s"}
-        if found.get("state") != "ready":
-            raise PoolError(PoolErrorKind.NO_WEIGHTS, url, f"{target.name}: {found.get('reason')}")
-        return str(found["path"])
+            said = f"{target.name}: not copied within {PREFETCH_TIMEOUT:g} s"
+            raise PoolError(PoolErrorKind.NO_WEIGHTS, url, said) from None
 
     async def _verify(self, worker: Worker, target: Weights) -> None:
         """Check that the server announces the version and that its answers match the weights."""
-        info = await worker.server.model_info()
-        announced = str(info.get("weight_version"))
+        announced = (await asked(worker.server.model_info)).text("weight_version")
         if announced != target.name:
             raise PoolError(
                 PoolErrorKind.WRONG_VERSION,
@@ -317,17 +367,19 @@ class Members:
                 gaps[temperature] = await asyncio.to_thread(gap_to_trainer, answers, self._logprobs)
             original = gaps[CONVENTION_TEMPERATURE] <= self.cfg.max_gap
             convention = "before" if original else "after"
-            worker.info["logprobs"] = f"log-probs from {convention} the temperature"
             check_temperature(
                 worker.server,
                 trainer.temperature,
                 gaps[trainer.temperature],
                 self.cfg.max_gap,
-                worker.info["logprobs"],
+                f"log-probs from {convention} the temperature",
             )
         worker.probed = True
 
     async def _ask(self, worker: Worker, prompt: np.ndarray, temperature: float) -> Answer:
+        return Answer(prompt, await asked(lambda: self._generate(worker, prompt, temperature)))
+
+    async def _generate(self, worker: Worker, prompt: np.ndarray, temperature: float) -> Chunk:
         rid = f"{self._nonce}/probe/{next(self._numbers)}/"
         body = generate_body(rid, prompt, TOKENS, SamplingParams(temperature=temperature))
         status, payload = await worker.server.generate(body, self.cfg.control_timeout)
@@ -338,14 +390,31 @@ class Members:
             budget=TOKENS,
             versions=self.names,
             oldest=-1,
+            least=TOKENS,
         )
-        return Answer(prompt, read_generate(status, payload, expected))
+        return read_generate(status, payload, expected)
 
     def _set(self, worker: Worker, state: State, reason: str) -> None:
-        worker.state, worker.reason, worker.missed = state, reason, 0
+        worker.state, worker.reason, worker.missed, worker.doubt = state, reason, 0, None
         self.changed.set()
 
     def _read_urls_file(self) -> None:
         if self.cfg.urls_file and Path(self.cfg.urls_file).is_file():
             for line in Path(self.cfg.urls_file).read_text().split():
                 self.add(line)
+
+
+def _context(arguments: Fields) -> int:
+    """The tokens that a request may have, prompt and completion; 0: the server does not say."""
+    length = arguments.count("context_length") or arguments.count("max_req_input_len")
+    limits = (length, arguments.count("max_total_num_tokens"))
+    return min((n for n in limits if n), default=0)
+
+
+def _reason(error: Exception) -> str:
+    known = isinstance(error, PoolError | Mismatch)
+    return str(error) if known else f"{type(error).__name__}: {error}"
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

@@ -7,20 +7,24 @@ weights, and log-probabilities under the trainer's convention.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from agentcpm_jax.chat.format import ChatFormat
+from agentcpm_jax.pool.errors import shown
+from agentcpm_jax.pool.fields import Fields
 from agentcpm_jax.pool.protocol import Chunk
-from agentcpm_jax.pool.worker import Server
+from agentcpm_jax.pool.worker import Server, asked
+from agentcpm_jax.records import parse_json
 
 PROMPTS, TOKENS = 4, 8  # of a fingerprint: number of prompts, greedy tokens per prompt
 CONVENTION_TEMPERATURE = 0.7
+CONFIG_BYTES = 1 << 20  # a larger config.json is none
 
 # Without tools: SGLang 0.5.23 writes a key of its own into each schema before it renders them.
 _MESSAGES = (
@@ -99,22 +103,32 @@ def gap_between(first: Sequence[Answer], second: Sequence[Answer]) -> float:
     return float(flat.mean()) if len(flat) and 4 * len(flat) >= total else float("inf")
 
 
-def check_model(server: Server, info: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+def check_model(server: Server, info: Fields, config: Mapping[str, Any]) -> None:
     """Compare the served model's shape with the run's `config`; raises `Mismatch`.
 
     Run it before sending weights: SGLang 0.5 exits on weights of another shape. The served shape
     is from `/model_info`, and from the served config.json where this machine can read it.
     """
-    served = {key: info[key] for key in _SHAPE if info.get(key)}
-    file = Path(str(info.get("model_path"))) / "config.json"
-    if file.is_file():
-        served |= json.loads(file.read_text())
+    served = {key: info.values[key] for key in _SHAPE if info.values.get(key)}
+    path = info.text("model_path") or ""
+    served |= _served_config(path)
     for key in _SHAPE:
         if key in served and key in config and served[key] != config[key]:
             raise Mismatch(
-                f"wrong model on {server.url}: {info.get('model_path')} has {key} {served[key]}, "
+                f"wrong model on {server.url}: {shown(path)} has {key} {shown(served[key])}, "
                 f"the run's model {config[key]}; serve the run's model"
             )
+
+
+def _served_config(path: str) -> dict[str, Any]:
+    """The config.json below a path that a server named; empty where there is none to compare."""
+    file = Path(path) / "config.json"
+    try:
+        whole = file.is_file() and file.stat().st_size <= CONFIG_BYTES
+        found = parse_json(file.read_bytes()) if whole else None
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 async def check_text(server: Server, chat: ChatFormat) -> str:
@@ -124,7 +138,8 @@ async def check_text(server: Server, chat: ChatFormat) -> str:
     """
     for message in _MESSAGES:
         text = message["content"]
-        found = await server.tokenize({"prompt": text, "add_special_tokens": False})
+        plain = {"prompt": text, "add_special_tokens": False}
+        found = await asked(partial(server.tokenize, plain))
         if found is None:
             return "unverified"
         expected = chat.encode_text(text).tolist()
@@ -134,7 +149,7 @@ async def check_text(server: Server, chat: ChatFormat) -> str:
                 f"trainer as {expected[:8]}...; give the server the run's tokenizer"
             )
     ours = chat.prompt_ids(_MESSAGES).tolist()
-    theirs = await server.tokenize({"messages": list(_MESSAGES)})
+    theirs = await asked(partial(server.tokenize, {"messages": list(_MESSAGES)}))
     if theirs != ours:
         raise Mismatch(
             f"chat template mismatch: {server.url} has template hash {_hash(theirs or [])}, the "

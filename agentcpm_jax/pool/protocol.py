@@ -1,19 +1,18 @@
-"""SGLang's `/generate` on the wire: the request body, validation of the answer, the errors.
+"""SGLang's `/generate` on the wire: the request body, and what of an answer can be trained on.
 
-Nothing here does input or output. The body of an answer is read before its status: SGLang reports
-a manual abort as 200 in some releases and as 500 in others, with the same body.
+Nothing here does input or output. Every field is read with suspicion (`fields.py`): `PoolError` is
+all that can be raised, whatever a server sends. The body of an answer is read before its status:
+SGLang reports a manual abort as 200 in some releases and as 500 in others, with the same body.
 
 How the version of a token is determined depends on the fields that the server sends:
   A  `weight_versions` spans over the output: exact;
   B  `weight_version_start` / `weight_version_end`: exact if equal, else the older, uncertain;
   C  `weight_version`, the newest: exact if it is the version at send, else the latter, uncertain;
-  D  nothing: refused, unless unversioned answers are allowed (then the version at send, uncertain).
+  D  nothing: refused.
 """
 
 from __future__ import annotations
 
-import enum
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,37 +20,13 @@ from typing import Any
 
 import numpy as np
 
+from agentcpm_jax.pool.errors import PoolError, PoolErrorKind, shown
+from agentcpm_jax.pool.fields import Fields, is_count, parse
 from agentcpm_jax.rollout.policy import Finish, SamplingParams
 
-
-class PoolErrorKind(enum.StrEnum):
-    """Why an attempt failed; the name in metrics and messages."""
-
-    UNREACHABLE = "unreachable"  # no connection, or it broke
-    TIMEOUT = "timeout"
-    BUSY = "busy"  # 408, 429, 503
-    SERVER_ERROR = "server_error"
-    BAD_ANSWER = "bad_answer"  # not JSON, another request's answer, lengths that disagree
-    BAD_REQUEST = "bad_request"  # the server will never answer this
-    FORBIDDEN = "forbidden"  # 401, 403
-    WRONG_VERSION = "wrong_version"
-    VOCABULARY = "vocabulary"  # a sampled id that the trainer does not have
-    NON_FINITE = "non_finite_logprob"
-    UPDATE_REFUSED = "update_refused"  # `success: false`
-    DIED_LOADING = "died_loading"  # the connection broke while it loaded weights
-    NO_WEIGHTS = "no_weights"  # the host's agent could not copy them
-
-
-#: Errors that a retry cannot fix: the user has to.
-FINAL = frozenset({PoolErrorKind.BAD_REQUEST, PoolErrorKind.FORBIDDEN, PoolErrorKind.VOCABULARY})
-
-
-class PoolError(Exception):
-    """A named failure of one attempt. `str` is one line: kind, server, what it said."""
-
-    def __init__(self, kind: PoolErrorKind, url: str, detail: str) -> None:
-        self.kind, self.url, self.detail = kind, url, " ".join(str(detail).split())[:400]
-        super().__init__(f"{kind}: {url}: {self.detail}")
+#: Log-probabilities of sampled tokens lie between these (nats): below, the probability is 0 in
+#: float32; above 0 by the rounding of a sum of exponentials at most.
+LEAST_LOGPROB, MOST_LOGPROB = -104.0, 1e-5
 
 
 @dataclass(frozen=True)
@@ -62,7 +37,6 @@ class Chunk:
     logprobs: np.ndarray
     versions: np.ndarray
     finish: Finish  # stop | length | abort
-    text: str = ""
     uncertain: bool = False
     message: str = ""  # of an abort
 
@@ -77,6 +51,8 @@ class Expected:
     budget: int
     versions: Mapping[str, int]  # published name -> version
     oldest: int  # version of the worker when the request was sent; -1: unknown (a router chose)
+    least: int = 1  # tokens before an answer may end for its `length`
+    stop_strings: tuple[str, ...] = ()
 
 
 def generate_body(
@@ -128,31 +104,25 @@ def read_generate(status: int, payload: bytes, expected: Expected) -> Chunk:
       PoolError: the answer is unusable; no token of it may be trained on.
     """
     url = expected.url
-    body = read_body(status, payload, url)
-    meta = body.get("meta_info") if isinstance(body, dict) else None
-    if not isinstance(meta, dict):
-        raise PoolError(PoolErrorKind.BAD_ANSWER, url, f"no meta_info in {str(body)[:200]}")
-    if meta.get("id", expected.rid) != expected.rid:
-        said = f"the answer of request {meta['id']}, not of {expected.rid}"
-        raise PoolError(PoolErrorKind.BAD_ANSWER, url, said)
-    reason = meta.get("finish_reason")
-    kind = reason.get("type") if isinstance(reason, dict) else None
-    if kind not in ("stop", "length", "abort"):
-        raise PoolError(PoolErrorKind.BAD_ANSWER, url, f"finish_reason {reason!r}")
-    assert isinstance(reason, dict)
-    if kind == "abort" and reason.get("status_code") in _STATUS:
-        raise PoolError(_STATUS[reason["status_code"]], url, reason.get("message", "aborted"))
-    ids, logprobs = _tokens(body, meta, expected)
+    answer = Fields(read_body(status, payload, url), url)
+    meta = answer.inner("meta_info")
+    if meta is None:
+        raise answer.bad(f"no meta_info in {shown(answer.values)}")
+    if (rid := meta.text("id")) != expected.rid:
+        raise answer.bad(f"the answer of request {shown(rid)}, not of {expected.rid}")
+    reason = meta.inner("finish_reason")
+    kind = None if reason is None else reason.text("type")
+    if reason is None or kind not in ("stop", "length", "abort"):
+        raise answer.bad(f"finish_reason {shown(meta.values.get('finish_reason'))}")
+    message = shown(reason.values.get("message") or "")
+    if kind == "abort" and (code := reason.count("status_code")):
+        raise PoolError(_kind_of(code), url, message or "aborted")
+    if kind != "abort" and status != 200:
+        raise PoolError(_kind_of(status), url, f"status {status} of an answer that ended: {kind}")
+    ids, logprobs = _tokens(answer, meta, expected)
+    _check_finish(kind, reason, ids, expected)
     versions, uncertain = _versions(meta, len(ids), expected)
-    return Chunk(
-        ids=ids,
-        logprobs=logprobs,
-        versions=versions,
-        finish=Finish(kind),
-        text=str(body.get("text", "")),
-        uncertain=uncertain,
-        message=str(reason.get("message", "")),
-    )
+    return Chunk(ids, logprobs, versions, Finish(kind), uncertain, message)
 
 
 def read_body(status: int, payload: bytes, url: str) -> Any:
@@ -162,27 +132,21 @@ def read_body(status: int, payload: bytes, url: str) -> Any:
       PoolError: status 200 without valid JSON, an error in the body, or any other status.
     """
     try:
-        body = json.loads(payload) if payload else None
-    except ValueError:
-        body = None
+        body = parse(payload, url) if payload else None
+    except PoolError:
         if status == 200:
-            said = f"no JSON: {payload[:80]!r}"
-            raise PoolError(PoolErrorKind.BAD_ANSWER, url, said) from None
+            raise
+        body = None
     if isinstance(body, dict):
-        if "meta_info" in body:
-            return body  # finish_reason says more than the status
         if body.get("success") is False:
-            raise PoolError(
-                PoolErrorKind.UPDATE_REFUSED, url, body.get("message", "no reason given")
-            )
+            raise PoolError(PoolErrorKind.UPDATE_REFUSED, url, _message(body))
         if body.get("error") is not None and status == 200:
             raise PoolError(PoolErrorKind.SERVER_ERROR, url, _message(body))
+        if "meta_info" in body:
+            return body  # finish_reason says more than the status
     if status != 200:
-        kind = _STATUS.get(status)
-        if kind is None:
-            kind = PoolErrorKind.BAD_REQUEST if 400 <= status < 500 else PoolErrorKind.SERVER_ERROR
         said = _message(body) if body is not None else payload[:200].decode(errors="replace")
-        raise PoolError(kind, url, f"status {status}: {said or 'no message'}")
+        raise PoolError(_kind_of(status), url, f"status {status}: {said or 'no message'}")
     return body
 
 
@@ -199,55 +163,77 @@ _STATUS = {
 }
 
 
+def _kind_of(status: int) -> PoolErrorKind:
+    others = PoolErrorKind.BAD_REQUEST if 400 <= status < 500 else PoolErrorKind.SERVER_ERROR
+    return _STATUS.get(status, others)
+
+
 def _message(body: Any) -> str:
-    error = body.get("error", body) if isinstance(body, dict) else body
+    error = body.get("error") or body.get("message", body) if isinstance(body, dict) else body
     if isinstance(error, dict):
         error = error.get("message", error)
-    return str(error)
+    return shown(error)
 
 
-def _tokens(
-    body: Mapping[str, Any], meta: Mapping[str, Any], expected: Expected
-) -> tuple[np.ndarray, np.ndarray]:
-    """Ids i32[N] and log-probabilities f32[N] of the same rows; `output_ids` must agree."""
-    url = expected.url
-    rows = meta.get("output_token_logprobs") or []  # absent when aborted before the prefill
-    try:
-        ids = np.asarray([row[1] for row in rows], np.int64)
-        logprobs = np.asarray([_number(row[0]) for row in rows], np.float32)
-    except (TypeError, ValueError, IndexError):
-        raise PoolError(
-            PoolErrorKind.BAD_ANSWER, url, "output_token_logprobs are no rows"
-        ) from None
-    output = body.get("output_ids")
-    if output is not None and list(output) != ids.tolist():
+def _tokens(answer: Fields, meta: Fields, expected: Expected) -> tuple[np.ndarray, np.ndarray]:
+    """Ids i32[N] and log-probabilities f32[N] of the same rows; all counts must agree with them."""
+    rows = meta.rows("output_token_logprobs") or []  # absent when aborted before the prefill
+    if len(rows) > expected.budget:
+        raise answer.bad(f"{len(rows)} tokens where {expected.budget} were allowed")
+    if not all(type(row) is list and len(row) > 1 and is_count(row[1]) for row in rows):
+        raise answer.bad("output_token_logprobs are no rows of a log-probability and an id")
+    ids = [row[1] for row in rows]
+    output = answer.counts("output_ids")
+    if output is not None and output != ids:
         said = f"{len(output)} output_ids, {len(ids)} log-probabilities, or other ids in them"
-        raise PoolError(PoolErrorKind.BAD_ANSWER, url, said)
-    if len(ids) > expected.budget:
-        said = f"{len(ids)} tokens where {expected.budget} were allowed"
-        raise PoolError(PoolErrorKind.BAD_ANSWER, url, said)
-    if len(ids) and not 0 <= ids.min() <= ids.max() < expected.vocab_size:
-        said = f"sampled id {ids.max()}; the trainer has ids 0..{expected.vocab_size - 1}"
-        raise PoolError(PoolErrorKind.VOCABULARY, url, said)
-    if not np.isfinite(logprobs).all():
-        where = int(np.flatnonzero(~np.isfinite(logprobs))[0])
-        said = f"log-probability {logprobs[where]} at token {where} of {len(ids)}"
+        raise answer.bad(said)
+    told = meta.count("completion_tokens")
+    told = meta.count("output_token_logprobs_length") if told is None else told
+    if told not in (None, len(ids)):
+        raise answer.bad(f"{len(ids)} tokens came where the server counted {told}")
+    if answer.text("text") and not ids:
+        raise answer.bad("a text without tokens")
+    if ids and max(ids) >= expected.vocab_size:
+        said = f"sampled id {max(ids)}; the trainer has ids 0..{expected.vocab_size - 1}"
+        raise PoolError(PoolErrorKind.VOCABULARY, expected.url, said)
+    logprobs = [_logprob(row[0], place, expected.url) for place, row in enumerate(rows)]
+    return np.asarray(ids, np.int32), np.asarray(logprobs, np.float32)
+
+
+def _logprob(value: Any, place: int, url: str) -> float:
+    """A log-probability that a sampled token can have; SGLang writes one that is NaN as null."""
+    number = math.nan if value is None else value
+    if type(number) is float and not math.isfinite(number):
+        said = f"log-probability {number} at token {place}"
         raise PoolError(PoolErrorKind.NON_FINITE, url, said)
-    return ids.astype(np.int32), logprobs
+    if type(number) not in (float, int) or not LEAST_LOGPROB <= number <= MOST_LOGPROB:
+        said = f"log-probability {shown(number)} at token {place}: from {LEAST_LOGPROB:g} to 0"
+        raise PoolError(PoolErrorKind.BAD_ANSWER, url, f"{said}, please")
+    return min(float(number), 0.0)
 
 
-def _number(value: Any) -> float:
-    return math.nan if value is None else float(value)
+def _check_finish(kind: str, reason: Fields, ids: np.ndarray, expected: Expected) -> None:
+    """An episode acts on why its turn ended, so that is to be true too."""
+    if kind != "abort" and not len(ids):
+        raise reason.bad(f"finish {kind} without a token")
+    if kind == "length" and len(ids) < expected.least:
+        said = f"finish length after {len(ids)} of {expected.budget} tokens"
+        raise reason.bad(said)
+    matched = reason.values.get("matched")
+    if kind == "stop" and matched is not None:
+        known = type(matched) is str and matched in expected.stop_strings
+        if not known and not (is_count(matched) and matched == ids[-1]):
+            raise reason.bad(f"finish stop by {shown(matched)}, not by the end of the answer")
 
 
-def _versions(meta: Mapping[str, Any], count: int, expected: Expected) -> tuple[np.ndarray, bool]:
-    spans = meta.get("weight_versions")
-    newest = meta.get("weight_version")
+def _versions(meta: Fields, count: int, expected: Expected) -> tuple[np.ndarray, bool]:
+    spans = meta.rows("weight_versions")
+    newest = meta.text("weight_version")
     if spans is not None:  # tier A
         return _from_spans(spans, count, expected), False
-    if "weight_version_start" in meta:  # tier B
-        first = _known(meta["weight_version_start"], expected)
-        last = _known(meta.get("weight_version_end"), expected)
+    if (start := meta.text("weight_version_start")) is not None:  # tier B
+        first = _known(start, expected)
+        last = _known(meta.text("weight_version_end"), expected)
         return np.full(count, first, np.int32), first != last
     if newest is not None and newest != "None":  # tier C
         version = _known(newest, expected)
@@ -257,30 +243,30 @@ def _versions(meta: Mapping[str, Any], count: int, expected: Expected) -> tuple[
     raise PoolError(PoolErrorKind.WRONG_VERSION, expected.url, said)
 
 
-def _from_spans(spans: Any, count: int, expected: Expected) -> np.ndarray:
-    """Versions i32[count] from half-open spans, contiguous from 0 to `count`."""
+def _from_spans(spans: list[Any], count: int, expected: Expected) -> np.ndarray:
+    """Versions i32[count] from half-open spans, contiguous from 0 to `count`, never going back."""
     versions, end = np.full(count, -1, np.int32), 0
-    try:
-        for span in spans:
-            start, stop = span["start"], span["end"]
-            if start != end or not end <= stop <= count:
-                raise ValueError
-            if start < stop:  # an empty span says nothing about a token
-                versions[start:stop] = _known(span["version"], expected)
-            end = stop
-        if end != count:
-            raise ValueError
-    except (KeyError, TypeError, ValueError):
-        said = f"version spans {spans} of {count} tokens"
-        raise PoolError(PoolErrorKind.BAD_ANSWER, expected.url, said) from None
+    wrong = PoolError(
+        PoolErrorKind.BAD_ANSWER, expected.url, f"version spans {shown(spans)} of {count} tokens"
+    )
+    for value in spans:
+        span = Fields(value, expected.url, "weight_versions")
+        start, stop = span.count("start"), span.count("end")
+        if start is None or stop is None or start != end or not end <= stop <= count:
+            raise wrong
+        if start < stop:  # an empty span says nothing about a token
+            versions[start:stop] = _known(span.text("version"), expected)
+        end = stop
+    if end != count or (np.diff(versions) < 0).any():
+        raise wrong
     return versions
 
 
-def _known(name: Any, expected: Expected) -> int:
+def _known(name: str | None, expected: Expected) -> int:
     """The version of a published name; raises `PoolError` if unknown or older than at send."""
-    version = expected.versions.get(str(name), -1)
+    version = expected.versions.get(name or "", -1)
     if version < max(expected.oldest, 0):
         at_send = next((n for n, v in expected.versions.items() if v == expected.oldest), "any")
-        said = f"weights {name!r}, {at_send!r} or newer expected"
+        said = f"weights {shown(name)!r}, {at_send!r} or newer expected"
         raise PoolError(PoolErrorKind.WRONG_VERSION, expected.url, said)
     return version

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from agentcpm_jax.pool.errors import PoolError
 from agentcpm_jax.pool.worker import Server
 
 
@@ -19,6 +20,14 @@ class State(enum.StrEnum):
     UPDATING = "updating"
     READY = "ready"
     REFUSED = "refused"  # it answers, but must not be used: `reason` says why
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """No answer of a worker was usable since `since` (seconds of the loop's clock)."""
+
+    since: float
+    error: PoolError  # the last one
 
 
 @dataclass(eq=False)
@@ -33,7 +42,9 @@ class Worker:
     seeded: bool = False  # honours sampling_seed
     probed: bool = False
     missed: int = 0  # failed health checks in a row
-    info: dict[str, Any] = field(default_factory=dict)
+    doubt: Doubt | None = None
+    refusals: int = 0  # in a row
+    again: float = 0.0  # when a refused one is asked again (loop's clock)
     in_flight: set[asyncio.Task[Any]] = field(default_factory=set)  # requests it has not answered
 
     @property
@@ -57,7 +68,11 @@ SLACK = 8
 
 
 class Routes:
-    """Least-loaded routing; a trajectory stays on its worker up to `slack` more requests there."""
+    """Least-loaded routing; a trajectory stays on its worker up to `slack` more requests there.
+
+    A worker whose last answer was unusable gets requests only when all are like that: what fails
+    at once has nothing in flight, so the least loaded would be the broken one.
+    """
 
     def __init__(self, slack: int = SLACK, remembered: int = 65536) -> None:
         self._slack, self._remembered = slack, remembered
@@ -65,7 +80,9 @@ class Routes:
 
     def choose(self, workers: Iterable[Worker], key: str) -> Worker | None:
         """A ready worker for the trajectory `key`; None when there is none."""
-        ready = {w.url: w for w in workers if w.state is State.READY}
+        usable = [w for w in workers if w.state is State.READY]
+        trusted = [w for w in usable if w.doubt is None]
+        ready = {w.url: w for w in trusted or usable}
         if not ready:
             return None
         least = min(ready.values(), key=lambda w: len(w.in_flight))

@@ -16,17 +16,11 @@ from typing import Any, TypeVar
 import numpy as np
 
 from agentcpm_jax.pool.config import Keys, PoolConfig, check_url
+from agentcpm_jax.pool.errors import PoolError, PoolErrorKind
 from agentcpm_jax.pool.interruption import PoolCounters, RetryLimits, complete
 from agentcpm_jax.pool.members import Members, Weights
 from agentcpm_jax.pool.probe import Logprobs, Trainer
-from agentcpm_jax.pool.protocol import (
-    Chunk,
-    Expected,
-    PoolError,
-    PoolErrorKind,
-    generate_body,
-    read_generate,
-)
+from agentcpm_jax.pool.protocol import Chunk, Expected, generate_body, read_generate
 from agentcpm_jax.pool.routing import Routes, State, Worker, trajectory_key
 from agentcpm_jax.pool.worker import Server, open_client
 from agentcpm_jax.rollout.policy import Completion, Finish, SampleRequest
@@ -35,20 +29,8 @@ from agentcpm_jax.types import UserError
 __all__ = ["PoolConfig", "PoolError", "PoolErrorKind", "SGLangPool", "Trainer"]
 
 T = TypeVar("T")
-#: Unusable answers; a worker that gives `_STRIKES` of them in a row is refused.
-_UNUSABLE = frozenset(
-    {PoolErrorKind.BAD_ANSWER, PoolErrorKind.NON_FINITE, PoolErrorKind.VOCABULARY}
-)
-_STRIKES = 3
-#: Errors after which a worker is checked again, its version too, before it gets another request.
-_SUSPECT = frozenset(
-    {
-        PoolErrorKind.UNREACHABLE,
-        PoolErrorKind.TIMEOUT,
-        PoolErrorKind.WRONG_VERSION,
-        PoolErrorKind.FORBIDDEN,
-    }
-)
+#: Tokens of a context that servers keep for themselves: an answer may end that much earlier.
+_KEPT_BACK = 8
 
 
 class SGLangPool:
@@ -70,7 +52,6 @@ class SGLangPool:
             check_url(url)
         self._nonce = secrets.token_hex(4)
         self._routes = Routes()
-        self._strikes: dict[str, int] = {}
         self.counters = PoolCounters()
         self._closing = False
         self._members: Members | None = None
@@ -215,18 +196,19 @@ class SGLangPool:
         if len(prefix) and not 0 <= prefix.min() <= prefix.max() < members.trainer.vocab_size:
             last = members.trainer.vocab_size - 1
             said = f"the prompt holds ids up to {prefix.max()}; the model's end at {last}"
-            raise PoolError(PoolErrorKind.VOCABULARY, "pool", said)
+            raise PoolError(PoolErrorKind.VOCABULARY, "pool", said, final=True)
         worker = await self._ready(trajectory_key(request.rid), avoid)
-        if worker.context:
-            room = worker.context - len(prefix)
-            budget = min(budget, room)
+        room = worker.context - len(prefix) if worker.context else budget
+        budget = min(budget, room)
         if budget <= 0:
             raise PoolError(
                 PoolErrorKind.BAD_REQUEST,
                 worker.url,
                 f"prompt of {len(prefix)} tokens leaves no room in a context of {worker.context}; "
                 "shorten the prompt or raise the server's context length",
+                final=True,
             )
+        known = worker.context and self._router is None
         rid = f"{self._nonce}/{request.rid}{number}/"
         seed = _seed(request, len(prefix)) if worker.seeded and not self._router else None
         salt = f"v{worker.version}" if self.cfg.pause == "in_place" else ""
@@ -243,12 +225,16 @@ class SGLangPool:
                 budget=budget,
                 versions=members.names,
                 oldest=oldest,
+                least=max(1, min(budget, room - _KEPT_BACK)) if known else 1,
+                stop_strings=request.params.stop_strings,
             )
             answer = read_generate(status, payload, expected)
         except PoolError as error:
-            self._blame(worker, error)
+            # A router does not say which worker it was.
+            if self._router is None or error.kind is PoolErrorKind.WRONG_VERSION:
+                members.failed(worker, error)
             raise
-        self._strikes.pop(worker.url, None)
+        members.answered(worker)
         return answer
 
     async def _post(self, worker: Worker, body: Mapping[str, Any], key: str) -> tuple[int, bytes]:
@@ -283,7 +269,7 @@ class SGLangPool:
                 return chosen
             if any(w.state is State.UPDATING for w in workers):
                 patience = clock() + self.cfg.control_timeout
-            elif clock() > patience or all(w.state is State.REFUSED for w in workers):
+            elif clock() > patience:
                 raise PoolError(
                     PoolErrorKind.UNREACHABLE, "pool", f"no worker: {members.describe()}"
                 )
@@ -293,17 +279,6 @@ class SGLangPool:
                     await members.changed.wait()
             except TimeoutError:
                 continue
-
-    def _blame(self, worker: Worker, error: PoolError) -> None:
-        members = self._get()
-        if self._router is not None and error.kind is not PoolErrorKind.WRONG_VERSION:
-            return  # the router does not say which worker it was
-        if error.kind in _SUSPECT:
-            members.lost(worker, str(error))
-        elif error.kind in _UNUSABLE:
-            strikes = self._strikes[worker.url] = self._strikes.get(worker.url, 0) + 1
-            if strikes >= _STRIKES or error.kind is PoolErrorKind.VOCABULARY:
-                members.refuse(worker, str(error))
 
     def _get(self) -> Members:
         if self._members is None:

@@ -57,14 +57,12 @@ Deviations from the original:
 
 from __future__ import annotations
 
-import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from agentcpm_jax.rewards.grade import NON_FINITE, UNKNOWN_NOTES, normalize
+from agentcpm_jax.rewards.grade import normalize, unknown_reason
 from agentcpm_jax.types import (
-    UNKNOWN_STOPS,
     Decision,
     StopReason,
     Trajectory,
@@ -168,19 +166,11 @@ def denoise(group: TrajectoryGroup, cfg: DenoiseConfig) -> DenoisedGroup:
 
 def environment(state: DenoisedGroup, cfg: DenoiseConfig) -> list[Decision]:
     """Samples that say nothing about the policy leave before the baseline."""
-    found = []
-    for t in state.group.trajectories:
-        reason = None
-        if t.stop in UNKNOWN_STOPS:
-            reason = str(t.stop)
-        elif t.reward is not None and not math.isfinite(t.reward):
-            reason = NON_FINITE
-        elif t.verdict == Verdict.UNKNOWN or t.reward is None:
-            note = t.error.partition(":")[0]
-            reason = note if note in UNKNOWN_NOTES else "unknown_verdict"
-        if reason is not None:
-            found.append(_drop("environment", reason, t))
-    return found
+    return [
+        _drop("environment", reason, t)
+        for t in state.group.trajectories
+        if (reason := unknown_reason(t))
+    ]
 
 
 def disagreement(state: DenoisedGroup, cfg: DenoiseConfig) -> list[Decision]:

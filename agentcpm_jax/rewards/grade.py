@@ -183,18 +183,31 @@ def number(text: str) -> tuple[Decimal, str] | None:
     return value, currency or match["unit"] or ""
 
 
-def reward_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """`reward/mean`, `reward/std` (population) over known rewards, `reward/unknown` (a share).
+def unknown_reason(trajectory: Trajectory) -> str:
+    """Why a sample says nothing about the policy; empty when it has a verdict and a reward."""
+    if trajectory.stop in UNKNOWN_STOPS:
+        return str(trajectory.stop)
+    if trajectory.reward is not None and not math.isfinite(trajectory.reward):
+        return NON_FINITE
+    if trajectory.verdict == Verdict.UNKNOWN or trajectory.reward is None:
+        note = trajectory.error.partition(":")[0]
+        return note if note in UNKNOWN_NOTES else "unknown_verdict"
+    return ""
 
-    Mean and standard deviation are NaN when no reward is known.
+
+def reward_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """`reward/mean`, `std` (population), `min`, `max` of known rewards; `unknown`: a share.
+
+    All but the share are NaN when no reward is known.
     """
-    known = np.array([t.reward for t in trajectories if t.reward is not None], np.float64)
-    share = 1.0 - len(known) / len(trajectories) if trajectories else float("nan")
+    rewards = [t.reward for t in trajectories if t.reward is not None]
+    known = np.array([r for r in rewards if math.isfinite(r)], np.float64)
+    share = 1.0 - len(known) / len(trajectories) if trajectories else math.nan
+    figures = {"mean": np.mean, "std": np.std, "min": np.min, "max": np.max}
     return {
-        "reward/mean": float(known.mean()) if len(known) else float("nan"),
-        "reward/std": float(known.std()) if len(known) else float("nan"),
-        "reward/unknown": share,
-    }
+        f"reward/{name}": float(of(known)) if len(known) else math.nan
+        for name, of in figures.items()
+    } | {"reward/unknown": share}
 
 
 async def _within(deadline: float, outcome: Awaitable[Any]) -> Any:

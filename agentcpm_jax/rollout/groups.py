@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from typing import Protocol
@@ -11,6 +12,7 @@ from typing import Protocol
 from agentcpm_jax.log.experience import ExperienceLog
 from agentcpm_jax.log.schema import Issue
 from agentcpm_jax.log.signals import POLL
+from agentcpm_jax.rewards.grade import unknown_reason
 from agentcpm_jax.rollout.config import StreamConfig
 from agentcpm_jax.types import (
     UNKNOWN_STOPS,
@@ -34,12 +36,12 @@ class Groups(Protocol):
     stopping: set it before cancelling, so that an episode which turns its cancellation into a
         result does not count as finished.
     progress: monotonic seconds of the last sign of life.
-    unknown_samples: attempts so far that ended without a verdict.
+    unknown: reason -> attempts so far that ended without a verdict.
     """
 
     stopping: bool
     progress: float
-    unknown_samples: int
+    unknown: Counter[str]
 
     async def group(self, issue: Issue, finished: Mapping[int, Trajectory]) -> TrajectoryGroup:
         """Sample a whole group and record every attempt.
@@ -84,7 +86,7 @@ class OwnGroups:
         self._records, self._run_sample, self._cfg = records, run_sample, cfg
         self.stopping = False
         self.progress = time.monotonic()
-        self.unknown_samples = 0
+        self.unknown: Counter[str] = Counter()
         self._unknown_row = 0
 
     async def group(self, issue: Issue, finished: Mapping[int, Trajectory]) -> TrajectoryGroup:
@@ -111,7 +113,7 @@ class OwnGroups:
             if is_known(traj):
                 self._unknown_row = 0
                 return traj
-            self.unknown_samples += 1
+            self.unknown[unknown_reason(traj)] += 1
             self._unknown_row += 1
             if self._unknown_row >= self._cfg.breaker:
                 raise BreakerOpen(
@@ -155,7 +157,7 @@ class ClaimedGroups:
     Args:
         log: shared by several processes.
         version: the oldest weights that an issue offered now may be sampled with.
-        on_sample: called with every sample of a group that was handed in.
+        on_group: called in the event loop whenever a group was handed in.
     """
 
     def __init__(
@@ -163,15 +165,15 @@ class ClaimedGroups:
         log: ExperienceLog,
         stage: str,
         version: Callable[[], int],
-        on_sample: Callable[[Task, Trajectory], None] = lambda task, trajectory: None,
+        on_group: Callable[[], None] = lambda: None,
     ) -> None:
         self._log, self._stage, self._version = log, stage, version
-        self._on_sample = on_sample
+        self._on_group = on_group
         self._awaited: dict[int, asyncio.Future[None]] = {}
         self._watch: asyncio.Task[None] | None = None
         self.stopping = False
         self.progress = time.monotonic()
-        self.unknown_samples = 0
+        self.unknown: Counter[str] = Counter()
         self.error: BaseException | None = None  # of this process's worker: fails all groups
 
     async def group(self, issue: Issue, finished: Mapping[int, Trajectory]) -> TrajectoryGroup:
@@ -193,9 +195,8 @@ class ClaimedGroups:
                 self._watch = None
         self.progress = time.monotonic()
         group = self._log.load_group(issue.issue_id)
-        for trajectory in group.trajectories:
-            self._on_sample(issue.task, trajectory)
-            self.unknown_samples += not is_known(trajectory)
+        self._on_group()
+        self.unknown.update(unknown_reason(t) for t in group.trajectories if not is_known(t))
         return group
 
     def fail(self, error: BaseException) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -30,7 +31,10 @@ MIN_VALID = 2
 REISSUES = 1
 #: Batches' worth of groups dropped in a row that stop the run: it would never train.
 BARREN_BATCHES = 50
+#: The same when the rewards themselves show why, at least `SURE_GROUPS` groups.
+SURE_BATCHES, SURE_GROUPS = 5, 16
 TOO_FEW = "too_few_valid"
+EQUAL = "zero_variance"  # the filter's name
 OVER_AGE = "over_age"
 
 
@@ -79,7 +83,7 @@ class Producer:
         self._next_ordinal = 0
         self._step = 0  # the next step to ship
         self._wanted: tuple[int, concurrent.futures.Future[None]] | None = None
-        self._drops_row = 0  # groups dropped since the last batch was shipped
+        self._dropped = DroppedRewards()  # since the last batch was shipped
         self._waiters: list[asyncio.Future[None]] = []
         self._group_tasks: set[asyncio.Task[ReadyGroup | None]] = set()
         self._main_task: asyncio.Task[None] | None = None
@@ -288,18 +292,29 @@ class Producer:
             self._failures[issue.ordinal] += 1
             if self._failures[issue.ordinal] <= REISSUES:
                 self._again.add(issue.ordinal)
-        self._count_drop(reason)
+        self._count_drop(reason, group)
         return None
 
-    def _count_drop(self, reason: str) -> None:
+    def _count_drop(self, reason: str, group: TrajectoryGroup) -> None:
         self.stats.dropped[reason] += 1
-        self._drops_row += 1
-        if self._drops_row >= BARREN_BATCHES * self._cfg.batch_groups:
+        self._dropped.add(reason, group)
+        groups, batch = self._dropped.groups, self._cfg.batch_groups
+        cause = self._no_verdicts() or self._dropped.cause()
+        sure = max(SURE_GROUPS, SURE_BATCHES * batch) if cause else math.inf
+        if groups >= min(sure, BARREN_BATCHES * batch):
+            asked = "are the tasks too easy or too hard, or eta too small? (stream.max_staleness)"
             raise NoSignal(
-                f"{self._drops_row} groups were dropped since the last batch; all drops: "
-                f"{dict(self.stats.dropped)}; are the tasks too easy or too hard, or eta too "
-                "small? (stream.max_staleness)"
+                f"{groups} groups were dropped since the last batch; all drops: "
+                f"{dict(self.stats.dropped)}; {cause or asked}"
             )
+
+    def _no_verdicts(self) -> str:
+        """That the dropped groups lost most of their attempts; empty when they did not."""
+        unknown = self.groups.unknown
+        lost = unknown.total() - self._dropped.unknown_before
+        if 2 * lost <= self._dropped.groups * self._cfg.group_size:
+            return ""
+        return f"{lost} attempts ended without a verdict; of all: {dict(unknown)}"
 
     # ---- shipping
 
@@ -333,8 +348,9 @@ class Producer:
         for issue_id in choice.over_age:
             self._log.drop(issue_id, OVER_AGE)
             self.admission.drop()
-            self.stats.lengths.append((self.ready.pop(issue_id).num_tokens, True))
-            self._count_drop(OVER_AGE)
+            old = self.ready.pop(issue_id)
+            self.stats.lengths.append((old.num_tokens, True))
+            self._count_drop(OVER_AGE, old.group)
         if not choice.ship:
             return False
         entries, decisions = [], []
@@ -348,7 +364,8 @@ class Producer:
             self.stats.ages.append(step - min(v for v in ready.oldest if v >= limit))
         self.stats.shipped_groups += len(choice.ship)
         self.stats.over_age_segments += len(decisions)
-        self._step, self._drops_row = step + 1, 0
+        self._step = step + 1
+        self._dropped = DroppedRewards(self.groups.unknown.total())
         return True
 
 
@@ -406,6 +423,42 @@ class ReadyGroup:
                 why = f"segment {index}: version {version}, {limit} is the oldest allowed"
                 decisions.append(Decision(sample, "over_age", why))
         return entries, decisions
+
+
+@dataclass
+class DroppedRewards:
+    """The rewards of groups that were dropped, to tell a scale from tasks that are too hard."""
+
+    unknown_before: int = 0  # attempts without a verdict before the first of them
+    groups: int = 0
+    others: int = 0  # groups that were dropped for anything but equal rewards
+    least: float = math.inf
+    most: float = -math.inf
+    spread: float = 0.0  # the largest difference within a group
+
+    def add(self, reason: str, group: TrajectoryGroup) -> None:
+        """Counts one more."""
+        rewards = [t.reward for t in group.trajectories if is_known(t) and t.reward is not None]
+        self.groups += 1
+        self.others += reason != EQUAL or not rewards
+        if rewards:
+            low, high = min(rewards), max(rewards)
+            self.least, self.most = min(self.least, low), max(self.most, high)
+            self.spread = max(self.spread, high - low)
+
+    def cause(self) -> str:
+        """What is wrong with the rewards themselves; empty when nothing certainly is."""
+        if self.others:
+            return ""
+        span = f"rewards from {self.least:g} to {self.most:g}"
+        if self.spread > 0:
+            return (
+                f"{span}, within a group at most {self.spread:g} apart: scale the grader's rewards "
+                "to 0 (wrong) and 1 (right), or lower denoise.min_spread"
+            )
+        if self.least == self.most and self.most not in (0, 1):
+            return f"every reward was {self.most:g}: does the grader tell right from wrong?"
+        return ""
 
 
 @dataclass

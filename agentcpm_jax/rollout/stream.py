@@ -131,7 +131,7 @@ class Stream:
         accepted, running, rejected, _ = p.admission.stats()
         now: dict[str, float] = {"running": running, "ready": len(p.ready), "accepted": accepted}
         now |= {"rejected": rejected, "version": p.admission.version}
-        now |= {"unknown_samples": p.groups.unknown_samples} | p.stats.figures()
+        now |= {"unknown_samples": p.groups.unknown.total()} | p.stats.figures()
         return {f"stream/{name}": float(value) for name, value in now.items()}
 
     def _check_stall(self) -> None:

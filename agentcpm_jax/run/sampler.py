@@ -136,7 +136,7 @@ def open_sampler(
         )
         groups = None
         if ctx.log.shared and not deterministic:  # others may claim, and so does this process
-            groups = ClaimedGroups(ctx.log, stage.name, lambda: engine.version, meter.on_sample)
+            groups = ClaimedGroups(ctx.log, stage.name, lambda: engine.version, meter.probe)
             worker = _worker(ctx, stage, rl, engine, sample, groups)
             closing.callback(worker.stop)
             worker.start()

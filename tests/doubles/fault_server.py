@@ -10,6 +10,8 @@ Faults are armed in order and hit the next matching requests, each one once.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gzip
 import json
 import zlib
 from collections import deque
@@ -30,9 +32,16 @@ FaultKind = Literal[
     "hang",  # never an answer
     "error_500",
     "error_400",
+    "forbidden_401",
     "busy_503",
     "truncated_json",
     "not_json",
+    "number",  # JSON, but a number
+    "deep_json",  # lists in lists, deeper than a parser goes
+    "drip",  # the answer byte by byte, for ever
+    "endless",  # more bytes than an answer has
+    "packed",  # a few compressed bytes that unpack to many
+    "redirect",
     "abort_before_prefill",
     "abort_500",  # a manual abort as older releases report it: status 500, partial tokens
     "death",  # the connection breaks before the answer
@@ -187,6 +196,10 @@ class FaultServer(EngineServer):
         if kind == "slow":
             await asyncio.sleep(fault.seconds)
             return await handler(request)
+        if kind in ("drip", "endless"):
+            return await _pour(request, b" " * (1 if kind == "drip" else 1 << 20))
+        if kind in _BODIES:
+            return _BODIES[kind]()
         response = await handler(request)
         if kind == "reset_after_finish":
             return _cut(request)
@@ -203,7 +216,32 @@ class FaultServer(EngineServer):
 _STATUS = {
     "error_500": (500, "internal error"),
     "error_400": (400, "no such request"),
+    "forbidden_401": (401, "who are you?"),
     "busy_503": (503, "the queue is full"),
+}
+
+
+async def _pour(request: web.Request, piece: bytes) -> web.StreamResponse:
+    """The same bytes again and again, until the client has enough."""
+    response = web.StreamResponse(headers={"Content-Type": "application/json"})
+    await response.prepare(request)
+    with contextlib.suppress(ConnectionError):
+        while True:
+            await response.write(piece)
+            await asyncio.sleep(0.02)
+    return response
+
+
+_BODIES: dict[str, Callable[[], web.Response]] = {
+    "number": lambda: web.json_response(5),
+    "deep_json": lambda: web.Response(
+        body=b'{"meta_info":' + b"[" * 200_000 + b"]" * 200_000 + b"}",
+        content_type="application/json",
+    ),
+    "packed": lambda: web.Response(
+        body=gzip.compress(b" " * (1 << 24)), headers={"Content-Encoding": "gzip"}
+    ),
+    "redirect": lambda: web.Response(status=307, headers={"Location": "http://127.0.0.1:9/"}),
 }
 
 

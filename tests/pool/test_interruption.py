@@ -8,8 +8,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from agentcpm_jax.pool.errors import PoolError, PoolErrorKind
 from agentcpm_jax.pool.interruption import PoolCounters, RetryLimits, complete
-from agentcpm_jax.pool.protocol import Chunk, PoolError, PoolErrorKind, generate_body
+from agentcpm_jax.pool.protocol import Chunk, generate_body
 from agentcpm_jax.rollout.policy import Completion, Finish, SampleRequest, SamplingParams
 
 LETTERS = "abcd"

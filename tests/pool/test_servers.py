@@ -118,6 +118,15 @@ RECOVERED = {
     "busy_503": "busy",
     "truncated_json": "bad_answer",
     "not_json": "bad_answer",
+    "number": "bad_answer",
+    "deep_json": "bad_answer",
+    "endless": "bad_answer",
+    "packed": "bad_answer",
+    "redirect": "server_error",
+    "error_400": "bad_request",
+    "forbidden_401": "forbidden",
+    "vocabulary": "vocabulary",
+    "drip": "timeout",
     "abort_before_prefill": None,
     "abort_500": None,
     "death": "unreachable",
@@ -135,7 +144,7 @@ RECOVERED = {
 @pytest.mark.parametrize(("kind", "trouble"), RECOVERED.items())
 def test_after_a_fault_the_completion_is_whole(servers, tmp_path, kind, trouble):
     toy = FaultServer()
-    cfg = replace(QUICK, attempt_timeout=0.5 if kind == "hang" else 20.0)
+    cfg = replace(QUICK, attempt_timeout=0.5 if kind in ("hang", "drip") else 20.0)
     pool = open_pool([servers.start(toy)], tmp_path, cfg)
     sample_all(pool, [request(9, new=4)])  # what a duplicated answer repeats
     toy.arm(Fault(kind, seconds=0.05))
@@ -163,6 +172,11 @@ STAYING = {
     "duplicated_answer": "bad_answer: .*the answer of request",
     "wrong_version": "wrong_version: .*'default'",
     "no_version": "wrong_version: .*names no weight version",
+    "drip": "timeout: not complete within 1 s",
+    "deep_json": "bad_answer: .*no JSON",
+    "endless": "bad_answer: .*more than the 1073152 bytes",
+    "packed": "bad_answer: .*packed as gzip",
+    "forbidden_401": "forbidden",
     "nan_logprob": "non_finite_logprob: .*nan at token 0",
     "null_logprob": "non_finite_logprob: .*nan at token 0",
     "short_logprobs": "bad_answer: .*24 output_ids, 23 log-probabilities",

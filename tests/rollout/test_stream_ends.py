@@ -112,6 +112,44 @@ def test_tasks_without_signal_stop_the_run(tmp_path: Path, monkeypatch: pytest.M
             stream.next_step_segments(0)
 
 
+@pytest.mark.parametrize(
+    ("rewards", "said"),
+    [
+        ((0.0, 0.05), r"rewards from 0 to 0\.05, within a group at most 0\.05 apart.*min_spread"),
+        ((0.5, 0.5), r"every reward was 0\.5: does the grader tell right from wrong"),
+        ((0.0, 0.0), "too easy or too hard"),
+        ((1.0, None), r"attempts ended without a verdict; of all: {'non_finite_reward': "),
+    ],
+)
+def test_rewards_of_another_scale_stop_the_run_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rewards, said
+) -> None:
+    """Long before `BARREN_BATCHES`, where the rewards say why."""
+    monkeypatch.setattr(producer, "BARREN_BATCHES", 9)
+    monkeypatch.setattr("agentcpm_jax.rollout.groups.RETRY_DELAY", 0.0)
+    world = World()
+
+    async def run(task: Task, issue_id: int, sample: int, attempt: int) -> Trajectory:
+        traj = await world.run(task, issue_id, sample, attempt)
+        reward = rewards[(issue_id + sample + attempt) % 2]
+        if reward is None:
+            return replace(traj, verdict=Verdict.UNKNOWN, reward=float("nan"))
+        return replace(traj, reward=reward, verdict=Verdict.WRONG)
+
+    def all_equal(group: TrajectoryGroup) -> GroupOutcome:
+        return GroupOutcome(False, "zero_variance")
+
+    with (
+        ExperienceLog.open(tmp_path / "e.db") as log,
+        Stream(log, "rl", task, run, all_equal, SMALL) as stream,
+    ):
+        stream.start()
+        with pytest.raises(NoSignal, match=said) as error:
+            stream.next_step_segments(0)
+    dropped = int(str(error.value).split()[0])
+    assert dropped == 18 if "too easy" in said else producer.SURE_GROUPS <= dropped < 18
+
+
 def test_bugs_in_any_part_reach_the_trainer(tmp_path: Path) -> None:
     def broken(*_: object) -> GroupOutcome:
         raise ZeroDivisionError("in the filters")

@@ -8,7 +8,7 @@ that make a step worthless to those that make it slow; the first that applies gi
 from __future__ import annotations
 
 import re
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,12 +20,14 @@ from agentcpm_jax.run.start.resume import COMPUTES, is_listed
 Row = Mapping[str, Any]
 WINDOW = 9  # rows considered; odd: five bad ones outvote four good ones
 LEAST = 5  # with fewer rows there is no advice: a first step, which compiles, never decides
+SOON = 2  # rows for the rules about rewards, which do not depend on the clock
 
 
 @dataclass(frozen=True)
 class Thresholds:
     """Limits beyond which a figure is wrong. Shares are from 0 to 1."""
 
+    unknown: float = 0.3  # attempts without a verdict, each of which is made again
     # Half of all groups without signal doubles the cost of a step; beyond, the tasks are at fault.
     equal_rewards: float = 0.6
     # k3 estimate, nats per token. Same weights: 1e-6 (fp32) to 1e-3 (bf16 engines); a step or two
@@ -55,11 +57,10 @@ def advise(
       thresholds: None for the defaults.
     """
     window = list(rows)[-WINDOW:]
-    if len(window) < LEAST:
-        return ""
     limits = thresholds or Thresholds()
     for rule in RULES:
-        if rule is _idle and lockstep:
+        least = SOON if rule in (_unknown, _one_sided) else LEAST
+        if len(window) < least or (rule is _idle and lockstep):
             continue
         if line := rule(window, limits):
             return line
@@ -124,6 +125,46 @@ def _not_finite(rows: Sequence[Row], limits: Thresholds) -> str:
         f"non-finite steps: {skipped:.0f} of the last {len(rows)} changed nothing; lower "
         "optimizer.lr or set a gradient clip"
     )
+
+
+def _unknown(rows: Sequence[Row], limits: Thresholds) -> str:
+    share = _median(rows, "reward/unknown")
+    if share is None or share <= limits.unknown:
+        return ""
+    sums: Counter[str] = Counter()
+    for row in rows:
+        sums.update({k.partition("/")[2]: row[k] or 0 for k in row if k.startswith("unknown/")})
+    ((reason, _),) = sums.most_common(1) or [("unknown_verdict", 0)]
+    fix = UNKNOWN_FIXES.get(reason, "look at the grader or the judge")
+    return f"no verdict: {share:.0%} of the attempts are made again, most for {reason}; {fix}"
+
+
+def _one_sided(rows: Sequence[Row], limits: Thresholds) -> str:
+    found = [row for row in rows if row.get("advantage/positive") is not None]
+    if len(found) < SOON:
+        return ""
+    credit = any(row["advantage/positive"] for row in found)
+    blame = any(row["advantage/negative"] for row in found)
+    low = min((v for row in found if (v := row.get("reward/min")) is not None), default=0.0)
+    high = max((v for row in found if (v := row.get("reward/max")) is not None), default=0.0)
+    span = f"rewards from {low:g} to {high:g}"
+    if blame and not credit:
+        return (
+            f"only blame: no token of the last {len(found)} steps got credit ({span}); a right "
+            "sample's reward has to exceed advantages.right_above (0.5 unless set)"
+        )
+    if credit and not blame and low > 0.5:
+        return (
+            f"only credit: no token of the last {len(found)} steps was blamed ({span}); a wrong "
+            "sample's reward must not exceed advantages.right_above (0.5 unless set)"
+        )
+    if blame or credit or len(found) < LEAST:
+        return ""
+    if low == high:
+        why = f"every reward is {low:g}: does the grader tell right from wrong?"
+    else:
+        why = f"{span}: compare them with advantages.right_above and denoise.min_spread"
+    return f"no gradient: no token of the last {len(found)} steps has an advantage; {why}"
 
 
 def _equal_rewards(rows: Sequence[Row], limits: Thresholds) -> str:
@@ -226,9 +267,16 @@ def _lag(rows: Sequence[Row], limits: Thresholds) -> str:
     )
 
 
+UNKNOWN_FIXES = {
+    "non_finite_reward": "the grader returns NaN or infinity: return None where it cannot tell",
+    "engine_error": "the engine fails: pool/trouble_* says how",
+    "infra_error": "tools or their servers fail: `launch/inspect_run.py why` has their messages",
+}
 MASKS = ("clip_fraction", "bound_fraction", "mask_fraction")
 RULES: tuple[Callable[[Sequence[Row], Thresholds], str], ...] = (
     _not_finite,
+    _unknown,
+    _one_sided,
     _equal_rewards,
     _mismatch,
     _effective,

@@ -1,6 +1,6 @@
-"""Metrics of the rollouts that ended during one training step, whether they are trained or not.
+"""Metrics of the process while it samples: is the pool idle, does the loop lag, does memory grow?
 
-And of the process itself: is the pool idle, does the event loop lag, does memory grow?
+They depend on the clock; `outcomes.py` has those of what is trained.
 """
 
 from __future__ import annotations
@@ -9,14 +9,13 @@ import asyncio
 import os
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from agentcpm_jax.evaluate.runner import RunSample
-from agentcpm_jax.rewards.grade import reward_metrics
 from agentcpm_jax.rollout.policy import Completion, SampleRequest, TokenPolicy
 from agentcpm_jax.types import Task, Trajectory
 
@@ -26,11 +25,9 @@ RSS_LEAST = 8  # steps below which no slope is given
 
 
 class RolloutMeter:
-    """Counts in the rollout thread; the trainer calls `drain` once per step."""
+    """Measures in the rollout thread; the trainer calls `drain` once per step."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._seen: list[tuple[str, Trajectory]] = []
         self._lag, self._memory = LoopLag(), ResidentMemory()
         self._pool: PolicyWatch | None = None
 
@@ -40,50 +37,22 @@ class RolloutMeter:
         return self._pool
 
     def watching(self, run_sample: RunSample) -> RunSample:
-        """`run_sample`, with every trajectory counted here and its event loop probed."""
+        """`run_sample`, with the event loop probed that its episodes run in."""
 
         async def watched(task: Task, issue_id: int, sample: int, attempt: int) -> Trajectory:
-            self._lag.ensure()  # from the first episode on, not from its end
-            trajectory = await run_sample(task, issue_id, sample, attempt)
-            self.on_sample(task, trajectory)
-            return trajectory
+            self.probe()
+            return await run_sample(task, issue_id, sample, attempt)
 
         return watched
 
-    def on_sample(self, task: Task, trajectory: Trajectory) -> None:
-        """Counts a trajectory; call it in a coroutine, whose event loop is then probed."""
+    def probe(self) -> None:
+        """Probes the event loop of the coroutine that calls this."""
         self._lag.ensure()
-        with self._lock:
-            self._seen.append((task.kind, trajectory))
 
     def drain(self) -> dict[str, float]:
-        """`reward/*`, `episode/*`, `stop/*`, `pool/*`, `loop/*`, `memory/*` since the last call."""
-        with self._lock:
-            seen, self._seen = self._seen, []
+        """`pool/*`, `loop/*`, `memory/*` since the last call."""
         values = self._lag.drain() | self._memory.drain()
-        if self._pool is not None:
-            values |= self._pool.drain()
-        return values | _episodes(seen)
-
-
-def _episodes(seen: list[tuple[str, Trajectory]]) -> dict[str, float]:
-    if not seen:
-        return {}
-    trajectories = [t for _, t in seen]
-    values = reward_metrics(trajectories) | {
-        "episode/samples": float(len(seen)),
-        "episode/turns": float(np.mean([len(t.turns) for t in trajectories])),
-        "episode/tokens": float(np.mean([t.num_tokens for t in trajectories])),
-        "episode/flagged_turns": float(
-            np.mean([sum(bool(turn.flags) for turn in t.turns) for t in trajectories])
-        ),
-    }
-    for kind in sorted({kind for kind, _ in seen}):
-        known = [t.reward for k, t in seen if k == kind and t.reward is not None]
-        if known:
-            values[f"reward/{kind}"] = float(np.mean(known))
-    stops = Counter(str(t.stop) for t in trajectories)
-    return values | {f"stop/{stop}": n / len(seen) for stop, n in stops.items()}
+        return values | (self._pool.drain() if self._pool is not None else {})
 
 
 class PolicyWatch:

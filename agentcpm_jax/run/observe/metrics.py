@@ -40,11 +40,16 @@ def silent(description: str, total: int, initial: int = 0) -> Bar:
     return _Silent()
 
 
+#: Groups of figures that measure the clock, or count since the process began.
+CLOCK = ("time", "loop", "memory", "pool", "engine", "stream")
+
+
 class MetricsWriter:
     """Appends one JSON line per step to `metrics.jsonl`.
 
     Opened at `start_step`, it first removes lines of later steps (they are about to be recomputed)
-    and a torn last line, so the file of a resumed run equals that of an uninterrupted one.
+    and a torn last line. So the file of a resumed lockstep run, and that of another equal one, is
+    that of an uninterrupted one, the figures of the groups in `CLOCK` aside.
     """
 
     def __init__(self, path: Path, start_step: int = 0) -> None:

@@ -20,6 +20,7 @@ from agentcpm_jax.run.observe import machine
 from agentcpm_jax.run.observe.alerts import Alerts
 from agentcpm_jax.run.observe.health import is_lockstep, stop_if_not_finite
 from agentcpm_jax.run.observe.metrics import MetricsWriter, NoMetrics
+from agentcpm_jax.run.observe.outcomes import outcome_metrics
 from agentcpm_jax.run.observe.staleness import age_metrics, drop_metrics, stale_drops
 from agentcpm_jax.types import ShippedSegment
 
@@ -49,7 +50,7 @@ class Recorder:
         Args:
           values: what the step returned.
           batch, shipped: what it was trained on; `shipped` in the first process only.
-          rollouts: `Sampler.metrics`.
+          rollouts: `Sampler.metrics`: how the sampling goes on meanwhile.
           waited, seconds: time waited for the batch, and of the whole step with publishing.
         Raises:
           UserError: the loss is not finite, see `stop_if_not_finite`.
@@ -61,8 +62,9 @@ class Recorder:
         if not is_main():
             return
         values |= rollouts
+        values |= outcome_metrics(self._ctx.log, shipped)
         values |= age_metrics(shipped, step - 1) | shipped_stats(shipped).metrics()
-        values |= drop_metrics(stale_drops(self._ctx.log, self._stage.name))
+        values |= drop_metrics(stale_drops(self._ctx.log, self._stage.name, steps=step))
         micro_rows = self._rl.shape.micro_rows or 0
         values |= {
             "data/fill": forward_fill(np.asarray(batch.segment_ids), micro_rows),

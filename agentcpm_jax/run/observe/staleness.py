@@ -37,14 +37,15 @@ def age_metrics(shipped: Sequence[ShippedSegment], version: int) -> dict[str, fl
 
 
 def stale_drops(
-    log: ExperienceLog, stage: str, recent: int | None = RECENT_ISSUES
+    log: ExperienceLog, stage: str, recent: int | None = RECENT_ISSUES, steps: int | None = None
 ) -> list[tuple[int, bool]]:
     """(tokens, lost to staleness) of every sample of a stage that was good enough to be trained.
 
     These are the samples of shipped groups and of groups dropped as over-age; samples that a filter
-    dropped are not counted. `recent`: only the newest `recent` issues; None: all.
+    dropped are not counted. `recent`: only the newest `recent` issues; None: all. `steps`: as it
+    was after so many steps.
     """
-    return log.lengths_and_losses(stage, OVER_AGE, recent)
+    return log.lengths_and_losses(stage, OVER_AGE, recent, steps)
 
 
 def drop_metrics(samples: Sequence[tuple[int, bool]]) -> dict[str, float]:

@@ -47,7 +47,7 @@ from agentcpm_jax.types import Trajectory
 
 PANELS = {
     "rl": (
-        Panel("Reward of all samples", ("reward/mean", "reward/hop1", "reward/hop2")),
+        Panel("Reward of the trained batches", ("reward/mean", "reward/hop1", "reward/hop2")),
         Panel("Staleness of shipped segments (versions)", ("stale/age_mean", "stale/age_max")),
         Panel("Loss", ("train/loss",)),
         Panel("Entropy (nats per token)", ("train/entropy",)),

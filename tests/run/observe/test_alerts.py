@@ -13,6 +13,12 @@ HEALTHY: dict[str, Any] = {
     "stream/dropped/zero_variance": 0,
     "stream/shipped_groups": 0,
     "reward/mean": 0.5,
+    "reward/min": 0.0,
+    "reward/max": 1.0,
+    "reward/unknown": 0.05,
+    "unknown/infra_error": 0.05,
+    "advantage/positive": 0.6,
+    "advantage/negative": 0.4,
     "loss/kl_behavior_k3": 0.002,
     "loss/ess": 0.95,
     "loss/clip_fraction": 0.02,
@@ -53,6 +59,12 @@ LONG = {f"stale/dropped_decile/{k}": v for k, v in ((7, 0.1), (8, 0.25), (9, 0.5
         ({"pool/idle": 0.6, "time/trainer_idle": 0.6}, "tool-bound"),
         ({"memory/rss_slope": 5.0}, "RSS grows"),
         ({"loop/lag_max_ms": 900.0}, "event loop lags"),
+        ({"reward/unknown": 0.5, "unknown/non_finite_reward": 0.5}, "no verdict"),
+        ({"reward/unknown": 0.5, "unknown/engine_error": 0.4, "unknown/x": 0.1}, "no verdict"),
+        ({"advantage/positive": 0.0, "reward/min": -1.0, "reward/max": 0.0}, "only blame"),
+        ({"advantage/negative": 0.0, "reward/min": 1.0, "reward/max": 2.0}, "only credit"),
+        ({"advantage/negative": 0.0, "reward/min": 0.0, "reward/max": 1.0}, ""),  # raw scores
+        ({"advantage/positive": 0.0, "advantage/negative": 0.0}, "no gradient"),
         ({}, ""),
     ],
 )
@@ -79,6 +91,20 @@ def test_the_fix_depends_on_the_figures() -> None:
     fresh = advise(run(**{"loss/kl_behavior_k3": 0.2, "stale/age_mean": 0.0}))
     assert "engine and trainer disagree" in fresh
     assert "max_staleness" in advise(run(**{"loss/kl_behavior_k3": 0.2}))
+
+
+def test_rewards_of_another_scale_are_said_at_the_second_step() -> None:
+    """They do not depend on the clock, and a short run should not end before it hears of them."""
+    scale = {"advantage/positive": 0.0, "reward/min": -1.0, "reward/max": 0.0}
+    assert advise(run(1, **scale)) == ""
+    line = advise(run(2, **scale))
+    assert "rewards from -1 to 0" in line and "advantages.right_above" in line
+    nan = advise(run(2, **{"reward/unknown": 0.5, "unknown/non_finite_reward": 0.5}))
+    assert "50% of the attempts" in nan and "NaN" in nan
+    equal = {"advantage/positive": 0.0, "advantage/negative": 0.0}
+    constant = equal | {"reward/min": 0.5, "reward/max": 0.5}
+    assert advise(run(2, **constant)) == ""  # two batches without luck are no advice
+    assert "every reward is 0.5" in advise(run(5, **constant))
 
 
 def test_stale_drops_alike_for_all_lengths_are_no_bias() -> None:
