@@ -19,6 +19,7 @@ PACKAGE = "agentcpm_jax"
 #: Imports point from a later line to an earlier one, never within a line and never upwards.
 LAYERS: list[set[str]] = [
     {"types", "tree", "files"},
+    {"disk", "manifest"},
     {"mesh", "database", "ranges", "migrations", "records"},
     {"sharding", "world"},
     {"chat", "dock", "rewards", "tasks"},

@@ -185,13 +185,12 @@ def open_log(
     if place.note:
         announce(place.note)
     live = Path(place.url)
-    if not cfg.log_url and not live.exists():
-        stages = [workdir / stage.name / "checkpoints" for stage in reversed(cfg.stages)]
-        snapshot = newest_snapshot(stages)
-        if snapshot is not None:
-            restore_snapshot(snapshot, live)
-            announce(f"{live} was not there: restored from {snapshot}")
-    return ExperienceLog.open(place.url)
+    stages = [workdir / stage.name / "checkpoints" for stage in reversed(cfg.stages)]
+    spare = partial(newest_snapshot, stages)
+    if not cfg.log_url and not live.exists() and (snapshot := spare()) is not None:
+        restore_snapshot(snapshot, live)
+        announce(f"{live} was not there: restored from {snapshot}")
+    return ExperienceLog.open(place.url, spare)
 
 
 def _no_log() -> ExperienceLog:
