@@ -29,7 +29,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 from grain.checkpoint import CheckpointRestore, CheckpointSave
 
-from agentcpm_jax.disk import DiskError, refusals
+from agentcpm_jax.disk import refusals
 from agentcpm_jax.files import sync_directory
 from agentcpm_jax.log.experience import ExperienceLog
 from agentcpm_jax.manifest import MANIFEST, damage, seal
@@ -215,7 +215,7 @@ class Checkpointer:
         try:
             with refusals(self.directory):
                 yield
-        except DiskError:
+        except UserError:
             self._remove_leftovers()
             raise
 

@@ -20,7 +20,6 @@ from sqlalchemy import exc as sa_exc
 from agentcpm_jax.disk import REMEDIES, disk_errno
 from agentcpm_jax.types import UserError
 
-
 BUSY_SECONDS = 60.0  # that a writer waits for another process
 
 

@@ -1,15 +1,17 @@
-"""What a disk refuses, in one line that names the place and what to do about it."""
+"""What a disk refuses or gives back torn, in one line: the place, and what to do about it."""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import resource
 import sqlite3
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from agentcpm_jax.files import nearest_existing
 from agentcpm_jax.types import UserError
@@ -69,6 +71,19 @@ def refusals(place: str | Path, then: str = "then the same command resumes") -> 
 def refusal(number: int, place: str | Path, then: str) -> DiskError:
     """The error of one of `REMEDIES`."""
     return DiskError(f"{place}: {os.strerror(number)}; {REMEDIES[number]}, {then}")
+
+
+def read_state(path: Path, keys: Iterable[str], fix: str) -> dict[str, Any]:
+    """A small JSON file that a run wrote for itself.
+
+    Raises `UserError`, which ends with `fix`: it is no object with these keys, as after a power cut
+    on a disk that does not keep its promises.
+    """
+    with suppress(ValueError):
+        found = json.loads(path.read_bytes())
+        if isinstance(found, dict) and found.keys() >= set(keys):
+            return found
+    raise UserError(f"{path} is damaged: it is not what a run writes there; {fix}")
 
 
 def disk_errno(error: BaseException, place: str | Path) -> int | None:

@@ -26,6 +26,7 @@ from typing import Any
 import ml_dtypes  # registers bfloat16 with numpy
 import numpy as np
 
+from agentcpm_jax.files import naming
 from agentcpm_jax.hf.names import CONFIG, INDEX, SINGLE, embedding_names, text_config
 from agentcpm_jax.types import UserError
 
@@ -244,10 +245,12 @@ def write_files(
 def write_file(path: Path, pieces: Iterable[Any]) -> str:
     """A file of bytes-like pieces; returns its sha256."""
     digest = hashlib.sha256()
-    with path.open("wb") as file:
+    with naming(path), path.open("wb") as file:
         for piece in pieces:
             file.write(piece)
             digest.update(piece)
+        file.flush()
+        os.fsync(file.fileno())
     return digest.hexdigest()
 
 

@@ -25,6 +25,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from agentcpm_jax import tree
+from agentcpm_jax.files import sync_directory, write_atomically
 from agentcpm_jax.hf.companions import companions_of, tokenizer_file
 from agentcpm_jax.hf.files import (
     FileLayout,
@@ -104,7 +105,7 @@ def save_hf(
         hashes = {name: write_file(fresh / name, pieces) for name, pieces in contents}
         weights = {name: h for name, h in hashes.items() if name.endswith(".safetensors")}
         for name, text in describe(weights).items():
-            (fresh / name).write_text(text)
+            write_atomically(fresh / name, text)
         check_replaceable(place)  # it may have been filled meanwhile
         _exchange(fresh, place, old)
     finally:
@@ -121,6 +122,7 @@ def _exchange(fresh: Path, place: Path, old: Path) -> None:
         if old.exists():
             old.rename(place)
         raise
+    sync_directory(place.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -187,7 +189,7 @@ def save_peft(
         "inference_mode": True,
     }
     for name, text in {PEFT_CONFIG: json_text(config), **describe(hashes)}.items():
-        (directory / name).write_text(text)
+        write_atomically(directory / name, text)
 
 
 def _check_params(flat: Mapping[str, Any], specs: Mapping[str, ParamSpec]) -> None:

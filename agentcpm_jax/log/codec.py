@@ -3,9 +3,9 @@
 Format 2: the byte 0x02, then sections, each [u8 method][u32 length][bytes]: the header (JSON), then
 the byte planes of each array. Plane k of an array holds byte k of every entry: high planes of
 token ids and log-probabilities compress well, low planes of log-probabilities are noise and are
-kept as they are. At the end stand four bytes, the CRC-32 of all before; blobs of older releases have
-none, and their readers look at none. Each section is stored in the shortest of three forms: raw, deflated, or only
-entropy-coded (deflate that looks for no repeats). Log-probabilities and versions are stored for
+kept as they are. Each section is stored in the shortest of three forms: raw, deflated, or only
+entropy-coded (deflate that looks for no repeats). At the end stand four bytes, the CRC-32 of all
+before; older releases wrote none, and look at none. Log-probabilities and versions are stored for
 sampled tokens only, and a forked segment does not store the prefix it shares with its parent again,
 so storage is linear in unique tokens. Format 1 is still read.
 """

@@ -40,7 +40,7 @@ from agentcpm_jax.log import schema as db
 from agentcpm_jax.log.claims import Claims, check_holds
 from agentcpm_jax.log.schema import Issue, Result, ShipEntry, ShippedCredit
 from agentcpm_jax.log.signals import Signals, listen_postgres, notify
-from agentcpm_jax.log.snapshots import take_snapshot
+from agentcpm_jax.log.snapshots import replacement, take_snapshot
 from agentcpm_jax.types import (
     Credit,
     Decision,
@@ -515,9 +515,7 @@ class ExperienceLog:
     def _broken(self, said: str) -> LogBroken:
         fix = "restore the database from a backup"
         if not self.shared:
-            spare = self._spare()
-            then = f"the snapshot {spare} takes its place" if spare else "start again elsewhere"
-            fix = f"move it away (mv {self.where} {self.where}.broken), and {then}"
+            fix = replacement(self.where, self._spare())
         return LogBroken(f"experience log {self.where}: {said}; {fix}")
 
     @contextmanager

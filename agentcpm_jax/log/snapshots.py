@@ -97,6 +97,12 @@ def restore_snapshot(snapshot: Path, database: Path) -> None:
         arriving.unlink(missing_ok=True)
 
 
+def replacement(database: str | Path, spare: Path | None) -> str:
+    """What to do about a damaged log whose newest snapshot is `spare`."""
+    then = f"the snapshot {spare} takes its place" if spare else "start again elsewhere"
+    return f"move it away (mv {database} {database}.broken), and {then}"
+
+
 def _local_directory(mounts: Path) -> Path:
     state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
     choices = [Path(state), Path("/var/tmp"), Path(tempfile.gettempdir())]

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from agentcpm_jax.disk import refusals
 from agentcpm_jax.files import size_text, sync_directory, write_atomically
 from agentcpm_jax.manifest import CHECKSUM, MANIFEST, checksum
 from agentcpm_jax.types import UserError
@@ -100,7 +101,8 @@ class Mirror:
 
     def _run(self, name: str, version: int, pull: Pull) -> None:
         try:
-            path = self._copy(name, version, pull)
+            with refusals(self.directory, "then ask again"):
+                path = self._copy(name, version, pull)
             pull.path, pull.state = str(path), "ready"
         except UserError as error:
             pull.reason, pull.state = str(error), "failed"

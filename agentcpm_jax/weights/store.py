@@ -110,7 +110,14 @@ def manifest(root: str | Path, version: int) -> dict[str, Any]:
     if not place.fs.exists(f"{directory}/{STABLE}"):
         there = versions(root) or "none"
         raise UserError(f"no stable weights {directory}; versions there: {there}")
-    found = json.loads(place.fs.cat_file(f"{directory}/{MANIFEST}"))
+    try:
+        found = json.loads(place.fs.cat_file(f"{directory}/{MANIFEST}"))
+        found["files"].items()
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(
+            f"weights {directory} are damaged: {MANIFEST} cannot be read; remove them: the trainer "
+            "publishes its weights anew"
+        ) from None
     if found.get("schema") != SCHEMA:
         raise UserError(
             f"weights {directory} have schema {found.get('schema')}, this version reads {SCHEMA}; "

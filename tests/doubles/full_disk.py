@@ -6,9 +6,6 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-#: What a `DiskError` says after the place.
-REFUSAL = "File too large; raise the limit on the size of a file (ulimit -f)"
-
 
 @contextmanager
 def files_up_to(nbytes: int) -> Iterator[None]:

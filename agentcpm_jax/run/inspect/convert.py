@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from agentcpm_jax.disk import refusals
 from agentcpm_jax.hf.card import LINEAGE
 from agentcpm_jax.hf.companions import copy_companions, tokenizer_file
 from agentcpm_jax.hf.files import Checkpoint, json_text, read_json
@@ -40,7 +41,11 @@ def convert(
     Raises:
       UserError: `source` is neither of the two, or `out` is already taken.
     """
-    source = find_model(source).absolute()
+    with refusals(out, "then convert again"):
+        return _converted(find_model(source).absolute(), out, step, tokenizer, dtype)
+
+
+def _converted(source: Path, out: Path, step: int | None, tokenizer: str, dtype: str) -> str:
     if (source / CONFIG).is_file() and not (source / "checkpoints").is_dir():
         out = output_place(out, [source])
         check_free(out)

@@ -12,6 +12,7 @@ from agentcpm_jax.chat.format import ChatFormat
 from agentcpm_jax.config import EvalStage, ExperimentConfig, RLStage, Stage
 from agentcpm_jax.data.examine import NAMED, Examined, examine_conversations, examine_tasks
 from agentcpm_jax.data.sft import read_conversations
+from agentcpm_jax.disk import read_state
 from agentcpm_jax.evaluate.report.page import Cell, Table
 from agentcpm_jax.files import write_atomically
 from agentcpm_jax.run.context import RunContext
@@ -35,7 +36,7 @@ def announce_data(
     """
     path, notes = directory / FILE, []
     if path.exists():
-        before = json.loads(path.read_text())
+        before = _recorded(path)
         notes = before["changes"]
         trained = any((directory / "checkpoints").glob("*"))
         change = _change(before["digests"], found) if trained else ""
@@ -50,6 +51,11 @@ def announce_data(
     record = asdict(found) | {"changes": notes, "counts": dict(found.counts)}
     record["dropped"] = found.dropped[:RECORDED]
     write_atomically(path, json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def _recorded(path: Path) -> dict[str, Any]:
+    fix = f"remove it (rm {path}): the stage goes on with the data as they are now"
+    return read_state(path, (*Examined.__annotations__, "changes"), fix)
 
 
 def announce_tasks(ctx: RunContext, stage: Stage, spec: RLStage | EvalStage) -> None:
@@ -87,7 +93,7 @@ def data_tables(directory: Path) -> list[Table]:
     path = directory / FILE
     if not path.exists():
         return []
-    found: dict[str, Any] = json.loads(path.read_text())
+    found = _recorded(path)
     rows: list[tuple[Cell, ...]] = [(k, n, "") for k, n in found["counts"].items() if k == "kept"]
     rows += [(reason, 1, text) for reason, text in found["dropped"]]
     lengths = found["lengths"]
