@@ -377,6 +377,8 @@ def read_config(workdir: Path) -> ExperimentConfig:
         raise UserError(f"no run in {workdir}: it has no config.json; give the --workdir of a run")
     try:
         raw = json.loads(file.read_text())
+        if not isinstance(raw, dict):
+            raise ValueError(raw)
     except ValueError as error:
         kind = type(error).__name__
         raise UserError(

@@ -273,12 +273,18 @@ class _Sections:
         self._blob, self._at = memoryview(blob), at
 
     def unpack(self) -> bytes:
-        """The next section. Raises `struct.error` or `zlib.error` when the blob is damaged."""
+        """The next section. Raises ValueError, `struct.error` or `zlib.error` of a damaged blob."""
         method, length = _HEAD.unpack_from(self._blob, self._at)
         start = self._at + _HEAD.size
         data = bytes(self._blob[start : start + length])
         self._at = start + length
-        return zlib.decompress(data, -15) if method == _DEFLATED else data
+        if method != _DEFLATED:
+            return data
+        reader = zlib.decompressobj(-15)
+        data = reader.decompress(data)
+        if not reader.eof or reader.unused_data:
+            raise ValueError("a section does not end where it should")
+        return data
 
     def check(self) -> None:
         """Raises ValueError when what was read is not what was written."""

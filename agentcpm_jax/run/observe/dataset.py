@@ -55,7 +55,8 @@ def announce_data(
 
 def _recorded(path: Path) -> dict[str, Any]:
     fix = f"remove it (rm {path}): the stage goes on with the data as they are now"
-    return read_state(path, (*Examined.__annotations__, "changes"), fix)
+    keys = ("path", "counts", "dropped", "lengths", "trained", "notes", "example")
+    return read_state(path, (*keys, "digests", "changes"), fix)
 
 
 def announce_tasks(ctx: RunContext, stage: Stage, spec: RLStage | EvalStage) -> None:
