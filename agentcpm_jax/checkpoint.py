@@ -193,6 +193,7 @@ class Checkpointer:
             finally:
                 self._manager.close()
                 self._manager = None
+                self._remove_leftovers()  # of a save that failed, whose last threads ended now
 
     def _writer(self) -> ocp.CheckpointManager:
         # Made by the first save, so that a process that only reads creates nothing and removes
@@ -327,6 +328,9 @@ class _SealedPath(_AtomicPath):
     """The directory in which a step grows; complete, it gets a manifest, and then its name."""
 
     async def finalize(self) -> None:
+        if not self.get_final().name.isdecimal():  # an item of a step
+            await super().finalize()
+            return
         name = f"{self.get().name}-complete"  # another temporary one, in which orbax is done
         complete, final = self.get().with_name(name), self.get_final()
         times = self._checkpoint_metadata_store

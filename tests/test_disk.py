@@ -61,9 +61,9 @@ def test_a_file_that_cannot_grow_is_named(tmp_path: Path) -> None:
         path = tmp_path / write.__name__
         write(path, "old")
         before = path.read_bytes()
-        with files_up_to(0), pytest.raises(DiskError, match=f"{path}: File too large"):
-            with refusals(tmp_path):
-                write(path, "new")
+        refused = pytest.raises(DiskError, match=f"{path}: File too large")
+        with files_up_to(0), refused, refusals(tmp_path):
+            write(path, "new")
         assert path.read_bytes() == before and len(list(tmp_path.glob(f".{path.name}*"))) == 0
 
 

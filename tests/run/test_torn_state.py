@@ -1,4 +1,4 @@
-"""Small files of a run, torn by a power cut: refused with the fix, or made again; never believed."""
+"""Small files of a run, torn by a power cut: refused with the fix, or made again."""
 
 from __future__ import annotations
 
