@@ -16,6 +16,7 @@ from typing import Any
 from agentcpm_jax.files import nearest_existing
 from agentcpm_jax.types import UserError
 
+RESUMES = "then the same command resumes"
 _MOUNT = "mount its disk again"
 #: What to do, by errno. Other errors are not a disk's.
 REMEDIES = {
@@ -51,7 +52,7 @@ class DiskError(UserError):
 
 
 @contextmanager
-def refusals(place: str | Path, then: str = "then the same command resumes") -> Iterator[None]:
+def refusals(place: str | Path, then: str = RESUMES) -> Iterator[None]:
     """Turns what a disk refuses in the body into a `DiskError`.
 
     Args:
@@ -68,7 +69,7 @@ def refusals(place: str | Path, then: str = "then the same command resumes") -> 
         raise refusal(number, getattr(error, "filename", None) or place, then) from error
 
 
-def refusal(number: int, place: str | Path, then: str) -> DiskError:
+def refusal(number: int, place: str | Path, then: str = RESUMES) -> DiskError:
     """The error of one of `REMEDIES`."""
     return DiskError(f"{place}: {os.strerror(number)}; {REMEDIES[number]}, {then}")
 

@@ -54,12 +54,18 @@ class Trial:
     apart: bool = False
     child: Callable[[], object] = lambda: None
 
+    @property
+    def mounts(self) -> bool:
+        """Whether it needs a file system of its own."""
+        made = (small, small_at, readonly, readonly_at, filled)
+        return getattr(self.apply, "func", self.apply) in made
+
 
 class Place:
     """A file system for one workdir at a time, and the processes that run in it."""
 
-    def __init__(self, scratch: Path) -> None:
-        self.scratch, self.disk = scratch, scratch / "disk"
+    def __init__(self, scratch: Path, mounts: bool) -> None:
+        self.scratch, self.disk, self._mounts = scratch, scratch / "disk", mounts
         self.disk.mkdir()
         self._mounted: list[Path] = []
 
@@ -78,7 +84,9 @@ class Place:
     def fresh(self, source: Path | None) -> Path:
         """A workdir on a new file system: a copy of `source`, or none yet."""
         self.clear()
-        self.mount(self.disk, ROOM)
+        if self._mounts:
+            self.mount(self.disk, ROOM)
+        shutil.rmtree(self.disk / "run", ignore_errors=True)
         workdir = self.disk / "run"
         if source is not None:
             shutil.copytree(source, workdir)

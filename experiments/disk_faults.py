@@ -51,7 +51,7 @@ def main() -> int:
     began, found = time.monotonic(), []
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="disks-") as scratch:
-        place = damages.Place(Path(scratch))
+        place = damages.Place(Path(scratch), any(trial.mounts for trial in chosen))
         try:
             begun, whole = place.prepare()
             for trial in chosen:
