@@ -67,6 +67,16 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def sync_tree(directory: Path) -> None:
+    """Fsync all that lies in a directory, so that it can be given its name."""
+    for path in directory.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    for folder in (directory, *directory.rglob("*/")):
+        sync_directory(folder)
+
+
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Names the file in an `OSError` of the body that names none: of a write to a full disk."""

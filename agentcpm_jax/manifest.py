@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import xxhash
 
-from agentcpm_jax.files import sync_directory, write_atomically
+from agentcpm_jax.files import sync_tree, write_atomically
 
 MANIFEST = "manifest.json"
 #: Ten times as fast as sha256, which would cost more CPU than all the rest of a publication.
@@ -24,14 +23,12 @@ SCHEMA = 1
 
 def seal(directory: Path) -> None:
     """Write the manifest of what lies in `directory`, once all of that is on disk."""
+    sync_tree(directory)
     found = {}
     for name, path in _files(directory):
         with path.open("rb") as file:
-            os.fsync(file.fileno())
             digest = hashlib.file_digest(file, checksum).hexdigest()
             found[name] = {"bytes": file.tell(), CHECKSUM: digest}
-    for folder in directory.rglob("*/"):
-        sync_directory(folder)
     content = {"schema": SCHEMA, "files": found}
     write_atomically(directory / MANIFEST, json.dumps(content, indent=1))
 

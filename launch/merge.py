@@ -30,7 +30,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--plan", action="store_true", help="show what would be done; write nothing"
     )
-    parser.add_argument("--compat", default="", help=f"{COMPAT}: its formulas and quirks")
+    compat = f"{COMPAT}: its formulas and quirks; in 16 bits its rounding only nearly (README)"
+    parser.add_argument("--compat", default="", help=compat)
     parser.add_argument("--seed", type=int, default=0, help="of random masks (default 0)")
     args = parser.parse_args(argv)
     if args.out is None and not args.plan:

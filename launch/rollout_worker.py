@@ -23,13 +23,13 @@ def main(argv: list[str]) -> int:
         print(__doc__)
         return 0
     try:
-        with StopSignal(answer=say):
-            return work(argv)
+        with StopSignal(answer=say) as stop:
+            return work(argv, stop)
     except KeyboardInterrupt:  # its claims go to others when their lease ends
         return 130
 
 
-def work(argv: list[str]) -> int:
+def work(argv: list[str], stop: StopSignal) -> int:
     """Parse, work, say how much was handed in."""
     from agentcpm_jax.run.commandline import parse
     from agentcpm_jax.types import UserError
@@ -43,6 +43,7 @@ def work(argv: list[str]) -> int:
         from agentcpm_jax.rollout.groups import StreamError
         from agentcpm_jax.run.worker import run_worker
 
+        stop.importing = False
         try:
             handed_in = run_worker(command.config, command.workdir, groups=count, announce=say)
         except StreamError as failed:  # the engine or the tools, not the command

@@ -45,6 +45,17 @@ def test_what_became_of_every_earlier_test_is_still_there() -> None:
     assert rows and [r for r in rows if r[2] not in there and not r[2].startswith(told)] == []
 
 
+def test_every_promise_names_tests_that_are_there() -> None:
+    text = (CHECKOUT / "docs" / "promises.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| **")]
+    assert rows
+    for row in rows:
+        named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", row)
+        assert named, row
+        for file, test in named:
+            assert f"def {test}" in (CHECKOUT / file).read_text(), f"{file}::{test}"
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A folder with what a checkout has, and `python`."""

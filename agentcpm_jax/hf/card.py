@@ -48,6 +48,11 @@ def parent(name: str, directory: Path | None) -> dict[str, Any]:
     return {"source": name, "weights": dict(_hashes(directory))}
 
 
+def copied(name: str) -> dict[str, Any]:
+    """The lineage of a copy of a model that has none."""
+    return {"run": "", "stage": "", "kind": "copy", "weights": {}, "parents": [{"source": name}]}
+
+
 def origins(parents: Iterable[Mapping[str, Any]]) -> list[str]:
     """The models at the roots of a lineage, which others made; a run's own stages are none."""
     found: list[str] = []

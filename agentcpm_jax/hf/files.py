@@ -26,7 +26,6 @@ from typing import Any
 import ml_dtypes  # registers bfloat16 with numpy
 import numpy as np
 
-from agentcpm_jax.files import naming
 from agentcpm_jax.hf.names import CONFIG, INDEX, SINGLE, embedding_names, text_config
 from agentcpm_jax.types import UserError
 
@@ -245,12 +244,10 @@ def write_files(
 def write_file(path: Path, pieces: Iterable[Any]) -> str:
     """A file of bytes-like pieces; returns its sha256."""
     digest = hashlib.sha256()
-    with naming(path), path.open("wb") as file:
+    with path.open("wb") as file:
         for piece in pieces:
             file.write(piece)
             digest.update(piece)
-        file.flush()
-        os.fsync(file.fileno())
     return digest.hexdigest()
 
 
@@ -274,6 +271,17 @@ def not_finite(x: np.ndarray) -> int:
     pieces = (flat[at : at + IN_CACHE] for at in range(0, flat.size, IN_CACHE))
     broken = (piece for piece in pieces if not all_finite(piece))
     return sum(int(piece.size - np.count_nonzero(np.isfinite(piece))) for piece in broken)
+
+
+def check_finite(checkpoint: Checkpoint) -> None:
+    """Raises UserError that names the first tensor with a number that is not."""
+    for name in checkpoint.tensors:
+        if count := not_finite(checkpoint.read(name)):
+            raise UserError(
+                f"{checkpoint.places[name]}: tensor {name} has {count} values that are not finite; "
+                "the checkpoint is damaged, use another"
+            )
+        checkpoint.release(name)
 
 
 def all_finite(x: np.ndarray) -> bool:
@@ -379,6 +387,12 @@ def _weight_files(directory: Path) -> list[Path]:
         shards = shards if SINGLE in shards else []
     else:
         shards = _shards(directory / INDEX)
+        others = {p.name for p in directory.glob("model-*-of-*.safetensors")} - {*shards}
+        if shards and others:
+            raise UserError(
+                f"{directory} has {min(others)}, which {INDEX} does not name: two sets of weights; "
+                "remove one of them"
+            )
     for name in shards or [SINGLE]:
         if not (directory / name).is_file():
             raise UserError(

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import math
 import os
-import shutil
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,7 +24,6 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from agentcpm_jax import tree
-from agentcpm_jax.files import sync_directory, write_atomically
 from agentcpm_jax.hf.companions import companions_of, tokenizer_file
 from agentcpm_jax.hf.files import (
     FileLayout,
@@ -48,7 +46,12 @@ from agentcpm_jax.hf.names import (
     file_tensors,
     inputs_outputs,
 )
-from agentcpm_jax.hf.place import check_replaceable, output_place
+from agentcpm_jax.hf.place import (
+    check_adapters,
+    check_replaceable,
+    output_place,
+    whole_or_not_at_all,
+)
 from agentcpm_jax.model.config import DTYPES, ModelConfig, to_hf_config
 from agentcpm_jax.model.lora import adapter_specs
 from agentcpm_jax.model.params import ParamSpec, param_specs
@@ -97,33 +100,11 @@ def save_hf(
         for _, pieces in contents:  # this process's part of every gathering
             deque(pieces, maxlen=0)
         return
-    place.parent.mkdir(parents=True, exist_ok=True)
-    fresh, old = (place.with_name(f".{place.name}.{w}-{os.getpid()}") for w in ("tmp", "old"))
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir()
-    try:
+    with whole_or_not_at_all(place, check_replaceable) as fresh:
         hashes = {name: write_file(fresh / name, pieces) for name, pieces in contents}
         weights = {name: h for name, h in hashes.items() if name.endswith(".safetensors")}
         for name, text in describe(weights).items():
-            write_atomically(fresh / name, text)
-        check_replaceable(place)  # it may have been filled meanwhile
-        _exchange(fresh, place, old)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-
-
-def _exchange(fresh: Path, place: Path, old: Path) -> None:
-    """Puts one directory in the place of another, which is removed only then."""
-    if place.exists():
-        place.rename(old)
-    try:
-        fresh.rename(place)
-    except OSError:
-        if old.exists():
-            old.rename(place)
-        raise
-    sync_directory(place.parent)
-    shutil.rmtree(old, ignore_errors=True)
+            (fresh / name).write_text(text)
 
 
 def directory_contents(
@@ -164,18 +145,17 @@ def save_peft(
 ) -> None:
     """Writes a directory that `peft.PeftModel.from_pretrained(model, directory)` reads.
 
+    It appears whole or not at all, as that of `save_hf`; earlier adapters there are replaced.
+
     Args:
       base: name or path of the base model, recorded in its config.
       describe: as of `save_hf`.
     """
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     specs = {
         path: dataclasses.replace(spec, hf_key=f"base_model.model.{spec.hf_key}")
         for path, spec in tree.flatten(adapter_specs(cfg)).items()
     }
     (content,) = _weight_files(tree.flatten(adapters), specs, "float32", sys.maxsize)
-    hashes = {PEFT_WEIGHTS: write_file(directory / PEFT_WEIGHTS, content[1])}
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -188,8 +168,10 @@ def save_peft(
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    for name, text in {PEFT_CONFIG: json_text(config), **describe(hashes)}.items():
-        write_atomically(directory / name, text)
+    with whole_or_not_at_all(output_place(Path(directory)), check_adapters) as fresh:
+        hashes = {PEFT_WEIGHTS: write_file(fresh / PEFT_WEIGHTS, content[1])}
+        for name, text in {PEFT_CONFIG: json_text(config), **describe(hashes)}.items():
+            (fresh / name).write_text(text)
 
 
 def _check_params(flat: Mapping[str, Any], specs: Mapping[str, ParamSpec]) -> None:

@@ -2,6 +2,8 @@
 
     W + s B A                                                   Hu et al. 2021
     m / |W + s B A| (W + s B A), |.| of every output, DoRA      Liu et al. 2024
+    W - U_r S_r V_r^T  in place of W, U S V^T = W, PiSSA        Meng et al. 2024
+    W - s Q_r R_r  in place of W, Q R = W, OLoRA                Büyükakyüz 2024
 
 in float32, rounded to the dtype W is stored in. The adapter is a PEFT directory; `peft` reads its
 settings. A tensor in it that fits nothing is an error.
@@ -19,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from agentcpm_jax.hf.files import Checkpoint, read_file
+from agentcpm_jax.hf.files import FLOATS, Checkpoint, not_finite, read_file
 from agentcpm_jax.hf.names import (
     PEFT_CONFIG,
     PEFT_WEIGHTS,
@@ -80,8 +82,13 @@ class AdaptedCheckpoint(Checkpoint):
         stored = read_file(self._path)
         self._untie(stored)
         for name, value in stored.items():
+            if count := not_finite(value):
+                raise UserError(
+                    f"{self._path}: tensor {name} has {count} values that are not finite; use an "
+                    "earlier adapter"
+                )
             self._sort(name, value)
-        self._check_saved()
+        self._check_whole()
         for module in sorted(self._factors, key=_head_last):
             self._add_factors(module, self._factors[module])
         for module in sorted(self._tokens, key=_head_last):
@@ -96,7 +103,14 @@ class AdaptedCheckpoint(Checkpoint):
         total = value.astype(np.float32)
         for change in self._added[name]:
             total = change(total)
-        return total.astype(value.dtype)
+        with np.errstate(over="ignore"):
+            value = total.astype(value.dtype)
+        if count := not_finite(value):
+            raise UserError(
+                f"tensor {name} has {count} values that {value.dtype} cannot hold once "
+                f"{self.adapter} is added; store the base in bfloat16 or float32"
+            )
+        return value
 
     def release(self, name: str) -> None:
         """As of Checkpoint; a tensor that is the adapter's own has nothing to release."""
@@ -152,12 +166,20 @@ class AdaptedCheckpoint(Checkpoint):
         if not self._names(f"{module}.weight"):
             return False
         if not self._settings.targets(module):
+            if f"{module}.weight" in self._tied and self._settings.on("ensure_weight_tying"):
+                raise self._twice()
             raise UserError(
                 f"{self._path} has factors of {module}, which target_modules, exclude_modules, "
                 "layers_to_transform and target_parameters do not name; correct "
                 f"{self._settings.path}"
             )
         return True
+
+    def _twice(self) -> UserError:
+        return UserError(
+            f"{self._settings.path} has ensure_weight_tying with factors of tied matrices, which "
+            "PEFT adds twice when it merges; untie the base before training"
+        )
 
     def _note_factor(self, module: str, kind: str, bias: bool, value: np.ndarray) -> None:
         factors = self._factors.setdefault(module, Factors())
@@ -196,13 +218,22 @@ class AdaptedCheckpoint(Checkpoint):
         group = self._tied if tensor in self._tied else (tensor,)
         return [name for name in group if name in self.tensors]
 
-    def _check_saved(self) -> None:
-        for name in self.tensors:
+    def _check_whole(self) -> None:
+        """Raises UserError for what the settings name and the adapter does not have."""
+        lacking = [("trained tokens", "trainable_token_indices")]
+        lacking = lacking if self._settings.trains_tokens() and not self._tokens else []
+        for name, info in self.tensors.items():
+            module = name.removesuffix(".weight")
             if self._settings.saves(name.rpartition(".")[0]) and name not in self._replaced:
-                raise UserError(
-                    f"{self._path} lacks {name}, which modules_to_save names; save the adapter "
-                    "again"
-                )
+                lacking.append((name, "modules_to_save"))
+            elif module != name and len(info.shape) == 2 and module not in self._factors:
+                wanted = self._settings.wants(module)
+                lacking += [(f"factors of {module}", "target_modules")] if wanted else []
+        if lacking:
+            what, setting = lacking[0]
+            raise UserError(
+                f"{self._path} lacks {what}, which {setting} names; save the adapter again"
+            )
 
     def _add_factors(self, module: str, factors: Factors) -> None:
         a, b = factors.a, factors.b
@@ -217,11 +248,15 @@ class AdaptedCheckpoint(Checkpoint):
             and not factors.embedding
             and not self._settings.of_parameter(module)
         )
+        kept = self.tensors[tensors[0]]
+        if kept.dtype not in FLOATS:
+            raise UserError(
+                f"{self.directory}: tensor {tensors[0]} is stored as {kept.dtype}; an adapter is "
+                "added to floats alone, so name the base that is not quantised"
+            )
         shape = (b.shape[0], a.shape[1])
         named = f"{self._path}: B A of {module}"
-        check_shape(
-            named, shape[::-1] if transposed else shape, self.tensors[tensors[0]].shape, OTHER
-        )
+        check_shape(named, shape[::-1] if transposed else shape, kept.shape, OTHER)
         rank = self._settings.rank(module)
         if (a.shape[0], b.shape[1]) != (rank, rank):
             raise UserError(
@@ -234,8 +269,15 @@ class AdaptedCheckpoint(Checkpoint):
                 "the adapter again"
             )
         scale = np.float32(self._settings.scale(module))
+        # what lies beside the factors is the changed matrix itself
+        as_it_is = factors.embedding or tensors[0] in self._replaced
+        begun = "" if as_it_is else self._settings.begun
 
         def change(weight: np.ndarray) -> np.ndarray:
+            if begun:
+                rest = without_strongest(weight.T if transposed else weight, begun, rank, scale)
+                weight = (rest.T if transposed else rest).astype(FLOATS[kept.dtype])
+                weight = weight.astype(np.float32)  # rounded as PEFT keeps it
             delta = b.astype(np.float32) @ a.astype(np.float32)
             delta *= scale
             total = np.add(weight, delta.T if transposed else delta, out=weight)
@@ -255,14 +297,16 @@ class AdaptedCheckpoint(Checkpoint):
         """Refuses what PEFT itself merges otherwise than it was trained, or in no clear order."""
         both = all(n.removesuffix(".weight") in self._factors for n in self._tied)
         if both and self._settings.on("ensure_weight_tying"):
-            raise UserError(
-                f"{self._settings.path} has ensure_weight_tying with factors of tied matrices, "
-                "which PEFT adds twice when it merges; untie the base before training"
-            )
+            raise self._twice()
         if both and factors.magnitude is not None:
             raise UserError(
                 f"{self._settings.path} has use_dora for both of two tied matrices, which have "
                 "one magnitude only; untie the base before training"
+            )
+        if both and self._settings.begun and self._tied[0] not in self._replaced:
+            raise UserError(
+                f"{self._settings.path} has init_lora_weights {self._settings.begun!r} for both of "
+                "two tied matrices; untie the base before training"
             )
         note = (
             f"{self.adapter} was trained on {module} alone of two tied matrices; what it adds "
@@ -307,6 +351,15 @@ class AdaptedCheckpoint(Checkpoint):
 
         for tensor in tensors:
             self._added.setdefault(tensor, []).append(change)
+
+
+def without_strongest(weight: np.ndarray, begun: str, rank: int, scale: np.float32) -> np.ndarray:
+    """What is left of a matrix whose strongest part was made the factors before training."""
+    if begun == "pissa":
+        left, strengths, right = np.linalg.svd(weight, full_matrices=False)
+        return weight - (left[:, :rank] * strengths[:rank]) @ right[:rank]
+    q, r = np.linalg.qr(weight)
+    return weight - scale * (q[:, :rank] @ r[:rank])
 
 
 def _head_last(module: str) -> tuple[bool, str]:

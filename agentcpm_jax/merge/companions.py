@@ -10,7 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from agentcpm_jax.hf.card import file_table, model_card
-from agentcpm_jax.hf.companions import chat_template, copy_companions, set_chat_template
+from agentcpm_jax.hf.companions import (
+    chat_template,
+    copy_companions,
+    id_list,
+    set_chat_template,
+)
 from agentcpm_jax.hf.files import json_digest, json_text, read_json
 from agentcpm_jax.hf.names import CONFIG, GENERATION, TOKEN_IDS, text_config
 from agentcpm_jax.merge.inputs import MergeInput
@@ -46,13 +51,21 @@ def write_companions(
         _write_json(directory / "tokenizer.json", _extended(tokenizer, models, vocabulary))
     if template is not None:
         set_chat_template(directory, template)
-    _write_json(directory / CONFIG, merged_config(recipe, models, jobs, vocabulary))
-    if (generation := donor.companions / GENERATION).is_file():
+    config = merged_config(recipe, models, jobs, vocabulary)
+    path = donor.companions / GENERATION
+    united = united_stops(recipe, models, vocabulary)
+    stops = {"eos_token_id": united} if united else {}
+    if isinstance(config.get("text_config"), dict):
+        config["text_config"] |= stops
+    _write_json(directory / CONFIG, config | stops)
+    if vocabulary or united:
+        settings = read_json(path) if path.is_file() else {}
         if vocabulary:
-            moved = _with_moved_ids(read_json(generation), donor, vocabulary)
-            _write_json(directory / GENERATION, moved)
-        else:
-            shutil.copyfile(generation, directory / GENERATION)
+            settings = _with_moved_ids(settings, donor, vocabulary)
+        if settings or united:
+            _write_json(directory / GENERATION, settings | stops)
+    elif path.is_file():
+        shutil.copyfile(path, directory / GENERATION)
 
 
 def card(
@@ -80,6 +93,37 @@ def card(
         *file_table(("input", "file", "content"), hashes.items()),
     ]
     return model_card("merge", "Merged model", body, map(_hub_name, recipe.models))
+
+
+def stop_notes(
+    recipe: MergeRecipe, models: Mapping[str, MergeInput], vocabulary: Vocabulary | None
+) -> list[str]:
+    """Says that the models stop at different tokens."""
+    united = united_stops(recipe, models, vocabulary)
+    return [f"the models stop at different ids; the output stops at all: {united}"] * bool(united)
+
+
+def united_stops(
+    recipe: MergeRecipe, models: Mapping[str, MergeInput], vocabulary: Vocabulary | None
+) -> list[int]:
+    """Ids that end a text of any of the models, the donor's first; empty: the donor has them all.
+
+    A stop token that the output's vocabulary lacks cannot be drawn, and is left out.
+    """
+    first = donor_of(recipe)
+    found: dict[str, list[int]] = {}
+    for name in dict.fromkeys([first, *models]):
+        model = models[name]
+        path = model.companions / GENERATION
+        settings = read_json(path) if path.is_file() else {}
+        ids = id_list(settings.get("eos_token_id"))
+        ids = ids or id_list(text_config(model.config).get("eos_token_id"))
+        if vocabulary:
+            words = {i: token for token, i in token_ids(model.companions).items()}
+            ids = [vocabulary.ids[words[i]] for i in ids if words.get(i) in vocabulary.ids]
+        found[name] = ids
+    united = list(dict.fromkeys(i for ids in found.values() for i in ids))
+    return united if {*united} != {*found[first]} else []
 
 
 def _hub_name(model: str) -> str:

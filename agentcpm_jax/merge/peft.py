@@ -73,6 +73,8 @@ REFUSED = (
 )
 #: Values of `init_lora_weights` with which training began at the base as it is stored.
 INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+#: Those with which it began at a changed base that can be computed again.
+CHANGED_BASE = ("pissa", "olora")
 DEFAULTS = (None, False, {}, [], "")
 EXPECTED: Mapping[str, tuple[type, ...]] = {
     "rank_pattern": (dict, type(None)),
@@ -113,12 +115,22 @@ class AdapterSettings:
         rank = self.rank(module)
         return alpha / (math.sqrt(rank) if self.on("use_rslora") else rank)
 
+    @property
+    def begun(self) -> str:
+        """One of CHANGED_BASE where training began so; else empty."""
+        start = self._start()
+        return start if start in CHANGED_BASE else ""
+
     def tokens(self, module: str, embedding: str) -> Sequence[int]:
         """Rows of a module that were trained; `embedding` is the one a plain list is of."""
         found = self._found.get("trainable_token_indices") or {}
         if isinstance(found, list):
             return found if module == embedding else ()
         return next((rows for name, rows in found.items() if module.endswith(name)), ())
+
+    def trains_tokens(self) -> bool:
+        """Whether rows of an embedding were trained."""
+        return bool(self._found.get("trainable_token_indices"))
 
     def of_parameter(self, module: str) -> bool:
         """Whether the factors are of the parameter `weight` itself, by `target_parameters`."""
@@ -141,7 +153,14 @@ class AdapterSettings:
             return True
         if isinstance(wanted, str):
             return bool(re.fullmatch(wanted, module))
-        return _ends(module, wanted) and self._transforms(module)
+        return module in wanted or (_ends(module, wanted) and self._transforms(module))
+
+    def wants(self, module: str) -> bool:
+        """Whether the adapter must have factors of this matrix."""
+        wanted = self._found.get("target_modules")
+        open_ended = wanted in (None, "all-linear") and not self.of_parameter(module)
+        # a model may hold its experts as one parameter, whatever its files do
+        return not open_ended and ".experts." not in module and self.targets(module)
 
     def saves(self, module: str) -> bool:
         """Whether `modules_to_save` names the module or what it lies in."""
@@ -179,19 +198,25 @@ class AdapterSettings:
             if not isinstance(found.get(key), kinds):
                 raise UserError(f"{self.path} has {key} {found[key]!r}; save the adapter again")
         self._check_numbers()
-        start = found.get("init_lora_weights", True)
-        if (start.lower() if isinstance(start, str) else start) not in INITIALISATIONS:
-            raise UserError(
-                f"{self.path} has init_lora_weights {start!r}, with which training began at a "
-                "changed base; save it with path_initial_model_for_weight_conversion, or merge it "
-                "with peft"
-            )
+        self._check_start()
         for name in self.names("target_parameters"):
             if name.rpartition(".")[2] != "weight":
                 raise UserError(
                     f"{self.path} has target_parameters {name!r}, which is no matrix of its own; "
                     "merge it with peft"
                 )
+
+    def _start(self) -> Any:
+        start = self._found.get("init_lora_weights", True)
+        return start.lower() if isinstance(start, str) else start
+
+    def _check_start(self) -> None:
+        if self._start() not in (*INITIALISATIONS, *CHANGED_BASE):
+            raise UserError(
+                f"{self.path} has init_lora_weights {self._found['init_lora_weights']!r}, with "
+                "which training began at a changed base; save it with "
+                "path_initial_model_for_weight_conversion, or merge it with peft"
+            )
 
     def _check_numbers(self) -> None:
         ranks = [("r", self._found.get("r", 8)), *self._items("rank_pattern")]

@@ -97,15 +97,17 @@ def unmatched_filters(recipe: MergeRecipe, jobs: Sequence[TensorJob]) -> list[st
     ]
 
 
-def rounding_notes(jobs: Sequence[TensorJob], models: Mapping[str, MergeInput]) -> list[str]:
-    """A note for each dtype of the inputs that the output rounds."""
+def rounding_notes(
+    recipe: MergeRecipe, jobs: Sequence[TensorJob], models: Mapping[str, MergeInput]
+) -> list[str]:
+    """A note for each dtype of the inputs that `dtype` or the output rounds."""
     rounded: dict[tuple[str, str], int] = {}
     for job in jobs:
         kinds = {models[model].tensors[name].dtype for model, name in job.places}
         stored = promoted_dtype([FLOATS[kind] for kind in kinds]).name
-        if promoted_dtype([FLOATS[stored], FLOATS[job.info.dtype]]).name != job.info.dtype:
-            pair = (stored, job.info.dtype)
-            rounded[pair] = rounded.get(pair, 0) + 1
+        for kind in {recipe.dtype or job.info.dtype, job.info.dtype}:
+            if promoted_dtype([FLOATS[stored], FLOATS[kind]]).name != kind:
+                rounded[stored, kind] = rounded.get((stored, kind), 0) + 1
     return [f"{n} tensors are rounded from {a} to {b}" for (a, b), n in sorted(rounded.items())]
 
 

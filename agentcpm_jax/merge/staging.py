@@ -66,6 +66,7 @@ def staging(out: Path, key: str) -> Iterator[Staging]:
     """
     check_free(out)
     path = staging_path(out)
+    _check_ours(path)
     with contextlib.ExitStack() as stack:
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -100,6 +101,15 @@ def staging(out: Path, key: str) -> Iterator[Staging]:
                 ) from e
             raise
         _finish(path, out)
+
+
+def _check_ours(path: Path) -> None:
+    """Raises UserError if what is at `path` is no unfinished merge: it would be emptied."""
+    if not os.path.lexists(path):
+        return
+    plain = path.is_dir() and not path.is_symlink()
+    if not plain or (not (path / JOURNAL).is_file() and any(path.iterdir())):
+        raise UserError(f"{path} is no unfinished merge of ours; remove or rename it")
 
 
 def _finish(path: Path, out: Path) -> None:

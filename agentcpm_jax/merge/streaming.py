@@ -26,14 +26,20 @@ from agentcpm_jax.hf.files import (
 from agentcpm_jax.hf.names import INDEX
 from agentcpm_jax.hf.place import check_free, output_place
 from agentcpm_jax.merge.agreement import check_models, check_rows
-from agentcpm_jax.merge.companions import card, donor_of, template_for, write_companions
+from agentcpm_jax.merge.companions import (
+    card,
+    donor_of,
+    stop_notes,
+    template_for,
+    write_companions,
+)
 from agentcpm_jax.merge.inputs import MergeInput, fingerprint, identity, open_input
 from agentcpm_jax.merge.kernels.methods import merge_tensors
 from agentcpm_jax.merge.recipe import MergeRecipe
 from agentcpm_jax.merge.resolve import TensorJob, resolve_jobs, rounding_notes, unmatched_filters
 from agentcpm_jax.merge.staging import staging, staging_path
 from agentcpm_jax.merge.trimming import with_kept_counts
-from agentcpm_jax.merge.vocabulary import Vocabulary, align, check_same_ids
+from agentcpm_jax.merge.vocabulary import Vocabulary, align, check_adapters, check_same_ids
 from agentcpm_jax.types import UserError
 
 MAX_FILE_BYTES = 5_000_000_000  # of weights; a new file is begun before one grows beyond this
@@ -151,6 +157,7 @@ def open_inputs(recipe: MergeRecipe, roots: Sequence[Path]) -> Iterator[Opened]:
         vocabulary = None
         notes = [*recipe.notes, *(n for m in stored.values() for n in getattr(m, "notes", ()))]
         check_rows(stored)
+        check_adapters(stored)
         if recipe.tokenizer is None:
             notes += check_same_ids(stored, donor_of(recipe), recipe.compat)
         else:
@@ -159,8 +166,9 @@ def open_inputs(recipe: MergeRecipe, roots: Sequence[Path]) -> Iterator[Opened]:
             )
         template = template_for(recipe, models)
         jobs = resolve_jobs(recipe, models)
-        notes += [*unmatched_filters(recipe, jobs), *rounding_notes(jobs, models)]
+        notes += [*unmatched_filters(recipe, jobs), *rounding_notes(recipe, jobs, models)]
         notes += vocabulary.notes if vocabulary else ()
+        notes += stop_notes(recipe, models, vocabulary)
         yield Opened(models, jobs, vocabulary, template, tuple(notes))
 
 
@@ -168,7 +176,9 @@ def merged_tensor(
     recipe: MergeRecipe, job: TensorJob, models: Mapping[str, MergeInput], seed: int
 ) -> np.ndarray:
     """Reads the inputs of one job and merges them."""
-    arrays = [_cast(models[model].read(name), recipe) for model, name in job.places]
+    arrays = [
+        _cast(models[model].read(name), recipe, f"{name} of {model}") for model, name in job.places
+    ]
     merged = merge_tensors(
         recipe.merge_method,
         arrays[: len(job.inputs)],
@@ -186,12 +196,15 @@ def merged_tensor(
         models[model].release(name)
     with np.errstate(over="ignore"):
         merged = merged.astype(FLOATS[job.info.dtype], copy=False)
-    if count := not_finite(merged):
-        raise UserError(
-            f"tensor {job.name} has {count} values that {job.info.dtype} cannot hold; give "
-            "out_dtype bfloat16 or float32, or smaller weights"
-        )
+    _check_held(merged, job.name, "out_dtype bfloat16 or float32, or smaller weights")
     return merged
+
+
+def _check_held(value: np.ndarray, name: str, fix: str) -> None:
+    if count := not_finite(value):
+        raise UserError(
+            f"tensor {name} has {count} values that {value.dtype} cannot hold; give {fix}"
+        )
 
 
 def _identity(recipe: MergeRecipe, seed: int, models: Mapping[str, MergeInput]) -> str:
@@ -200,13 +213,17 @@ def _identity(recipe: MergeRecipe, seed: int, models: Mapping[str, MergeInput]) 
     return json_digest([merge, [identity(model) for model in models.values()]])
 
 
-def _cast(value: np.ndarray, recipe: MergeRecipe) -> np.ndarray:
+def _cast(value: np.ndarray, recipe: MergeRecipe, name: str) -> np.ndarray:
     """The input in the recipe's dtype; half precision may stay where float32 is computed anyway."""
     if not recipe.dtype or value.dtype == FLOATS[recipe.dtype]:
         return value
     if recipe.dtype == "float32" and value.dtype.itemsize == 2 and not recipe.compat:
         return value
-    return value.astype(FLOATS[recipe.dtype])
+    with np.errstate(over="ignore"):
+        cast = value.astype(FLOATS[recipe.dtype])
+    if recipe.dtype == "float16" and not not_finite(value):  # else the input is what is wrong
+        _check_held(cast, name, "dtype bfloat16 or float32")
+    return cast
 
 
 def _check_space(out: Path, nbytes: int) -> None:

@@ -49,7 +49,18 @@ class TrainingStep:
             ) from None
         from agentcpm_jax.model.config import ModelConfig, to_hf_config
 
-        self._model = ModelConfig(**model)
+        try:
+            self._model = ModelConfig(**model)
+        except TypeError as e:
+            raise UserError(
+                f"{directory} was stored by another version ({e}); convert it with "
+                "launch/convert.py and merge the result"
+            ) from None
+        if self._model.lora_rank:
+            raise UserError(
+                f"{directory} holds LoRA adapters alone; convert it with launch/convert.py and "
+                "merge base+adapter"
+            )
         self.config = to_hf_config(self._model)
         # beside a converted checkpoint, or in the run's working directory
         places = (directory.absolute().parents[i] / "tokenizer" for i in (0, 2))

@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from agentcpm_jax.hf.companions import TOKENIZER_CONFIG
-from agentcpm_jax.hf.files import TensorInfo, read_json
+from agentcpm_jax.hf.companions import TOKENIZER_CONFIG, tokenizer_file
+from agentcpm_jax.hf.files import TensorInfo, read_json, sha256_of
 from agentcpm_jax.hf.names import embedding_names
 from agentcpm_jax.merge.inputs import MergeInput
 from agentcpm_jax.types import UserError
@@ -244,6 +244,7 @@ def check_same_ids(models: Mapping[str, MergeInput], donor: str, compat: bool) -
                 f"token {last!r} has id {own[last]} in {name}, whose embedding has {rows} rows; "
                 "copy tokenizer and weights of one model"
             )
+    _check_opaque(models)
     ids: dict[str, tuple[int, str]] = {}
     tokens: dict[int, tuple[str, str]] = {}
     for name, own in known.items():
@@ -267,6 +268,34 @@ def check_same_ids(models: Mapping[str, MergeInput], donor: str, compat: bool) -
     if not compat:
         raise UserError(f"{text}; {union}, or make {where} the base_model")
     return [f"{text}; lost"]
+
+
+def _check_opaque(models: Mapping[str, MergeInput]) -> None:
+    """Of vocabularies that only another library reads, the files must be the same."""
+    found: dict[str, str] = {}
+    for name, model in models.items():
+        file = tokenizer_file(model.companions)
+        if file is not None and file.suffix == ".model":
+            found.setdefault(sha256_of(file), name)
+    if len(found) > 1:
+        one, other, *_ = found.values()
+        raise UserError(
+            f"tokenizer.model of {one} and of {other} differ, and neither has a tokenizer.json to "
+            "compare; save both tokenizers with tokenizer.json"
+        )
+
+
+def check_adapters(models: Mapping[str, MergeInput]) -> None:
+    """Raises UserError if an adapter was trained with tokens that its model's tokenizer lacks."""
+    for model in models.values():
+        adapter = getattr(model, "adapter", None)
+        own = known_ids(model.companions) if adapter else {}
+        for token, i in known_ids(adapter).items() if own else ():
+            if own.get(token) != i:
+                raise UserError(
+                    f"token {token!r} has id {i} in {adapter} but {own.get(token, 'none')} in "
+                    f"{model.companions}; copy the tokenizer files of the adapter there"
+                )
 
 
 def per_token(model: MergeInput) -> set[str]:

@@ -17,8 +17,9 @@ from agentcpm_jax.hf.card import model_card, origins
 from agentcpm_jax.hf.files import Checkpoint
 from agentcpm_jax.hf.load import load_hf
 from agentcpm_jax.hf.place import check_free, check_replaceable, output_place
-from agentcpm_jax.hf.save import save_hf
+from agentcpm_jax.hf.save import save_hf, save_peft
 from agentcpm_jax.model.config import ModelConfig
+from agentcpm_jax.model.lora import init_adapters
 from agentcpm_jax.model.params import init
 from agentcpm_jax.types import UserError
 
@@ -52,6 +53,35 @@ def test_links_are_followed_and_places_nothing_can_be_renamed_to_are_refused(
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises(UserError, match="is no place"):
         output_place(tmp_path / "loop")
+
+
+def test_a_place_below_what_is_no_folder_or_cannot_be_written_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file" / "out", tmp_path / "file" / "a" / "out"):
+        with pytest.raises(UserError, match="file cannot be written to; choose another place"):
+            output_place(out)
+    monkeypatch.setattr(place.os, "access", lambda *_: False)  # root may write everywhere
+    with pytest.raises(UserError, match="cannot be written to"):
+        output_place(tmp_path / "new" / "out")
+
+
+def test_adapters_replace_adapters_and_nothing_else(tmp_path):
+    cfg = ModelConfig(**{**CFG.__dict__, "lora_rank": 2, "lora_alpha": 4.0})
+    adapters = init_adapters(jax.random.key(0), cfg)
+    out = tmp_path / "adapter"
+    save_peft(out, adapters, cfg, "base")
+    save_peft(out, adapters, cfg, "again")
+    assert "again" in (out / "adapter_config.json").read_text()
+    for foreign in ("notes.txt", "config.json"):
+        (out / foreign).write_text("irreplaceable")
+        with pytest.raises(UserError, match=f"already exists and holds {foreign}"):
+            save_peft(out, adapters, cfg, "base")
+        (out / foreign).unlink()
+    adapters["attn"]["q"]["a"] = adapters["attn"]["q"]["a"].at[0, 0].set(np.nan)
+    with pytest.raises(UserError, match="not finite"):
+        save_peft(out, adapters, cfg, "base")
+    assert "again" in (out / "adapter_config.json").read_text()
+    assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
 
 
 def test_a_folder_mounted_from_the_same_disk_is_a_mount_point(tmp_path, monkeypatch):
@@ -139,6 +169,9 @@ def test_an_index_beside_one_file_is_not_believed(model):
     (model / "model.safetensors").unlink()
     index.write_text('{"weight_map": {"a": "../model-00001-of-00002.safetensors"}}')
     with pytest.raises(UserError, match="which is no file beside it"):
+        load_hf(model)
+    index.write_text('{"weight_map": {"a": "model-00002-of-00002.safetensors"}}')
+    with pytest.raises(UserError, match=r"model-00001-of-00002.safetensors, which .* not name"):
         load_hf(model)
     index.unlink()
     with pytest.raises(UserError, match=r"model-00001-of-00002.safetensors is there, but no model"):

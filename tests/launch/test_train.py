@@ -48,7 +48,7 @@ def test_unknown_key(fails) -> None:
 
 
 def test_missing_file(fails) -> None:
-    line = fails(SFT, "--config.stage.sft.data.path=absent.jsonl", started=True)
+    line = fails(SFT, "--config.stage.sft.data.path=absent.jsonl")
     assert "absent.jsonl" in line
 
 
@@ -57,20 +57,19 @@ def test_corrupt_line_is_numbered_and_the_rest_usable_by_flag(fails, tmp_path, c
     lines = [json.dumps(good)] * 8
     (tmp_path / "data.jsonl").write_text("\n".join([*lines, "{broken", *lines]) + "\n")
     flags = [SFT, "--config.stage.sft.data.path=data.jsonl", "--config.stage.sft.shape.steps=1"]
-    line = fails(*flags, started=True)
+    line = fails(*flags)
     assert "data.jsonl:9" in line and "skip_bad" in line
-    shutil.rmtree(tmp_path / "work")
     flags += ["--config.stage.sft.data.skip_bad=True", "--workdir=work"]
     flags += ["--config.stage.sft.epochs=2"]  # 16 rows of one batch: two steps
     assert launch_train.main(flags) == 0
     row, last = map(json.loads, (tmp_path / "work/sft/metrics.jsonl").read_text().splitlines())
     assert last["step"] == 2
-    assert row["sft/rows_kept"] == 16 and row["sft/rows_bad_line"] == 1
+    assert row["sft/rows_kept"] == 16 and row["sft/rows_bad"] == 1
 
 
 def test_tasks_without_answers(fails, tmp_path) -> None:
     (tmp_path / "tasks.jsonl").write_text('{"question": "why?", "answers": []}\n')
-    line = fails(RL, "--config.stage.rl.tasks_path=tasks.jsonl", started=True)
+    line = fails(RL, "--config.stage.rl.tasks_path=tasks.jsonl")
     assert "tasks.jsonl, line 1" in line and "answer" in line
 
 
@@ -85,7 +84,7 @@ def test_prompt_longer_than_context(fails) -> None:
 
 
 def test_context_beyond_the_engines_capacity(fails) -> None:
-    line = fails(RL, "--config.stage.rl.engine.capacity=128", started=True)
+    line = fails(RL, "--config.stage.rl.engine.capacity=128")
     assert "384" in line and "128" in line
 
 

@@ -134,6 +134,25 @@ def test_what_a_dtype_cannot_hold_is_not_written(tmp_path):
     merge(tmp_path, parameters=parameters, out_dtype="bfloat16")
 
 
+def test_what_the_dtype_of_the_arithmetic_cannot_hold_is_named_and_its_rounding_said(two):
+    notes = merge(two, "half", dtype="bfloat16", out_dtype="float32").notes
+    assert notes == ("3 tensors are rounded from float32 to bfloat16",)
+    tensors = load_file(two / "y" / "model.safetensors")
+    (two / "y" / "model.safetensors").unlink()
+    save_file({**tensors, NORM: np.full(4, 3e5, np.float32)}, two / "y" / "model.safetensors")
+    with pytest.raises(UserError, match=f"tensor {NORM} of y has 4 values that float16 cannot"):
+        merge(two, dtype="float16")
+
+
+def test_vocabularies_that_cannot_be_read_must_be_the_same_file(two):
+    for name, content in (("x", b"one"), ("y", b"two")):
+        (two / name / "tokenizer.model").write_bytes(content)
+    with pytest.raises(UserError, match=r"tokenizer.model of x and of y differ"):
+        merge(two)
+    (two / "y" / "tokenizer.model").write_bytes(b"one")
+    merge(two)
+
+
 def test_two_kinds_of_halves_become_float32_and_rounding_is_said(tmp_path):
     write(tmp_path / "x", 0, np.float16)
     write(tmp_path / "y", 1, ml_dtypes.bfloat16)
@@ -155,6 +174,51 @@ def test_a_nested_configuration_is_read_and_written(tmp_path):
     assert config["dtype"] == config["text_config"]["dtype"] == "bfloat16"
     assert "quantization_config" not in config and "num_hidden_layers" not in config
     assert 'base_model:\n- "x"\n- "y"' in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "united"),
+    [
+        ({}, {}, None),
+        ({"config": 3}, {"config": 3}, None),
+        ({"config": 3}, {"generation": 3}, None),
+        ({"generation": [3, 4]}, {"config": 4}, None),
+        ({"config": 3}, {"config": 4}, [3, 4]),
+        ({"generation": 3, "config": 5}, {"generation": [4, 3]}, [3, 4]),
+        ({}, {"generation": [4]}, [4]),
+    ],
+)
+@pytest.mark.parametrize("nested", [False, True])
+def test_what_stops_a_model_stops_the_merged_one(two, x, y, united, nested):
+    for name, said in (("x", x), ("y", y)):
+        if "generation" in said:
+            text = json.dumps({"eos_token_id": said["generation"], "top_k": 5})
+            (two / name / "generation_config.json").write_text(text)
+        own = {**CONFIG, **({"eos_token_id": said["config"]} if "config" in said else {})}
+        config = {"model_type": "vl", "text_config": own} if nested else own
+        (two / name / "config.json").write_text(json.dumps(config))
+    notes = merge(two).notes
+    assert any("stop" in note for note in notes) == (united is not None)
+    config = json.loads((two / "out" / "config.json").read_text())
+    if nested:
+        config = config["text_config"]
+    generation = two / "out" / "generation_config.json"
+    found = json.loads(generation.read_text()) if generation.is_file() else {}
+    if united is not None:
+        assert config["eos_token_id"] == found["eos_token_id"] == united
+    else:
+        assert config.get("eos_token_id") == x.get("config")
+        assert found.get("eos_token_id") == x.get("generation")
+    assert found.get("top_k") == (5 if "generation" in x else None)
+
+
+def test_stop_ids_move_with_their_tokens(two):
+    tokenizer(two / "x", **{"<t>": 5})
+    tokenizer(two / "y", **{"<u>": 5, "<t>": 6})
+    for name, i in (("x", 5), ("y", 5)):
+        (two / name / "config.json").write_text(json.dumps({**CONFIG, "eos_token_id": i}))
+    merge(two, tokenizer={"source": "union"})
+    assert json.loads((two / "out" / "config.json").read_text())["eos_token_id"] == [5, 6]
 
 
 def test_embeddings_are_found_by_shape_and_place():

@@ -169,6 +169,9 @@ def test_scales_by_rank_and_pattern_and_embeddings(base, tmp_path):
         (QUERY, (16, 16), {"target_parameters": ["mlp.experts.up"]}, "has target_parameters"),
         (QUERY, (16, 16), {"bias": "some"}, "has bias 'some'"),
         (QUERY, (16, 16), {"peft_type": "IA3"}, "is a IA3 adapter; only LoRA"),
+        (QUERY, (16, 16), {"target_modules": ["q_proj"]}, "lacks factors of model.layers.0.self"),
+        (QUERY, (16, 16), {"target_modules": r".*\.[01]\..*q_proj"}, "lacks factors of model.lay"),
+        (QUERY, (16, 16), {"trainable_token_indices": [3]}, "lacks trained tokens"),
     ],
 )
 def test_adapters_that_do_not_fit_are_named(base, tmp_path, name, shapes, settings, message):
@@ -180,6 +183,83 @@ def test_adapters_that_do_not_fit_are_named(base, tmp_path, name, shapes, settin
     write_adapter(tmp_path / "lora", adapter, **settings)
     with pytest.raises(UserError, match=message), AdaptedCheckpoint(base, tmp_path / "lora"):
         pass
+
+
+def test_an_adapter_that_is_damaged_is_named(base, tmp_path):
+    a, b = factors(16, 16)
+    names = [f"base_model.model.{QUERY}.lora_{x}.weight" for x in "AB"]
+    b[3, 1] = np.nan
+    write_adapter(tmp_path / "nan", dict(zip(names, (a, b), strict=True)))
+    with (
+        pytest.raises(UserError, match=r"lora_B.weight has 1 values that are not finite"),
+        AdaptedCheckpoint(base, tmp_path / "nan"),
+    ):
+        pass
+    (tmp_path / "nan" / "adapter_model.safetensors").rename(tmp_path / "nan" / "adapter_model.bin")
+    with (
+        pytest.raises(UserError, match=r"missing; save the adapter with safetensors"),
+        AdaptedCheckpoint(base, tmp_path / "nan"),
+    ):
+        pass
+
+
+def test_a_full_name_is_a_target_whatever_the_layers(base, tmp_path):
+    a, b = factors(16, 16)
+    names = [f"base_model.model.{QUERY}.lora_{x}.weight" for x in "AB"]
+    settings = {"target_modules": [QUERY], "layers_to_transform": [0]}  # as PEFT reads it
+    write_adapter(tmp_path / "lora", dict(zip(names, (a, b), strict=True)), **settings)
+    with AdaptedCheckpoint(base, tmp_path / "lora") as model:
+        assert model.copies(f"{QUERY}.weight")
+
+
+def test_factors_are_not_added_to_a_quantised_base(base, tmp_path):
+    a, b = factors(16, 16)
+    names = [f"base_model.model.{QUERY}.lora_{x}.weight" for x in "AB"]
+    write_adapter(tmp_path / "lora", dict(zip(names, (a, b), strict=True)))
+    tensors = load_file(base / "model.safetensors")
+    tensors[f"{QUERY}.weight"] = np.zeros((128, 1), np.uint8)
+    (base / "model.safetensors").unlink()
+    save_file(tensors, base / "model.safetensors")
+    with (
+        pytest.raises(UserError, match=r"is stored as U8; .* name the base that is not quantised"),
+        AdaptedCheckpoint(base, tmp_path / "lora"),
+    ):
+        pass
+
+
+def test_what_the_base_cannot_hold_once_an_adapter_is_added_is_named(base, tmp_path):
+    a, b = factors(16, 16)
+    names = [f"base_model.model.{QUERY}.lora_{x}.weight" for x in "AB"]
+    write_adapter(tmp_path / "lora", dict(zip(names, (a, 1e6 * b), strict=True)))
+    tensors = {k: v.astype(np.float16) for k, v in load_file(base / "model.safetensors").items()}
+    (base / "model.safetensors").unlink()
+    save_file(tensors, base / "model.safetensors")
+    with (
+        pytest.raises(UserError, match=r"values that float16 cannot hold once .*lora is added"),
+        AdaptedCheckpoint(base, tmp_path / "lora") as model,
+    ):
+        model.read(f"{QUERY}.weight")
+
+
+def test_tokens_that_an_adapter_was_trained_with_are_not_lost(base, tmp_path):
+    a, b = factors(16, 16)
+    names = [f"base_model.model.{QUERY}.lora_{x}.weight" for x in "AB"]
+    write_adapter(tmp_path / "lora", dict(zip(names, (a, b), strict=True)))
+    vocabulary = {"model": {"vocab": {"a": 0, "b": 1}}}
+    (base / "tokenizer.json").write_text(json.dumps(vocabulary))
+    data = {"merge_method": "passthrough", "models": [{"model": "base+lora"}]}
+    recipe = parse_recipe(data)
+    for i, (tokens, said) in enumerate(
+        [({}, ""), ({"<t>": 5}, "'<t>' has id 5 in"), ({"b": 0, "a": 1}, "has id . in .* but . in")]
+    ):
+        added = [{"content": token, "id": i} for token, i in tokens.items()]
+        text = json.dumps({**vocabulary, "added_tokens": added})
+        (tmp_path / "lora" / "tokenizer.json").write_text(text)
+        if not said:
+            merge_checkpoints(recipe, tmp_path / f"out{i}", [tmp_path])
+            continue
+        with pytest.raises(UserError, match=said):
+            merge_checkpoints(recipe, tmp_path / f"out{i}", [tmp_path])
 
 
 def test_a_training_checkpoint_is_an_input(base, tmp_path):
@@ -202,6 +282,13 @@ def test_a_training_checkpoint_is_an_input(base, tmp_path):
     )
     got, want = ((tmp_path / d / "model.safetensors").read_bytes() for d in ("out", "want"))
     assert got == want
+    steps = Checkpointer(tmp_path / "lora" / "checkpoints", async_=False)
+    for changed, said in (({"lora_rank": 4}, "holds LoRA adapters alone"), ({"odd": 1}, "version")):
+        number = len(steps.steps())
+        steps.save(number, state={"a": tuned["embed"]}, config={"model": {**model, **changed}})
+        with pytest.raises(UserError, match=said):
+            TrainingStep(tmp_path / "lora" / "checkpoints" / str(number))
+    steps.close()
     for data in (step / "state" / "ocdbt.process_0" / "d").iterdir():
         data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
     with (

@@ -135,3 +135,19 @@ def test_an_existing_output_is_kept_and_one_being_written_is_not_touched(models,
         load_file(d / "model.safetensors") for d in (tmp_path / "two", models / "base")
     )
     assert written.keys() == base.keys()
+
+
+@pytest.mark.parametrize("kind", ["folder", "link", "file"])
+def test_what_only_has_the_name_of_an_unfinished_merge_is_not_emptied(models, tmp_path, kind):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("kept")
+    partial = tmp_path / ".out.partial"
+    if kind == "folder":
+        (tmp_path / "mine").rename(partial)
+    elif kind == "link":
+        partial.symlink_to(tmp_path / "mine")
+    else:
+        partial.write_text("kept")
+    with pytest.raises(UserError, match=r"is no unfinished merge"):
+        merge_checkpoints(HALF, tmp_path / "out", [models])
+    assert kind == "file" or (partial / "notes.txt").read_text() == "kept"

@@ -97,7 +97,8 @@ def test_special_ids_move_with_another_models_tokenizer(models):
     assert rows[1] == pytest.approx(301.0) and len(rows) == 3  # d, which y alone has
     assert config["eos_token_id"] == 2
     _, config = merge(models, "x_ids", tokenizer_source="x")
-    assert config["eos_token_id"] == 2  # <e> of x, not the base's last token
+    # <e> of x, not the base's last token; and <f>, which ends the texts of x
+    assert config["eos_token_id"] == [2, 3]
 
 
 def test_a_tokens_source_stands_in_or_is_forced(models):

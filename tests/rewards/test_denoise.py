@@ -84,6 +84,18 @@ def test_failures_leave_before_the_baseline(stop):
     assert leave_one_out([1.0, 1.0, 0.0, 0.0])[0] != 0.5  # the original's baseline
 
 
+@pytest.mark.parametrize(
+    ("estimator", "advantages"),
+    [("grpo_no_std", [2 / 3, -1 / 3, -1 / 3]), ("leave_one_out", [1.0, -0.5, -0.5])],
+)
+def test_the_baseline_is_that_of_the_samples_that_count(estimator, advantages):
+    """The second of 1, 1, 0, 0 met a dead tool server after it had been graded."""
+    lost = sample(1, 1.0, StopReason.INFRA_ERROR)
+    done = run(sample(0, 1.0), lost, sample(2, 0.0), sample(3, 0.0))
+    credits = credit_group(done.group, AdvantageConfig(estimator, scale=1.0), scores=done.scores)
+    assert [c[0].advantage[1] for c in credits] == pytest.approx(advantages)
+
+
 def test_a_failure_does_not_give_an_all_right_group_variance():
     done = run(sample(0, 1.0), sample(1, 1.0), sample(2, None, StopReason.INFRA_ERROR))
     assert not done.keep

@@ -70,12 +70,13 @@ def test_the_doctor_alone_says_a_line_per_part_and_starts_nothing(tmp_path: Path
     parts = [line.split(":")[0].split() for line in lines]
     assert parts == [
         ["ok", "disk"],
+        ["ok", "model"],
         ["ok", "tokenizer"],
         ["ok", "tools", "of", "rl"],
         ["ok", "database"],
     ]
-    assert "search answers ok" in lines[2]
-    assert re.search(r"ids, sha256 [0-9a-f]{12}; template sha256 [0-9a-f]{12}$", lines[1])
+    assert "search answers ok" in lines[3]
+    assert re.search(r"ids, sha256 [0-9a-f]{12}; template sha256 [0-9a-f]{12}$", lines[2])
     assert not (tmp_path / "run").exists() and list(tmp_path.iterdir()) == []
 
 
@@ -155,6 +156,7 @@ def test_finished_stages_are_not_examined(tmp_path: Path) -> None:
     (tmp_path / "rl" / "DONE").touch()
     assert findings(with_judge("http://127.0.0.1:9/v1"), tmp_path).keys() == {
         "disk",
+        "model",
         "tokenizer",
         "database",
     }

@@ -5,7 +5,7 @@ operations of `ops`. `trees.merge_tree` runs a method on whole models.
 
 Deviations from the common tool, mergekit 0.1.5; 1 to 3 are undone by `compat`:
 1. Arithmetic is in float32 (float64 if an input is), rounded once at the end. mergekit rounds
-   bfloat16 models after every operation of most methods.
+   16-bit models after every operation of most methods; `compat` in another order than PyTorch.
 2. DARE and DELLA rescale what they keep by the inverse of the probability of keeping it, as the
    papers do. mergekit matches the L1 norm of the whole tensor instead, which is biased for DELLA.
 3. Guards against division by zero are relative to the tensor (model_stock, sce): reinforcement

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agentcpm_jax.disk import refusals
-from agentcpm_jax.hf.card import LINEAGE
-from agentcpm_jax.hf.companions import copy_companions, tokenizer_file
-from agentcpm_jax.hf.files import Checkpoint, json_text, read_json
+from agentcpm_jax.hf.card import LINEAGE, copied
+from agentcpm_jax.hf.companions import (
+    TOKENIZERS,
+    copy_companions,
+    generation,
+    tokenizer_file,
+)
+from agentcpm_jax.hf.files import Checkpoint, check_finite, json_text, read_json
 from agentcpm_jax.hf.locate import find_model
 from agentcpm_jax.hf.names import CONFIG, GENERATION, PEFT_CONFIG, TOKEN_IDS
-from agentcpm_jax.hf.place import check_free, check_replaceable, output_place
+from agentcpm_jax.hf.place import (
+    check_free,
+    check_replaceable,
+    output_place,
+    whole_or_not_at_all,
+)
 from agentcpm_jax.types import UserError
 
 if TYPE_CHECKING:
@@ -41,22 +50,34 @@ def convert(
     Raises:
       UserError: `source` is neither of the two, or `out` is already taken.
     """
-    with refusals(out, "then convert again"):
-        return _converted(find_model(source).absolute(), out, step, tokenizer, dtype)
-
-
-def _converted(source: Path, out: Path, step: int | None, tokenizer: str, dtype: str) -> str:
-    if (source / CONFIG).is_file() and not (source / "checkpoints").is_dir():
+    name, source = str(source), find_model(source).absolute()
+    if (source / CONFIG).is_file() and "model_type" in read_json(source / CONFIG):
         out = output_place(out, [source])
         check_free(out)
-        return _to_orbax(source, out, tokenizer, dtype)
+        with _named(out):
+            return _to_orbax(source, name, out, tokenizer, dtype)
     if source.name.isdecimal() and (source / "meta").is_dir():
         source, step = source.parent, int(source.name)
-    if not any(path.name.isdecimal() for path in source.iterdir()):
+    steps = sorted(int(path.name) for path in source.iterdir() if path.name.isdecimal())
+    if not steps:
         raise _neither(source)
+    if step is not None and step not in steps:
+        raise UserError(f"{source} has no step {step}; it has {', '.join(map(str, steps))}")
     out = output_place(out, [source])
     check_replaceable(out)
-    return _to_hf(source, out, step, tokenizer, dtype)
+    with _named(out):
+        return _to_hf(source, out, step, tokenizer, dtype)
+
+
+@contextlib.contextmanager
+def _named(out: Path) -> Iterator[None]:
+    """What a disk answers becomes a UserError."""
+    try:
+        yield
+    except OSError as e:
+        raise UserError(
+            f"output {out} cannot be written: {e}; free space or choose another disk"
+        ) from e
 
 
 def _neither(source: Path) -> UserError:
@@ -87,41 +108,79 @@ def _to_hf(source: Path, out: Path, step: int | None, tokenizer: str, dtype: str
         abstract = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
         )
-    described = partial(_described, source, cfg, stage, step)
+    made_from = _made_from(source, cfg, stage, step)
     if cfg.model.lora_rank:
+        if dtype not in ("", "float32"):
+            raise UserError(f"adapters are written as float32, not {dtype}; leave --dtype out")
         check_free(out)
         params = checkpoints.restore_part(step, {"params": abstract})["params"]
-        save_peft(out, params, cfg.model, stage.init_from if stage else "", described)
+        described = partial(_described, source, cfg, stage, made_from, "")
+        save_peft(out, params, cfg.model, _base(made_from) if stage else "", described)
         return f"{out}: adapters of step {step} for PEFT ({PEFT_CONFIG})"
     found = find_model(tokenizer) if tokenizer else _tokenizer_of(source, cfg)
+    _check_tokenizer(found, cfg.model.vocab_size)
+    ids, settings = _generation(source, stage, made_from, found)
+    described = partial(_described, source, cfg, stage, made_from, settings)
     params = checkpoints.restore_part(step, {"params": abstract})["params"]
-    save_hf(out, params, cfg.model, dtype=dtype, tokenizer_from=found, describe=described)
+    save_hf(
+        out,
+        params,
+        cfg.model,
+        dtype=dtype,
+        tokenizer_from=found,
+        describe=described,
+        token_ids=ids,
+    )
     stored = {str(leaf.dtype) for leaf in jax.tree.leaves(params)}
     return f"{out}: step {step} of {source}{_rounding(stored, dtype)}"
 
 
-def _to_orbax(source: Path, out: Path, tokenizer: str, dtype: str) -> str:
-    from agentcpm_jax.checkpoint import Checkpointer
-    from agentcpm_jax.config import ExperimentConfig, to_json
-    from agentcpm_jax.hf.load import load_hf
+def _to_orbax(source: Path, name: str, out: Path, tokenizer: str, dtype: str) -> str:
     from agentcpm_jax.hf.shape import shape_of
 
     config = read_json(source / CONFIG)
     from_where = find_model(tokenizer) if tokenizer else source
-    shardings = _shardings(shape_of(source))
-    params, model = load_hf(source, param_dtype=dtype or None, shardings=shardings)
-    checkpoints = Checkpointer(out)
-    experiment = to_json(ExperimentConfig(name=source.name, model=model))
-    checkpoints.save(0, state={"params": params}, config=experiment)
-    checkpoints.close()
-    (out / TOKENIZER).mkdir(exist_ok=True)
-    copy_companions(from_where, out / TOKENIZER)
-    _keep_token_ids(source, config, out / TOKENIZER / GENERATION)
-    if (from_where / LINEAGE).is_file():
-        shutil.copyfile(from_where / LINEAGE, out / TOKENIZER / LINEAGE)
+    shape = shape_of(source)
+    _check_tokenizer(from_where, shape.vocab_size)
     with Checkpoint(source) as files:
+        check_finite(files)
         stored = {info.dtype for info in files.tensors.values()}
+
+    from agentcpm_jax.checkpoint import Checkpointer
+    from agentcpm_jax.config import ExperimentConfig, to_json
+    from agentcpm_jax.hf.load import load_hf
+
+    params, model = load_hf(source, param_dtype=dtype or None, shardings=_shardings(shape))
+    experiment = to_json(ExperimentConfig(name=source.name, model=model))
+    with whole_or_not_at_all(out, check_free) as fresh:
+        checkpoints = Checkpointer(fresh)
+        checkpoints.save(0, state={"params": params}, config=experiment)
+        checkpoints.close()
+        beside = fresh / TOKENIZER
+        beside.mkdir()
+        copy_companions(from_where, beside)
+        _keep_token_ids(source, config, beside / GENERATION)
+        if (source / LINEAGE).is_file():
+            shutil.copyfile(source / LINEAGE, beside / LINEAGE)
+        else:
+            (beside / LINEAGE).write_text(json_text(copied(name)), encoding="utf-8")
     return f"{out}: step 0, parameters of {source}{_rounding(stored, model.param_dtype)}"
+
+
+def _check_tokenizer(directory: Path | None, rows: int) -> None:
+    """Raises UserError for a token whose id has no row in the model."""
+    file = tokenizer_file(directory) if directory else None
+    if file is None or file.name != TOKENIZERS[0]:  # others need transformers
+        return
+    from agentcpm_jax.hf.tokenizer import load_tokenizer
+
+    ids = load_tokenizer(file.parent).get_vocab(with_added_tokens=True)
+    token = max(ids, key=ids.__getitem__, default="")
+    if ids and ids[token] >= rows:
+        raise UserError(
+            f"token {token!r} has id {ids[token]} in {file}, but the model has {rows} rows; name "
+            "the model's own tokenizer"
+        )
 
 
 def _keep_token_ids(source: Path, config: Mapping[str, Any], path: Path) -> None:
@@ -129,7 +188,7 @@ def _keep_token_ids(source: Path, config: Mapping[str, Any], path: Path) -> None
     given = source / GENERATION
     stored = read_json(given) if given.is_file() else {}
     lacking = {k: config[k] for k in TOKEN_IDS if k not in stored and config.get(k) is not None}
-    if lacking:
+    if stored or lacking:
         path.write_text(json_text({**stored, **lacking}), encoding="utf-8")
 
 
@@ -163,15 +222,55 @@ def _tokenizer_of(source: Path, cfg: ExperimentConfig) -> Path | None:
     return next((p for p in places if tokenizer_file(p) is not None), None)
 
 
+def _made_from(
+    source: Path, cfg: ExperimentConfig, stage: Stage | None, step: int
+) -> dict[str, Path | None]:
+    """{name: directory} of the models that a checkpoint came from, for card and lineage."""
+    if stage is None:  # converted: what it was lies beside it
+        beside = source / TOKENIZER
+        return {f"{source}/{step}": beside if (beside / LINEAGE).is_file() else None}
+    from agentcpm_jax.config import sources_of
+
+    found: dict[str, Path | None] = {}
+    for name in sources_of(cfg, stage):
+        path = source.parents[1] / name[6:] / "hf" if name.startswith("stage:") else None
+        with contextlib.suppress(UserError):  # it may have been removed since the run
+            path = path or (find_model(name) if name != "random" else None)
+        found[name] = path if path and path.is_dir() else None
+    return found
+
+
+def _base(made_from: Mapping[str, Path | None]) -> str:
+    """What PEFT finds the base of adapters by."""
+    name, path = next(iter(made_from.items()))
+    return str(path) if path and name.startswith("stage:") else name
+
+
+def _generation(
+    source: Path, stage: Stage | None, made_from: Mapping[str, Path | None], tokenizer: Path | None
+) -> tuple[dict[str, Any], str]:
+    """As a run writes it: what the model began with stops it still, and so does the end of a turn
+    that SFT and RL train."""
+    begun = next(iter(made_from.values()), None) if stage else source / TOKENIZER
+    stop = None
+    if stage and stage.kind in ("sft", "rl") and tokenizer:
+        from agentcpm_jax.chat.format import IM_END
+        from agentcpm_jax.hf.tokenizer import load_tokenizer
+
+        stop = load_tokenizer(tokenizer).token_to_id(IM_END)
+    return generation([path for path in (begun, tokenizer) if path], stop)
+
+
 def _described(
-    source: Path, cfg: ExperimentConfig, stage: Stage | None, step: int, weights: Any
+    source: Path,
+    cfg: ExperimentConfig,
+    stage: Stage | None,
+    made_from: Mapping[str, Path | None],
+    settings: str,
+    weights: Mapping[str, str],
 ) -> dict[str, str]:
+    """{file: text} of what goes beside the weights."""
     from agentcpm_jax.run.observe.card import describe
 
-    made_from: dict[str, Path | None] = {f"{source}/{step}": None}
-    if (source / TOKENIZER / LINEAGE).is_file():
-        made_from = {f"{source}/{step}": source / TOKENIZER}
     files = describe(cfg, stage, made_from, source.parent / "metrics.jsonl", weights)
-    if (generation := source / TOKENIZER / GENERATION).is_file():
-        files[GENERATION] = generation.read_text(encoding="utf-8")
-    return files
+    return files | ({GENERATION: settings} if settings else {})

@@ -34,11 +34,14 @@ class StopSignal:
     With `answer`, which is called with one line at once, the process also stops by itself, since a
     killed run resumes as well as a stopped one: KeyboardInterrupt is raised, and what has not come
     to an end after `GRACE` seconds ends with exit code 130. Not so while `patient`: a training loop
-    then takes its step to the end and saves it.
+    then takes its step to the end and saves it. While `importing`, until the launcher says that it
+    is over, the process ends at once: nothing is begun, and an extension module that is interrupted
+    crashes.
     """
 
     def __init__(self, answer: Callable[[str], None] | None = None) -> None:
         self.requested = self.patient = False
+        self.importing = answer is not None
         self._answer = answer
         self._previous: dict[int, Any] = {}
         self._over = threading.Event()
@@ -81,7 +84,7 @@ class StopSignal:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
         self._restore()
-        if self._answer is not None and not self.patient:
+        if self._answer is not None and not (self.patient or self.importing):
             sys.unraisablehook = self._on_swallowed
             raise KeyboardInterrupt
 
@@ -106,6 +109,8 @@ class StopSignal:
             patient = self.patient
             rest = "stopping after this step" if patient else "the same command resumes"
             self._answer(f"interrupted by {signal.Signals(number).name}: {rest}")
+            if self.importing:
+                os._exit(RESUMABLE)
             if not patient and not self._over.wait(GRACE):
                 os._exit(RESUMABLE)
             while os.read(self._pipe[0], 1)[0]:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from agentcpm_jax.hf.files import FLOATS
 from agentcpm_jax.merge.kernels import chunked
 from agentcpm_jax.merge.kernels.chunked import Chunked
 from agentcpm_jax.merge.kernels.device import Sharded
@@ -25,7 +26,7 @@ FACTORS = np.linspace(1, 2, SHAPE[1]).astype(F4)
 
 
 def both(dtype: str = "float32") -> tuple[Ops, Ops]:
-    out = chunked.FLOATS[dtype]
+    out = FLOATS[dtype]
     return (
         Chunked("layer", SHAPE, out, F4, seed=7, compat=False),
         Sharded("layer", SHAPE, out, F4, seed=7, compat=False),

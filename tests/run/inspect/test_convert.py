@@ -20,6 +20,7 @@ from agentcpm_jax.config import ExperimentConfig, SFTStage, Stage, to_json
 from agentcpm_jax.files import SHIPPED
 from agentcpm_jax.hf.load import load_hf
 from agentcpm_jax.hf.save import save_hf
+from agentcpm_jax.hf.tokenizer import load_tokenizer
 from agentcpm_jax.model import lora
 from agentcpm_jax.model.config import TINY
 from agentcpm_jax.model.params import init
@@ -32,7 +33,7 @@ sys.path.insert(0, str(CHECKOUT / "launch"))
 import convert as launch_convert
 
 MODEL = dataclasses.replace(
-    TINY, vocab_size=32, width=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8, ffw=24
+    TINY, vocab_size=640, width=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8, ffw=24
 )
 TOKENIZER = SHIPPED["shipped:base"]
 
@@ -80,10 +81,64 @@ def test_a_checkpoint_becomes_a_model_and_comes_back(tmp_path: Path, capsys) -> 
     assert weights in (tmp_path / "again" / "README.md").read_text(), "its origin is forgotten"
 
 
+def test_a_copy_names_its_original_and_a_stage_what_it_began_with(tmp_path: Path) -> None:
+    save_hf(tmp_path / "hf", init(jax.random.key(0), MODEL), MODEL)
+    convert(tmp_path / "hf", tmp_path / "orbax")
+    convert(tmp_path / "orbax", tmp_path / "back")
+    card = (tmp_path / "back" / "README.md").read_text()
+    assert f'base_model:\n- "{tmp_path / "hf"}"\ntags' in card
+    _, checkpoints = run_with_checkpoint(tmp_path / "run")
+    convert(checkpoints, tmp_path / "stage")
+    card = (tmp_path / "stage" / "README.md").read_text()
+    assert 'base_model:\n- "org/base-model"\ntags' in card
+
+
+def test_a_stage_that_trained_turns_stops_where_they_end(tmp_path: Path) -> None:
+    _, checkpoints = run_with_checkpoint(tmp_path / "run")
+    convert(checkpoints, tmp_path / "out")
+    end = load_tokenizer(TOKENIZER).token_to_id("<|im_end|>")
+    for name in ("config.json", "generation_config.json"):
+        stops = json.loads((tmp_path / "out" / name).read_text())["eos_token_id"]
+        assert end in (stops if isinstance(stops, list) else [stops])
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_a_tokenizer_with_more_tokens_than_rows_is_refused(tmp_path: Path, back: bool) -> None:
+    small = dataclasses.replace(MODEL, vocab_size=32)
+    save_hf(tmp_path / "hf", init(jax.random.key(0), small), small)
+    source = tmp_path / "hf"
+    if back:
+        convert(source, tmp_path / "orbax")
+        source = tmp_path / "orbax"
+    with pytest.raises(UserError, match=r"has id \d+ in .*, but the model has 32 rows"):
+        convert(source, tmp_path / "out", tokenizer=str(TOKENIZER))
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_damaged_model_is_named_and_a_failed_conversion_leaves_nothing(tmp_path, monkeypatch):
+    save_hf(tmp_path / "hf", init(jax.random.key(0), MODEL), MODEL)
+    weights = tmp_path / "hf" / "model.safetensors"
+    good = weights.read_bytes()
+    weights.write_bytes(good[:-2] + b"\xff\x7f")
+    with pytest.raises(UserError, match=r"has 1 values that are not finite"):
+        convert(tmp_path / "hf", tmp_path / "orbax")
+    weights.write_bytes(good)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("agentcpm_jax.run.inspect.convert.copy_companions", full)
+    with pytest.raises(UserError, match=r"orbax cannot be written: .*No space left"):
+        convert(tmp_path / "hf", tmp_path / "orbax")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
 def test_adapters_become_a_directory_for_peft(tmp_path: Path) -> None:
     """Layout and keys as PEFT 0.17 writes them for a Qwen3 model, read by hand."""
     model = dataclasses.replace(MODEL, lora_rank=4, lora_alpha=8.0)
     adapters, checkpoints = run_with_checkpoint(tmp_path, model)
+    with pytest.raises(UserError, match="adapters are written as float32, not bfloat16"):
+        convert(checkpoints, tmp_path / "adapter", dtype="bfloat16")
     convert(checkpoints, tmp_path / "adapter")
     names = {path.name for path in (tmp_path / "adapter").iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= names
@@ -112,7 +167,12 @@ def test_adapters_become_a_directory_for_peft(tmp_path: Path) -> None:
 def test_what_is_neither_a_model_nor_checkpoints_is_named(tmp_path: Path, capsys) -> None:
     assert launch_convert.main([str(tmp_path), str(tmp_path / "out")]) == 2
     assert f"error: {tmp_path} is neither" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text('{"stages": []}')  # a run's
+    with pytest.raises(UserError, match="is neither"):
+        convert(tmp_path, tmp_path / "out")
     save_hf(tmp_path / "hf", init(jax.random.key(0), MODEL), MODEL)
     convert(tmp_path / "hf", tmp_path / "orbax")
+    with pytest.raises(UserError, match="has no step 3; it has 0"):
+        convert(tmp_path / "orbax", tmp_path / "out", step=3)
     with pytest.raises(UserError, match="orbax already exists; choose another"):
         convert(tmp_path / "hf", tmp_path / "orbax")

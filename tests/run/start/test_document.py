@@ -115,7 +115,7 @@ def test_variants_are_read_from_the_file(
     body: str, variant: str, known: str, tmp_path: Path
 ) -> None:
     """A `get_config` that uses its argument in any other way knows best what it takes."""
-    stage = "d.stages = ('rl',); d.stage.rl = stage_dict('rl')"
+    stage = "d.stages = ('rl',); d.stage.rl = stage_dict('rl', 'shipped:sft')"
     head = "from agentcpm_jax.config import default_config, stage_dict\n"
     file = tmp_path / "mine.py"
     file.write_text(f"{head}def c():\n    d = default_config(); {stage}\n    return d\n{body}\n")

@@ -20,6 +20,8 @@ import numpy
 from agentcpm_jax.run.start import signals
 signals.GRACE = 0.5
 with signals.StopSignal(answer=signals.say) as stop:
+    stop.patient = sys.argv[1] == "step"
+    stop.importing = sys.argv[1] == "importing"
     try:
         print("ready", flush=True)
         if sys.argv[1] == "python":
@@ -37,8 +39,12 @@ with signals.StopSignal(answer=signals.say) as stop:
                 time.sleep(60)
             finally:
                 time.sleep(60)
+        elif sys.argv[1] == "importing":  # where nothing may be raised
+            try:
+                time.sleep(60)
+            except KeyboardInterrupt:
+                print("raised", flush=True)
         else:
-            stop.patient = True
             while not stop.requested:
                 time.sleep(0.01)
             time.sleep(1.0)  # the step, which takes longer than the grace
@@ -49,7 +55,7 @@ with signals.StopSignal(answer=signals.say) as stop:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("doing", ["python", "deaf", "collecting", "cleaning", "step"])
+@pytest.mark.parametrize("doing", ["python", "deaf", "collecting", "cleaning", "importing", "step"])
 def test_one_line_at_once_and_an_end(doing: str, number: signal.Signals) -> None:
     pipe = subprocess.PIPE
     process = subprocess.Popen(
@@ -68,7 +74,7 @@ def test_one_line_at_once_and_an_end(doing: str, number: signal.Signals) -> None
     out, rest = process.communicate(timeout=30)
     assert rest == ""
     assert process.returncode == (0 if doing == "step" else RESUMABLE)
-    assert ("saved" in out) == (doing == "step")
+    assert "raised" not in out and ("saved" in out) == (doing == "step")
     assert ("after this step" in line) == (doing == "step")
 
 
