@@ -213,6 +213,17 @@ def flip_a_recorded_batch(workdir: Path) -> None:
     raw.close()
 
 
+def needed_weights(workdir: Path) -> Path:
+    """Of version 2, with which the batch of step 4 is sampled: as if killed before it was."""
+    with sqlite3.connect(workdir / "experience.db") as raw:
+        mine = "issue_id IN (SELECT issue_id FROM issue WHERE batch >= 3)"
+        raw.execute(f"DELETE FROM decision WHERE {mine}")
+        raw.execute(f"DELETE FROM trajectory WHERE {mine}")
+        raw.execute("UPDATE issue SET state = 'issued' WHERE batch >= 3")
+    raw.close()
+    return workdir / "rl" / "weights" / "v000002" / "model.safetensors"
+
+
 def tear(name: str, workdir: Path, place: Place) -> Undo:
     """The first bytes of a file are there, then zeros, as after a power cut."""
     path = workdir / name
@@ -321,8 +332,7 @@ TRIALS = (
         w / "experience.db", 16384)), "malformed; move it away (mv"),
     damage("log_row", "log: a recorded batch", partial(
         change, flip_a_recorded_batch), "is damaged"),
-    damage("flip_weights", "weights", partial(flip, lambda w: (
-        w / "rl/weights/v000002/model.safetensors")), "are damaged"),
+    damage("flip_weights", "weights", partial(flip, needed_weights), "are damaged"),
     damage("torn_config", "config.json", partial(tear, "config.json"), "is damaged"),
     damage("torn_digest", "tokenizer.sha256", partial(tear, "tokenizer.sha256"), "is damaged"),
     Trial("torn_metrics", "metrics.jsonl", partial(change, lambda w: overwrite(
