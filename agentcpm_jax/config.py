@@ -104,7 +104,8 @@ class SFTStage:
 
 @dataclass(frozen=True)
 class EvalStage:
-    """Held-out tasks for each model named in `models` (stage names)."""
+    """Held-out tasks for each model named in `models`: stages, or what is not made here (with a '/'
+    or ':' in its name): a directory, a Hub id of the local cache, 'shipped:<name>'."""
 
     models: tuple[str, ...] = ()
     tasks_path: str | None = None  # a JSONL of tasks; None: those of config.test_tasks
@@ -281,6 +282,19 @@ def default_config() -> Any:
     return config
 
 
+def edge_of(cfg: ExperimentConfig) -> Any:
+    """The `ConfigDict` that a file of `configs` would have returned for `cfg`."""
+    return _edge(cfg, vars(cfg.model))
+
+
+def given_config(raw: Mapping[str, Any]) -> Any:
+    """The same of the keys of a YAML or JSON document; a shape that it leaves out stays out.
+
+    Raises `UserError` as `from_config_dict` does, but for what checkpoints say.
+    """
+    return _edge(*_read(raw))
+
+
 def stage_dict(kind: str, init_from: str = "random", **section: Any) -> ConfigDict:
     """A stage of `kind`: where it starts, and its section's defaults updated with `section`."""
     chosen = dataclasses.replace(SECTIONS[kind](), **section)
@@ -327,7 +341,14 @@ def sources_of(cfg: ExperimentConfig, stage: Stage) -> list[str]:
         return [cfg.base]
     if stage.merge is not None:
         return [stage.init_from, stage.merge.general, *stage.merge.soup]
-    return [stage.init_from] if stage.eval is None else []
+    if stage.eval is not None:
+        return [model_source(name) for name in stage.eval.models]
+    return [stage.init_from]
+
+
+def model_source(name: str) -> str:
+    """A name of `EvalStage.models` as `Stage.init_from` spells it."""
+    return name if "/" in name or ":" in name else f"stage:{name}"
 
 
 def to_json(config: ExperimentConfig) -> dict[str, Any]:
@@ -391,13 +412,13 @@ def read_config(workdir: Path) -> ExperimentConfig:
 def _read(config: Mapping[str, Any]) -> tuple[ExperimentConfig, dict[str, Any]]:
     """The configuration without its model, and what it gives of that."""
     raw = dict(config.to_dict() if isinstance(config, ConfigDict) else config)
-    sections = dict(raw.pop("stage", {}))
+    sections = _section_at("config.stage", raw.pop("stage", {}))
     stages = []
-    for name in raw.pop("stages", ()):
+    for name in _value(tuple[str, ...], raw.pop("stages", ()), "config.stages"):
         if name not in sections:
             hint = did_you_mean(name, sorted(sections))
             raise UserError(f"config.stages: there is no section config.stage.{name}; {hint}")
-        stages.append(_stage(name, dict(sections[name])))
+        stages.append(_stage(name, _section_at(f"config.stage.{name}", sections[name])))
     _check_order(stages)
     version = raw.pop("schema_version", SCHEMA_VERSION)
     if version != SCHEMA_VERSION:
@@ -410,10 +431,28 @@ def _read(config: Mapping[str, Any]) -> tuple[ExperimentConfig, dict[str, Any]]:
     return cfg, dict(model)
 
 
+def _edge(cfg: ExperimentConfig, model: Mapping[str, Any]) -> ConfigDict:
+    made = default_config()
+    for key, value in to_config_dict(cfg).items():
+        if key not in ("stages", "model"):
+            made[key] = value
+    for key, value in model.items():
+        made.model[key] = value
+    made.stages = tuple(stage.name for stage in cfg.stages)
+    for stage in cfg.stages:
+        made.stage[stage.name] = stage_dict(stage.kind, stage.init_from, **vars(stage.section))
+    return made
+
+
+def _section_at(path: str, raw: Any) -> dict[str, Any]:
+    if not isinstance(raw, Mapping):
+        raise UserError(f"{path}={raw!r}; expected a section with keys")
+    return dict(raw)
+
+
 def _model(raw: Any) -> dict[str, Any]:
     """What is given of the model, with its types checked; None of its shape: not given."""
-    if not isinstance(raw, Mapping):
-        raise UserError(f"config.model={raw!r}; expected a section with keys")
+    raw = _section_at("config.model", raw)
     hints = typing.get_type_hints(ModelConfig)
     _check_keys(list(hints), raw, "config.model")
     given = {k: v for k, v in raw.items() if v is not None or k not in SHAPE}
@@ -428,7 +467,8 @@ def _stage(name: str, raw: dict[str, Any]) -> Stage:
     path = f"config.stage.{name}"
     kind, init_from = raw.pop("kind", None), raw.pop("init_from", "random")
     if kind not in SECTIONS:
-        raise UserError(f"{path}.kind={kind!r}; one of {', '.join(SECTIONS)}")
+        hint = did_you_mean(str(kind), SECTIONS)
+        raise UserError(f"{path}.kind={kind!r}; one of {', '.join(SECTIONS)}; {hint}")
     section = _build(SECTIONS[kind], raw, path)
     source = _value(str, init_from, f"{path}.init_from")
     return Stage(name, section, source)
@@ -439,9 +479,15 @@ def _check_order(stages: list[Stage]) -> None:
     for stage in stages:
         sources = [stage.init_from]
         if stage.merge is not None:
-            sources.append(stage.merge.general)
+            sources += [stage.merge.general, *stage.merge.soup]
         if stage.eval is not None:
-            sources += [f"stage:{m}" for m in stage.eval.models]
+            sources += map(model_source, stage.eval.models)
+            if stage.init_from != "random":
+                path = f"config.stage.{stage.name}"
+                raise UserError(
+                    f"{path}.init_from={stage.init_from!r} is not read by an eval stage; name the "
+                    f"model in {path}.models"
+                )
         for source in sources:
             if source.startswith("stage:") and source[6:] not in seen:
                 near = did_you_mean(source[6:], seen)
@@ -489,9 +535,7 @@ def _value(hint: Any, value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(hint):
         if isinstance(value, hint):  # type: ignore[arg-type]
             return value
-        if not isinstance(value, Mapping):
-            raise UserError(f"{path}={value!r}; expected a section with keys")
-        return _build(hint, value, path)  # type: ignore[arg-type]
+        return _build(hint, _section_at(path, value), path)  # type: ignore[arg-type]
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint is float and isinstance(value, float) and not math.isfinite(value):

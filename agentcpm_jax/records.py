@@ -13,13 +13,29 @@ import gzip
 import io
 import json
 import math
+import re
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
 from agentcpm_jax.types import UserError
+
+_HEAD = 512  # bytes that tell a format
+_ARCHIVES = {
+    b"PK\3\4": "zip",
+    b"BZh": "bzip2",
+    b"\xfd7zX": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\x1f\x8b": "gzip (twice)",
+}
+#: A file of a folder: [folder/]split[-00000-of-00002].format. `cache-` are results of `map`.
+_SHARD = re.compile(
+    r"(?!(?:.*/)?cache-)(?P<split>.+?)(?:-\d{5}-of-(?P<of>\d{5})\S*)?"
+    r"\.(?:arrow|parquet|jsonl(?:\.gz)?)\Z"
+)
+_BOM = b"\xef\xbb\xbf"
 
 
 class Flaw(ValueError):
@@ -52,27 +68,32 @@ class Record:
 
 
 def read_records(path: str | Path) -> Iterator[Record]:
-    """The records of a file, or of a folder that `datasets` saved.
+    """The records of a file, or of a folder of shards that are counted on from one to the next.
 
     Raises:
-      FileRefused: there is no such file, it is empty, cut, a pickle or in no format that is read.
+      UserError: there is no such file.
+      FileRefused: it is empty, cut, a pickle or in no format that is read.
     """
     place = Path(path)
-    empty = True
+    line = 0
     for part in _parts(place):
+        before = line
         try:
             for record in _read(part):
-                yield record
-                empty = False
+                line = before + record.line
+                yield replace(record, line=line)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise FileRefused(
+                "cut_gzip",
+                f"{part} is a gzip stream that was cut or damaged ({error}); fetch it again",
+            ) from None
+        except FileNotFoundError:
+            raise UserError(f"no such file: '{part}'; check the path") from None
         except OSError as error:
             raise FileRefused(
                 "unreadable", f"cannot read {part}: {error.strerror or error}; check the path"
             ) from None
-        except (EOFError, zlib.error) as error:
-            raise FileRefused(
-                "cut_gzip", f"{part} is a gzip stream that was cut ({error}); fetch it again"
-            ) from None
-    if empty:
+    if not line:
         raise FileRefused("empty_file", f"{place} is empty: it holds no usable record")
 
 
@@ -107,31 +128,63 @@ def finite(value: Any) -> bool:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """JSON (with NaN, which `finite` finds); ValueError for whatever is wrong with the text."""
+    """JSON (with NaN, which `finite` finds); `Flaw` for whatever is wrong with the text.
+
+    A key twice in one object is a flaw: which of the two counts, readers do not agree on.
+    """
     try:
-        return json.loads(text.decode() if isinstance(text, bytes) else text)
+        text = text.decode() if isinstance(text, bytes) else text
+        return json.loads(text, object_pairs_hook=_each_key_once)
     except UnicodeDecodeError as error:
         raise Flaw("not_utf8", None, f"not UTF-8 (byte {error.start})") from None
     except json.JSONDecodeError as error:
-        said = f"not JSON ({error.msg} at column {error.colno})"
-        raise Flaw("not_json", None, said) from None
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        said = f"{error.msg.removesuffix(' at')} at {line}column {error.colno}"
+        raise Flaw("not_json", None, f"not JSON ({said})") from None
+    except Flaw:
+        raise
     except (RecursionError, ValueError) as error:  # too deep; an integer of thousands of digits
         raise Flaw("not_json", None, f"not JSON ({type(error).__name__})") from None
 
 
-def _parts(place: Path) -> list[Path]:
-    """The files to read: the one, or those of a folder that `datasets` wrote."""
-    if not place.is_dir():
-        return [place]
-    state = place / "state.json"
-    if state.is_file():
-        files = json.loads(state.read_text())["_data_files"]
-        return [place / file["filename"] for file in files]
-    found = sorted(p for s in ("arrow", "parquet") for p in place.glob(f"*.{s}"))
-    if len(found) == 1:
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) == len(pairs):
         return found
-    names = ", ".join(p.name for p in found) or "no arrow or parquet file"
-    raise FileRefused("unreadable", f"{place} is a folder with {names}; give one file")
+    names = [name for name, _ in pairs]
+    twice = next(name for name in names if names.count(name) > 1)
+    raise Flaw("ambiguous", twice, "the key is there twice; take one out")
+
+
+def _parts(place: Path) -> list[Path]:
+    """The files to read: the one, or those of a folder; of its splits one, named FOLDER:SPLIT."""
+    folder, _, split = str(place).rpartition(":")
+    if place.is_dir():
+        return _of_folder(place, "")
+    if folder and not place.exists() and Path(folder).is_dir():
+        return _of_folder(Path(folder), split)
+    return [place]
+
+
+def _of_folder(folder: Path, split: str) -> list[Path]:
+    """The files of one split of a folder, in the order of their numbers."""
+    state = folder / "state.json"
+    if state.is_file() and "_data_files" in (saved := json.loads(state.read_text())):
+        return [folder / file["filename"] for file in saved["_data_files"]]
+    found: dict[str, list[tuple[Path, int]]] = {}
+    for path in sorted([*folder.glob("*"), *folder.glob("*/*")]):
+        if (file := _SHARD.match(str(path.relative_to(folder)))) and path.is_file():
+            found.setdefault(file["split"], []).append((path, int(file["of"] or 1)))
+    fits = [n for n in found if split in ("", n) or split in re.split("[/-]", n)]
+    if len(fits) != 1:
+        names = ", ".join(found) or "no arrow, parquet or JSON lines file"
+        example = f"; name one split, e.g. {folder}:{list(found)[-1]}" if found else ""
+        raise FileRefused("unreadable", f"{folder} is a folder with {names}{example}")
+    paths = [path for path, _ in found[fits[0]]]
+    if len(paths) != (of := found[fits[0]][0][1]):
+        said = f"{folder} has {len(paths)} of the {of} files of {fits[0]}; fetch the others"
+        raise FileRefused("unreadable", said)
+    return paths
 
 
 def _read(path: Path) -> Iterator[Record]:
@@ -139,36 +192,44 @@ def _read(path: Path) -> Iterator[Record]:
         head = raw.read(2)
         raw.seek(0)
         file: Any = gzip.GzipFile(fileobj=raw) if head == b"\x1f\x8b" else raw
-        head = file.read(6)
+        head = file.read(_HEAD)
         file.seek(0)
         if head[:4] == b"PAR1":
             yield from _parquet(file, path)
-        elif head == b"ARROW1" or head[:4] == b"\xff\xff\xff\xff":
-            yield from _arrow(file, path, stream=head != b"ARROW1")
+        elif head[:6] == b"ARROW1" or head[:4] == b"\xff\xff\xff\xff":
+            yield from _arrow(file, path, stream=head[:6] != b"ARROW1")
         else:
             _refuse_other_formats(file, head, path)
             yield from _json(file, path)
 
 
 def _refuse_other_formats(file: IO[bytes], head: bytes, path: Path) -> None:
-    """Raises for pickles, archives and UTF-16."""
+    """Raises for pickles, which may lie in archives, for archives and for UTF-16."""
     is_pickle = head[:1] == b"\x80" and head[1:2] in b"\0\1\2\3\4\5"
     if head and head[:1] in b"(]})cl":  # protocols 0 and 1; no JSON begins so
         is_pickle = file.read().rstrip().endswith(b".")
         file.seek(0)
-    if is_pickle:
+    is_zip = head.startswith(b"PK\3\4")
+    torch, numpy = is_zip and b".pkl" in head, is_zip and b".npy" in head
+    if is_pickle or torch or numpy or head.startswith(b"\x93NUMPY"):
+        name, load = "a pickle", "import pickle; rows = pickle.load(open('IN', 'rb'))"
+        if not is_pickle:
+            name, load = "a NumPy array", "import numpy; rows = numpy.load('IN', allow_pickle=True)"
+        if torch:
+            name, load = "a pickle of PyTorch", "import torch; rows = torch.load('IN')"
         raise FileRefused(
             "pickle",
-            f"{path} is a pickle, which runs code when it is read: refused; where it comes from "
-            'somebody you trust, convert it: python -c "import json, pickle; rows = pickle.load('
-            "open('IN', 'rb')); print(*(r if isinstance(r, str) else json.dumps(r) for r in rows),"
+            f"{path} is {name}, which may run code when it is read: refused; where it comes from "
+            f'somebody you trust, convert it: python -c "import json; {load}; '
+            "print(*(r if isinstance(r, str) else json.dumps(r) for r in rows),"
             " sep='\\n', file=open('OUT.jsonl', 'w'))\"",
         )
-    archives = {b"PK\3\4": "zip", b"BZh": "bzip2", b"\xfd7zX": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-    for magic, name in archives.items():
-        if head.startswith(magic):
-            raise FileRefused("unreadable", f"{path} is a {name} archive; unpack it first")
-    if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
+    name = next((name for magic, name in _ARCHIVES.items() if head.startswith(magic)), "")
+    if name or head[257:262] == b"ustar":
+        raise FileRefused("unreadable", f"{path} is a {name or 'tar'} archive; unpack it first")
+    if head.startswith(b"version https://git-lfs"):
+        raise FileRefused("unreadable", f"{path} points to a file of Git LFS; run: git lfs pull")
+    if head[:2] in (b"\xff\xfe", b"\xfe\xff") or (0 in head[:2] and len(head) > 1):
         raise FileRefused("not_utf8", f"{path} is UTF-16; convert it: iconv -f utf-16 -t utf-8")
 
 
@@ -176,7 +237,7 @@ def _json(file: IO[bytes], path: Path) -> Iterator[Record]:
     """JSON lines, unless the first line that is not blank is no object of its own."""
     first = b""
     while not first.strip() and (line := file.readline()):
-        first = line.removeprefix(b"\xef\xbb\xbf")
+        first = line.removeprefix(_BOM)
     try:
         whole = not isinstance(parse_json(first), dict) if first.strip() else False
     except ValueError:
@@ -187,7 +248,7 @@ def _json(file: IO[bytes], path: Path) -> Iterator[Record]:
         return
     file.seek(0)
     for number, line in enumerate(file, 1):
-        line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+        line = line.removeprefix(_BOM)  # of each file that was joined
         if line.strip():
             yield _json_record(line.strip(), number)
 
@@ -195,7 +256,7 @@ def _json(file: IO[bytes], path: Path) -> Iterator[Record]:
 def _document(content: bytes, path: Path, first: bytes) -> list[Record] | None:
     """The records of a file that is one JSON array or object; None: it is JSON lines after all."""
     try:
-        found = parse_json(content.removeprefix(b"\xef\xbb\xbf"))
+        found = parse_json(content.removeprefix(_BOM))
     except ValueError as error:
         if _is_lines(content, first.strip()):
             return None

@@ -1,10 +1,12 @@
 """Asynchronous RL of a 4B agent: AgentCPM-Explore's released MiniRL recipe.
 
     python launch/train.py --config=configs/rl_qwen3_4b.py \\
-        --config.stage.rl.init_from=checkpoints/sft-merge \\
-        --config.tokenizer=checkpoints/sft-merge \\
+        --config.stage.rl.init_from=runs/sft_qwen3_4b/sft/hf \\
+        --config.tokenizer=runs/sft_qwen3_4b/sft/hf \\
         --config.stage.rl.tasks_path=data/tasks.jsonl \\
         --config.stage.rl.pool.urls='("http://host:30000",)'
+
+Without the first two flags it begins with checkpoints/Qwen3-4B-Thinking-2507, as SFT does.
 
 Hardware: a v5p-64 slice for training (4 rows of 131,072 tokens, each split over 8 chips), SGLang
 servers for the rollouts; `--explain` says how many tokens a second they have to give, and what
@@ -61,7 +63,7 @@ def recipe() -> Any:
     c.stages = ("rl",)
     c.stage.rl = stage_dict(
         "rl",
-        "checkpoints/Qwen3-4B-Thinking-2507",  # yours after SFT and merging: see above
+        "checkpoints/Qwen3-4B-Thinking-2507",
         tasks_path="data/tasks.jsonl",
         shape=TrainShape(row_length=131_072, rows=4, micro_rows=4, steps=1000, checkpoint_every=3),
         optimizer=OptimizerConfig(

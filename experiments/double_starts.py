@@ -4,8 +4,8 @@
 
 Real in every trial: launch/train.py on configs/tiny.py as its user starts it, twice, the second at
 a random moment: both at once, while the first imports, compiles, trains or saves. A life is one
-workdir; its owner is killed with SIGKILL and started anew between some of the trials, and is let
-run to its end at last. Checked:
+workdir, and the lives go side by side; the owner is killed with SIGKILL and started anew between
+some of the trials, and is let run to its end at last. Checked:
 
     one of the two ends within its first seconds, with exit code 2 and one line that names the other
     one's host and pid; the start after a SIGKILL is never refused; and at the end, by
@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from agentcpm_jax.log.experience import ExperienceLog
 from agentcpm_jax.run.observe.metrics import read_metrics
 
 LIVES = ("", "async")  # variants of configs/tiny.py
-PER_OWNER = 3  # trials of one process, before it is killed
+PER_OWNER = 4  # trials of one process, before it is killed
 LONGEST = 12.0  # s between the first start and the second
 LIMIT = 900  # s that a process may take
 
@@ -51,17 +52,16 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory of double_starts.*")
     args = parser.parse_args()
-    began, rng = time.monotonic(), random.Random(args.seed)
+    began = time.monotonic()
     trials: list[dict[str, Any]] = []
     broken: list[str] = []
-    with tempfile.TemporaryDirectory(prefix="double-") as scratch:
-        for number, variant in enumerate(LIVES):
-            share = range(number, args.n, len(LIVES))
-            life = Life(Path(scratch) / f"life-{number}", variant)
-            found = life.run(len(share), rng)
+    with tempfile.TemporaryDirectory(prefix="double-") as scratch, ThreadPoolExecutor() as pool:
+        lives = [Life(Path(scratch) / f"life-{n}", v, args.seed) for n, v in enumerate(LIVES)]
+        shares = [len(range(n, args.n, len(LIVES))) for n in range(len(LIVES))]
+        for found, ending in pool.map(Life.run, lives, shares):
             trials += found
-            broken += [t["broken"] for t in found if t["broken"]] + life.conclude()
-    report = {"command": " ".join(["python", "experiments/double_starts.py", *sys.argv[1:]])}
+            broken += [t["broken"] for t in found if t["broken"]] + ending
+    report = {"command": f"python experiments/double_starts.py --n {args.n} --seed {args.seed}"}
     report |= {"trials": trials, "broken": broken, "seconds": round(time.monotonic() - began)}
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "double_starts.json").write_text(json.dumps(report, indent=1) + "\n")
@@ -73,8 +73,8 @@ def main() -> int:
 class Life:
     """One workdir, and the process that owns it."""
 
-    def __init__(self, workdir: Path, variant: str) -> None:
-        self.workdir = workdir
+    def __init__(self, workdir: Path, variant: str, seed: int) -> None:
+        self.workdir, self._rng = workdir, random.Random(f"{seed}/{variant}")
         config = "configs/tiny.py" + (f":{variant}" if variant else "")
         script = str(ROOT / "launch" / "train.py")
         small = ["--config.episode.max_turns=3", "--config.stage.rl.stream.group_size=3"]
@@ -87,23 +87,38 @@ class Life:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
 
-    def run(self, count: int, rng: random.Random) -> list[dict[str, Any]]:
-        """`count` double starts; every process has `PER_OWNER` of them, the first at once."""
+    def run(self, count: int) -> tuple[list[dict[str, Any]], list[str]]:
+        """(`count` double starts, what is wrong with the run at its end).
+
+        Every process has `PER_OWNER` of them: the first at once, the last right behind a step.
+        """
         found: list[dict[str, Any]] = []
         while len(found) < count:
             owner = self._start()
             for turn in range(min(PER_OWNER, count - len(found))):
-                gap = 0.0 if turn == 0 else rng.uniform(0.0, LONGEST)
-                time.sleep(gap)
-                at = len(read_metrics(self.workdir / "rl" / "metrics.jsonl"))
+                began = time.monotonic()
+                if turn == PER_OWNER - 1:  # it trains, and saves after each step
+                    self._wait_for_a_step(owner)
+                elif turn:
+                    time.sleep(self._rng.uniform(0.0, LONGEST))
+                gap, at = time.monotonic() - began, self._steps()
                 owner, broken = self._second(owner)
                 found.append({"life": self.workdir.name, "gap": round(gap, 1), "step": at})
                 found[-1]["broken"] = broken
+                print(found[-1], file=sys.stderr, flush=True)
             owner.kill()
             owner.communicate()
-        return found
+        return found, self._conclude()
 
-    def conclude(self) -> list[str]:
+    def _wait_for_a_step(self, owner: subprocess.Popen[str]) -> None:
+        done = self._steps()
+        while self._steps() == done and owner.poll() is None:
+            time.sleep(0.01)
+
+    def _steps(self) -> int:
+        return len(read_metrics(self.workdir / "rl" / "metrics.jsonl"))
+
+    def _conclude(self) -> list[str]:
         """Lets the run end and lists what is wrong with it."""
         last = self._start()
         _, said = last.communicate(timeout=LIMIT)

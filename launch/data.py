@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print("\n".join(found.lines(color=sys.stdout.isatty())))
+    print("\n".join(found.lines()))
     return 1 if found.dropped else 0
 
 

@@ -23,15 +23,15 @@ def main(argv: list[str]) -> int:
         print(__doc__)
         return 0
     try:
-        with StopSignal(answer=say) as stop:
-            return work(argv, stop)
+        with StopSignal(answer=say):
+            return work(argv)
     except KeyboardInterrupt:  # its claims go to others when their lease ends
         return 130
 
 
-def work(argv: list[str], stop: StopSignal) -> int:
+def work(argv: list[str]) -> int:
     """Parse, work, say how much was handed in."""
-    from agentcpm_jax.run.commandline import parse
+    from agentcpm_jax.run.commandline import check_worker, parse
     from agentcpm_jax.types import UserError
 
     try:
@@ -40,10 +40,10 @@ def work(argv: list[str], stop: StopSignal) -> int:
         if groups and not (groups[-1].isdecimal() and int(groups[-1])):
             raise UserError(f"--groups={groups[-1]}: give a whole number of at least 1")
         count = int(groups[-1]) if groups else 0
+        check_worker(command.config, command.workdir)  # before jax and all the rest are imported
         from agentcpm_jax.rollout.groups import StreamError
         from agentcpm_jax.run.worker import run_worker
 
-        stop.importing = False
         try:
             handed_in = run_worker(command.config, command.workdir, groups=count, announce=say)
         except StreamError as failed:  # the engine or the tools, not the command

@@ -4,26 +4,23 @@
     SGLANG_API_KEY=... SGLANG_ADMIN_API_KEY=... python launch/serve.py DIRECTORY --host 0.0.0.0
 
 Without SGLANG_ADMIN_API_KEY weights can be changed from this machine alone. Exit codes: 0 stopped,
-2 a mistake (one line says which).
+2 a mistake (one line says which), 130 stopped before it served.
 """
 
-from __future__ import annotations
-
-import argparse
 import sys
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from agentcpm_jax.run.start.signals import RESUMABLE, StopSignal, say
 from agentcpm_jax.types import UserError
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parse, serve until stopped."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model", help="Hugging Face directory with a tokenizer")
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="directory with a tokenizer, or Hub id in the cache")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=30000, help="0 takes a free one")
     parser.add_argument("--slots", type=int, default=32, help="requests decoded together")
@@ -34,18 +31,27 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--weight-version", default="default", help="name of these weights")
     args = parser.parse_args(argv)
     try:
-        from agentcpm_jax.engine.config import EngineConfig
-        from agentcpm_jax.engine.server import ServerConfig
-        from agentcpm_jax.engine.serving import serve
-
-        engine = EngineConfig(slots=args.slots, capacity=args.context, tensor=args.tensor)
-        server = ServerConfig(args.host, args.port)
-        options = {"chunk": args.chunk, "weight_version": args.weight_version}
-        show = lambda url: print(f"serving {args.model} on {url}", flush=True)  # noqa: E731
-        serve(args.model, engine, server, dtype=args.dtype, announce=show, **options)
+        with StopSignal(answer=say, promise="it had not begun to serve"):
+            return work(args)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return 2
+    except KeyboardInterrupt:
+        return RESUMABLE
+
+
+def work(args: Namespace) -> int:
+    from agentcpm_jax.engine.config import EngineConfig
+    from agentcpm_jax.hf.tokenizer import served_chat
+
+    engine = EngineConfig(slots=args.slots, capacity=args.context, tensor=args.tensor)
+    path, chat = served_chat(args.model)  # a mistake is answered before jax is imported
+    from agentcpm_jax.engine import server, serving
+
+    place = server.ServerConfig(args.host, args.port)
+    options = {"chunk": args.chunk, "weight_version": args.weight_version, "dtype": args.dtype}
+    show = lambda url: print(f"serving {args.model} on {url}", flush=True)  # noqa: E731
+    serving.serve(path, chat, engine, place, announce=show, **options)
     return 0
 
 

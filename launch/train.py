@@ -41,7 +41,6 @@ def run(argv: list[str], stop: StopSignal) -> int:
         from agentcpm_jax.run import doctor, multihost, stages
         from agentcpm_jax.run.observe.progress import announce, progress
 
-        stop.importing = False
         multihost.join(announce)
         if explained(command, announce=print) or doctor.check(command, announce):
             return 0

@@ -68,12 +68,39 @@ def test_a_folder_that_datasets_saved_is_read(tmp_path) -> None:
     names = ["data-00000-of-00002.arrow", "data-00001-of-00002.arrow"]
     for name, row in zip(names, ROWS, strict=True):
         (tmp_path / name).write_bytes(arrow([row], stream=True))
-    with pytest.raises(FileRefused, match="give one file"):
-        list(read_records(tmp_path))
     (tmp_path / "state.json").write_text(
         json.dumps({"_data_files": [{"filename": n} for n in names]})
     )
     assert [r.value for r in read_records(tmp_path)] == ROWS
+
+
+@pytest.mark.parametrize("form", ["data/{}-0000{}-of-00002", "web-{}-0000{}-of-00002"])
+def test_of_the_splits_of_a_folder_one_is_named(tmp_path, form: str) -> None:
+    """As a dataset's own repository and the cache of `datasets` have them."""
+    for number, row in enumerate(ROWS):
+        path = tmp_path / (form.format("train", number) + ".arrow")
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(arrow([row], stream=True))
+    found = list(read_records(tmp_path))
+    assert [r.value for r in found] == ROWS and [r.line for r in found] == [1, 2]
+    other = tmp_path / (form.format("test", 0).replace("00002", "00001") + ".arrow")
+    other.write_bytes(arrow(ROWS[:1], stream=True))
+    with pytest.raises(FileRefused, match=r"train.*name one split, e\.g\. .*:"):
+        list(read_records(tmp_path))
+    assert len(list(read_records(f"{tmp_path}:train"))) == 2
+    assert len(list(read_records(f"{tmp_path}:test"))) == 1
+    with pytest.raises(FileRefused, match="name one split"):
+        list(read_records(f"{tmp_path}:validation"))
+    path.unlink()
+    with pytest.raises(FileRefused, match=r"1 of the 2 files of .*train"):
+        list(read_records(f"{tmp_path}:train"))
+
+
+def test_files_with_marks_are_joined(tmp_path) -> None:
+    joined = b"\xef\xbb\xbf" + LINES + b"\xef\xbb\xbf" + LINES
+    assert [r.value for r in read_records(written(tmp_path, joined))] == ROWS * 2
+    members = gzip.compress(LINES) + gzip.compress(LINES)
+    assert [r.line for r in read_records(written(tmp_path, members))] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(
@@ -85,6 +112,15 @@ def test_a_folder_that_datasets_saved_is_read(tmp_path) -> None:
         *((pickle.dumps(["{}"], p), "pickle", "json.dumps") for p in range(6)),
         (gzip.compress(pickle.dumps([])), "pickle", "convert"),
         (gzip.compress(LINES * 1000)[:-20], "cut_gzip", "was cut"),
+        (gzip.compress(LINES)[:-8] + b"12345678", "cut_gzip", "damaged"),
+        (gzip.compress(gzip.compress(LINES)), "unreadable", "twice"),
+        (b"PK\3\4" + b"\0" * 26 + b"archive/data.pkl", "pickle", r"torch\.load"),
+        (b"PK\3\4" + b"\0" * 26 + b"rows.npy", "pickle", r"numpy\.load"),
+        (b"\x93NUMPY\1\0", "pickle", r"numpy\.load"),
+        (b"rows.jsonl".ljust(257, b"\0") + b"ustar", "unreadable", "tar archive"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "unreadable", "git lfs pull"),
+        (LINES.decode().encode("utf-16-le"), "not_utf8", "UTF-16"),
+        (b'[\n{"a": 1},\n]', "not_json", "line 3"),
         (parquet(ROWS)[:-9], "unreadable", "no whole parquet"),
         (b"PK\3\4rest", "unreadable", "zip"),
         (LINES.decode().encode("utf-16"), "not_utf8", "UTF-16"),
@@ -106,6 +142,9 @@ def test_what_cannot_be_read_is_refused(tmp_path, content: bytes, kind: str, say
         (b"\xff\xfe", "not_utf8", None),
         (b'{"a": [{"b": "x\\ud83d"}]}', "lone_surrogate", "a[0].b"),
         (b'{"a": "x\\u0000"}', "nul", "a"),
+        (b'{"a": 1, "a": 2}', "ambiguous", "a"),
+        (b'{"b": [{"a": 1, "a": 1}]}', "ambiguous", "a"),
+        (b'{"a": 1},', "not_json", None),
         (b"[" * 100_000, "not_json", None),
         (b'{"a": ' + b"9" * 5000 + b"}", "not_json", None),
     ],

@@ -24,13 +24,25 @@ from agentcpm_jax.types import UserError
         (MeshConfig(1, -1, 1, 3), "tensor 3 .*multiply to 6, .* fsdp=4, context=1, tensor=2"),
         (MeshConfig(1, -1, 1, 16), "multiply to 16, .* fsdp=1, context=1, tensor=8"),
         (MeshConfig(3, -1, 1, 1), "data 3 .* data=2, fsdp=4, context=1, tensor=1"),
-        (MeshConfig(-1, -1, 1, 1), "one may be -1"),
-        (MeshConfig(0, 1, 1, 1), "data 0"),
     ],
 )
 def test_impossible_meshes_are_refused_by_name(cfg, named):
     with pytest.raises(UserError, match=named):
         make_mesh(cfg, jax.devices()[:1] * 8)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "named"),
+    [
+        ({"data": -1}, "mesh data and fsdp are -1, all that remain; only one may"),
+        ({"data": 0}, "data 0 x fsdp -1 .* impossible"),
+        ({"tensor": -2}, "tensor -2"),
+        ({"slices": 0}, "slices 0"),
+    ],
+)
+def test_sizes_are_checked_when_a_mesh_is_named(sizes, named):
+    with pytest.raises(UserError, match=named):
+        MeshConfig(**sizes)
 
 
 def test_slices_share_the_data_axis() -> None:

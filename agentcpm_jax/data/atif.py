@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from agentcpm_jax.data.calls import Tools, check_keys, read_arguments, read_tools
+from agentcpm_jax.data.calls import Tools, check_ids, check_keys, read_arguments, read_tools
 from agentcpm_jax.data.conversation import Call, Message
-from agentcpm_jax.data.turns import read_content
+from agentcpm_jax.data.turns import listed, read_content
 from agentcpm_jax.records import Flaw, is_set
 
 VERSIONS = tuple(f"ATIF-v1.{minor}" for minor in range(9))
@@ -36,9 +36,9 @@ def read_steps(record: Mapping[str, Any]) -> tuple[list[Message], Tools]:
         raise Flaw("unknown_schema", "schema_version", said)
     if version is not None:
         check_keys(record, _TRAJECTORY, "the trajectory")
-    steps, agent = record["steps"], record.get("agent") or {}
-    if not isinstance(steps, list) or not isinstance(agent, dict):
-        raise Flaw("unknown_schema", "steps", "a trajectory has a list of steps and an agent")
+    steps, agent = listed(record["steps"], "steps"), record.get("agent") or {}
+    if not isinstance(agent, dict):
+        raise Flaw("unknown_schema", "agent", "the agent of a trajectory is an object")
     tools = read_tools(agent.get("tool_definitions"), "agent.tool_definitions")
     messages: list[Message] = []
     calls = 0
@@ -57,7 +57,7 @@ def _step(step: Any, at: str, number: int, first: int, tools: Tools) -> list[Mes
         said = f"is {step.get('step_id')!r}, not {number}: steps count from 1 without holes"
         raise Flaw("bad_step", f"{at}.step_id", said)
     source = step.get("source")
-    if source not in SOURCES:
+    if not isinstance(source, str) or source not in SOURCES:
         raise Flaw("unknown_role", f"{at}.source", f"is {source!r}; use {', '.join(SOURCES)}")
     is_agent = source == "agent"
     check_keys(step, _ALL_STEPS | (_AGENT_STEPS if is_agent else set()), at)
@@ -100,6 +100,7 @@ def _calls(value: Any, key: str, tools: Tools) -> list[Call]:
             raise Flaw("bad_arguments", f"{at}.arguments", said)
         arguments = read_arguments(call.get("arguments"), f"{at}.arguments", name, tools)
         calls.append(Call(name, arguments, str(identity) if is_set(identity) else None))
+    check_ids(calls, key)
     return calls
 
 
@@ -107,11 +108,12 @@ def _results(value: Any, key: str, calls: list[Call], first: int) -> list[Messag
     """The results of a step's calls; each says which call, unless there is only one."""
     if not is_set(value):
         return []
-    if not isinstance(value, dict) or not isinstance(value.get("results", []), list):
+    results = value.get("results") or [] if isinstance(value, dict) else None
+    if not isinstance(value, dict) or not isinstance(results, list):
         raise Flaw("content_part", key, "an observation is an object with a list of results")
     check_keys(value, {"results", "extra"}, key)
     out, answered = [], set()
-    for i, result in enumerate(value.get("results", [])):
+    for i, result in enumerate(results):
         at = f"{key}.results[{i}]"
         if not isinstance(result, dict):
             raise Flaw("content_part", at, "a result is an object")

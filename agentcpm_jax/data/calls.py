@@ -151,6 +151,14 @@ def _admits_null(schema: Any) -> bool:
     return kinds is None and "const" not in schema and "$ref" not in schema
 
 
+def check_ids(calls: Sequence[Call], key: str) -> None:
+    """Raises `Flaw` for two calls of one turn with the same id: results would be mixed up."""
+    ids = [call.id for call in calls if call.id is not None]
+    twice = next((one for one in ids if ids.count(one) > 1), None)
+    if twice is not None:
+        raise Flaw("ambiguous", f"{key}.id", f"two calls of one turn have the id {twice!r}")
+
+
 def match_results(messages: Sequence[Message]) -> tuple[Message, ...]:
     """The messages, each result with the number of the call that it answers.
 
@@ -204,7 +212,11 @@ def check_turn(message: Message) -> None:
         return
     parsed = parse_completion("\n".join(said), _Any()).calls
     wrong = next((call for call in parsed if call.error), None)
-    same = [c.arguments for c in parsed][len(parsed) - len(message.calls) :]
+    extra = len(parsed) - len(message.calls)
+    if message.calls and extra > 0 and "tool_call>" in said[0]:
+        why = "calls stand here and in tool_calls; take one of them out"
+        raise Flaw("ambiguous", f"{message.at}.content", why)
+    same = [c.arguments for c in parsed][extra:]
     if wrong is None and same == [c.arguments for c in message.calls]:
         return
     in_text = "tool_call>" in said[0]

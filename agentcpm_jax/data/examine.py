@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -58,8 +60,13 @@ class Examined:
         n = len(self.dropped)
         raise UserError(f"{self.path}: none of {n} records is usable, the first: {reason}, {which}")
 
-    def lines(self, named: int | None = None, color: bool = False) -> list[str]:
-        """For a terminal; `named`: at most so many dropped records of each reason by name."""
+    def lines(self, named: int | None = None, color: bool | None = None) -> list[str]:
+        """For a terminal; `named`: at most so many dropped records of each reason by name.
+
+        `color` of what is trained; None: if stdout is a terminal.
+        """
+        if color is None:
+            color = sys.stdout.isatty() and not os.environ.get("NO_COLOR", "")
         records = self.kept + len(self.dropped)
         reasons = Counter(reason for reason, _ in self.dropped)
         why = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common())
@@ -81,7 +88,7 @@ class Examined:
         out += [f"  note: {note}" for note in self.notes]
         if self.example:
             out += ["  one row, what is trained " + ("in green:" if color else "in [[ ]]:")]
-            out += _shown(self.example, color).split("\n")
+            out += _shown(self.example, bool(color)).split("\n")
         return out
 
 
@@ -109,14 +116,15 @@ def examine_conversations(
         dropped.append(("bad", said))
     used = [r for r in rendered if r.row is not None and not r.reason]
     rows = [r.row for r in used if r.row is not None]
+    digests = tuple(_digest(row.ids.tobytes(), row.loss_mask.tobytes()) for row in rows)
     return rows, Examined(
         path,
         len(rows),
         tuple(dropped),
         tuple(map(len, rows)),
         sum(row.num_trained for row in rows),
-        tuple(_notes(used, chat)),
-        tuple(_digest(row.ids.tobytes(), row.loss_mask.tobytes()) for row in rows),
+        (*_notes(used, chat), *_repeated(digests)),
+        digests,
         tuple(_pieces(rows[0], chat)) if rows else (),
     )
 
@@ -148,6 +156,11 @@ def _notes(used: Sequence[Rendered], chat: ChatFormat) -> list[str]:
             "show: they are not trained; use a template that does, or write them into the content"
         ]
     return []
+
+
+def _repeated(digests: Sequence[str]) -> list[str]:
+    again = len(digests) - len(set(digests))
+    return [f"{again:,} rows repeat an earlier one word for word; they are used"] if again else []
 
 
 def _pieces(row: Row, chat: ChatFormat) -> list[tuple[str, bool]]:

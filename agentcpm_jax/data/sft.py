@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -75,8 +74,6 @@ def read_conversations(path: str, skip_bad: bool = False) -> tuple[list[Conversa
 
 def each_conversation(path: str) -> Iterator[Conversation | tuple[int, Flaw]]:
     """A conversation, or (line, what is wrong with it), for each record of a file."""
-    if not Path(path).exists():
-        raise UserError(f"no such file: {path!r}; give a file of conversations")
     for record in read_records(path):
         try:
             if record.flaw:
@@ -138,6 +135,8 @@ def _row(conversation: Conversation, chat: Renderer) -> Row:
     if conversation.template_kwargs:
         chat = chat.with_kwargs(**conversation.template_kwargs)
     messages = conversation.for_template()
+    if messages[0]["role"] == "assistant":
+        raise UserError("it begins with an assistant's turn; put what was asked before it")
     turns = enumerate(conversation.messages)
     context = {i for i, m in turns if m.role == "assistant" and not m.train}
     return demo_row(chat.demo_segment(messages, conversation.tools, context))

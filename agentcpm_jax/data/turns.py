@@ -12,6 +12,7 @@ from typing import Any
 
 from agentcpm_jax.data.calls import (
     Tools,
+    check_ids,
     check_keys,
     check_turn,
     match_results,
@@ -38,6 +39,7 @@ _OF_ROLE: dict[str, set[str]] = {
     "tool": {"tool_call_id", "name"},
 }
 _THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)\Z", re.DOTALL)
+_CONTROL = re.compile(r"<\|(?:im_start|im_end|endoftext)\|>")
 _CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 
 
@@ -46,6 +48,12 @@ def read_turns(value: Any, column: str, tools: Tools, *, context: bool = False) 
 
     `context`: none of them is trained, e.g. those of a prompt.
     """
+    turns = enumerate(listed(value, column))
+    return [_turn(turn, f"{column}[{i}]", tools, context) for i, turn in turns]
+
+
+def listed(value: Any, column: str) -> list[Any]:
+    """The list of a column, which may be its JSON text; raises `Flaw`."""
     if isinstance(value, str):
         try:
             value = parse_json(value)
@@ -56,7 +64,7 @@ def read_turns(value: Any, column: str, tools: Tools, *, context: bool = False) 
             raise flaw
     if not isinstance(value, list):
         raise Flaw("unknown_schema", column, f'not an object with a list "{column}"')
-    return [_turn(turn, f"{column}[{i}]", tools, context) for i, turn in enumerate(value)]
+    return value
 
 
 def finished(messages: list[Message], column: str) -> tuple[Message, ...]:
@@ -65,9 +73,27 @@ def finished(messages: list[Message], column: str) -> tuple[Message, ...]:
     if not any(m.role == "assistant" for m in matched):
         raise Flaw("no_assistant", None, f"no assistant message in {column} to learn from")
     for message in matched:
+        if message.role == "assistant":
+            _check_tags(message)
         if message.train:
             check_turn(message)
     return matched
+
+
+def _check_tags(message: Message) -> None:
+    """Raises `Flaw` for tags that end a turn or a thought elsewhere than the turn itself does."""
+    words, key = message.content, f"{message.at}.content"
+    control = _CONTROL.search(words + (message.reasoning or ""))
+    if control:
+        raise Flaw("bad_tags", key, f"{control[0]} would end the turn in the middle; take it out")
+    if "</think>" in (message.reasoning or ""):
+        raise Flaw("bad_tags", key, "a thought that holds </think> would end there; take it out")
+    before, *after = words.split("</think>")
+    started = before.lstrip().startswith("<think>")
+    if len(after) > 1 or (after and "<think>" in before.lstrip().removeprefix("<think>")):
+        raise Flaw("bad_tags", key, "only one thought, at the head of the content, is read")
+    if started and not after:
+        raise Flaw("bad_tags", key, "a thought that is not closed with </think>")
 
 
 def _turn(turn: Any, at: str, tools: Tools, context: bool) -> Message:
@@ -88,7 +114,7 @@ def _turn(turn: Any, at: str, tools: Tools, context: bool) -> Message:
     else:
         message = Message(role, content, calls=_calls(turn, at, tools), at=at)
     message = with_thought(message, turn, at)
-    if not (message.content.strip() or message.reasoning or message.calls):
+    if not (message.content.strip() or (message.reasoning or "").strip() or message.calls):
         raise Flaw("empty_assistant", key, "the assistant neither says, thinks nor calls anything")
     return replace(message, train=trained and not context)
 
@@ -152,6 +178,7 @@ def _calls(turn: Mapping[str, Any], at: str, tools: Tools) -> tuple[Call, ...]:
     if is_set(found) and not isinstance(found, list):
         raise Flaw("bad_arguments", key, "tool_calls is not a list of calls")
     calls = tuple(read_call(c, f"{key}[{i}]", tools) for i, c in enumerate(found or []))
+    check_ids(calls, key)
     legacy, old = turn.get("function_call"), f"{at}.function_call"
     if not is_set(legacy):
         return calls

@@ -10,13 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from agentcpm_jax.chat.format import ChatFormat
 from agentcpm_jax.engine.config import EngineConfig
 from agentcpm_jax.engine.local import LocalEngine
 from agentcpm_jax.engine.server import EngineServer, ServerConfig, ServerKeys
 from agentcpm_jax.hf.load import load_hf
-from agentcpm_jax.hf.locate import find_model
 from agentcpm_jax.hf.names import CONFIG
-from agentcpm_jax.hf.tokenizer import load_chat
 from agentcpm_jax.types import UserError
 
 API_KEY, ADMIN_KEY = "SGLANG_API_KEY", "SGLANG_ADMIN_API_KEY"  # environment variables
@@ -28,7 +27,8 @@ def keys_from_environment() -> ServerKeys:
 
 
 def serve(
-    path: str,
+    path: Path,
+    chat: ChatFormat,
     engine: EngineConfig,
     server: ServerConfig,
     *,
@@ -36,24 +36,17 @@ def serve(
     announce: Callable[[str], None] = lambda url: None,
     **options: Any,
 ) -> None:
-    """Serve the model `path`, a directory or a name, until SIGINT or SIGTERM.
+    """Serve a model, as `served_chat` found it, until SIGINT or SIGTERM.
 
     `announce(url)` once it listens.
 
     `options` are those of `EngineServer`: chunk, weight_version.
 
-    Raises `UserError`: no checkpoint, no tokenizer, or the port is taken.
+    Raises `UserError`: the port is taken.
     """
-    path = str(find_model(path))
-    chat = load_chat(path)
-    served = ServedLocal(path, engine, dtype)
+    served = ServedLocal(str(path), engine, dtype)
     try:
-        if chat.vocab_size > served.vocab_size:
-            raise UserError(
-                f"the tokenizer of {path} has {chat.vocab_size} ids, its model "
-                f"{served.vocab_size} (vocab_size); restore the model's own tokenizer"
-            )
-        described = served.describe(path)
+        described = served.describe(str(path))
         keys = keys_from_environment()
         front = EngineServer(served, server, chat=chat, keys=keys, model=described, **options)
         asyncio.run(_listen(front, announce))

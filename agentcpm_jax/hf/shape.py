@@ -43,6 +43,15 @@ def stored_shape(stored: Checkpoint) -> ModelConfig:
     return _read(stored.directory, config)
 
 
+def whole_model(name: str | Path) -> tuple[Path, ModelConfig]:
+    """Directory and shape of a model, as `locate` finds it, whose files are those of that shape."""
+    directory = find_model(name)
+    with Checkpoint(directory) as stored:
+        shape = stored_shape(stored)
+        check_stored(stored, shape)
+    return directory, shape
+
+
 def check_weights(directory: Path, cfg: ModelConfig) -> None:
     """`check_stored` of a directory: the headers of its files are read, no weights."""
     with Checkpoint(directory) as stored:

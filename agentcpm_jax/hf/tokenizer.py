@@ -20,6 +20,7 @@ from agentcpm_jax.hf.companions import (
 )
 from agentcpm_jax.hf.locate import find_model
 from agentcpm_jax.hf.names import CONFIG, GENERATION
+from agentcpm_jax.hf.shape import whole_model
 from agentcpm_jax.types import UserError
 
 
@@ -37,23 +38,50 @@ def load_chat(directory: str | os.PathLike[str], **template_kwargs: Any) -> Chat
 
 
 def chat_of(tokenizer: Tokenizer, path: Path, **template_kwargs: Any) -> ChatFormat:
-    """The same of a tokenizer that is loaded from `path`."""
+    """The same of a tokenizer that is loaded from `path`; what ends a text there ends a turn."""
     template = chat_template(path)
     if template is None:
         raise UserError(f"no chat template in {path}; add {TEMPLATE}")
-    return ChatFormat.from_parts(tokenizer, template, **template_kwargs)
+    chat = ChatFormat.from_parts(tokenizer, template, **template_kwargs)
+    ends = (token_ids(path, name).get("eos_token_id") for name in (CONFIG, GENERATION))
+    declared = (i for entry in ends for i in id_list(entry))
+    chat.stop_ids = tuple(dict.fromkeys((*chat.stop_ids, *declared)))
+    return chat
 
 
-def check_ids(used: Tokenizer, tokenizer: Path, model: Path) -> None:
+def served_chat(name: str) -> tuple[Path, ChatFormat]:
+    """Directory and chat of a model that can be served: it is whole, and its tokenizer fits it.
+
+    Raises `UserError` without JAX having been imported.
+    """
+    path, shape = whole_model(name)
+    tokenizer = load_tokenizer(path)
+    chat = chat_of(tokenizer, path)
+    check_size(chat, shape.vocab_size, str(path))
+    check_ids(tokenizer, path, path)
+    return path, chat
+
+
+def check_size(chat: ChatFormat, rows: int, called: str) -> None:
+    """Raises `UserError` when a tokenizer has more ids than a model has rows."""
+    if chat.vocab_size > rows:
+        raise UserError(
+            f"the tokenizer {called} has {chat.vocab_size} ids, the model {rows} (vocab_size); use "
+            "the model's own tokenizer"
+        )
+
+
+def check_ids(used: Tokenizer, tokenizer: Path, model: Path, called: str = "") -> None:
     """Check that a tokenizer, loaded from `tokenizer`, gives ids as a model means them.
 
-    Every token that the model's own tokenizer has too must have the same id there, and the ids that
-    the model's configuration names (end of text ...) must be added tokens.
+    Every token that the model's own tokenizer has too must have the same id there, and no id
+    another token; new ids are free. The ids that the model's configuration names (end of text ...)
+    must be tokens; added ones, unless its own tokenizer shows that they are meant.
 
     Raises:
       UserError: names the token and both ids, or the id that is no such token.
     """
-    own = tokenizer_file(model)
+    own, called = tokenizer_file(model), called or str(tokenizer)
     readable = own is not None and own.name == TOKENIZERS[0]  # others need transformers
     if readable and tokenizer_digest(model) != tokenizer_digest(tokenizer):
         ids = used.get_vocab(with_added_tokens=True)
@@ -61,20 +89,32 @@ def check_ids(used: Tokenizer, tokenizer: Path, model: Path) -> None:
         wrong = [token for token, i in theirs.items() if ids.get(token, i) != i]
         if wrong:
             token = max(wrong, key=lambda token: token.startswith("<|"))
-            raise UserError(
-                f"token {token!r} has id {ids[token]} in {tokenizer} and {theirs[token]} in "
-                f"{model}: the tokenizer is not the model's ({len(wrong)} ids differ); set "
-                "config.tokenizer to the model's directory"
-            )
-    added = used.get_added_tokens_decoder()
+            said = f"token {token!r} has id {ids[token]} in {called} and {theirs[token]} in {model}"
+            raise _other(said, len(wrong))
+        new = {i: token for token, i in ids.items() if token not in theirs}
+        renamed = [t for t, i in theirs.items() if t not in ids and i in new]
+        if renamed:
+            old = renamed[0]
+            said = f"id {theirs[old]} is {new[theirs[old]]!r} in {called} and {old!r} in {model}"
+            raise _other(said, len(renamed))
+    known = used.get_vocab(with_added_tokens=True).values() if own else ()
+    known = {*known, *used.get_added_tokens_decoder()}
     for name in (CONFIG, GENERATION):
         for key, value in token_ids(model, name).items():
             for i in id_list(value):
-                if i not in added:
+                if i not in known:
+                    kind = "" if own else "added "
                     raise UserError(
-                        f"{model / name} says {key} {i}, which is no added token of {tokenizer}; "
+                        f"{model / name} says {key} {i}, which is no {kind}token of {called}; "
                         "use the model's own tokenizer, or correct the id"
                     )
+
+
+def _other(said: str, count: int) -> UserError:
+    return UserError(
+        f"{said}: the tokenizer is not the model's ({count} ids differ); set config.tokenizer to "
+        "the model's directory"
+    )
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:

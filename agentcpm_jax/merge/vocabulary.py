@@ -289,8 +289,9 @@ def check_adapters(models: Mapping[str, MergeInput]) -> None:
     """Raises UserError if an adapter was trained with tokens that its model's tokenizer lacks."""
     for model in models.values():
         adapter = getattr(model, "adapter", None)
-        own = known_ids(model.companions) if adapter else {}
-        for token, i in known_ids(adapter).items() if own else ():
+        if adapter is None or not (own := known_ids(model.companions)):
+            continue
+        for token, i in known_ids(adapter).items():
             if own.get(token) != i:
                 raise UserError(
                     f"token {token!r} has id {i} in {adapter} but {own.get(token, 'none')} in "

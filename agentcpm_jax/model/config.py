@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from agentcpm_jax.ranges import check_least
+from agentcpm_jax.ranges import check_choice, check_least
 from agentcpm_jax.types import UserError
 
 DTYPES = ("float32", "bfloat16")
@@ -65,10 +65,8 @@ class ModelConfig:
     lora_alpha: float = 32.0
 
     def __post_init__(self) -> None:
-        for name in _SIZES:
-            if getattr(self, name) < 1:
-                raise UserError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
-        check_least(self, "model", {"logits_chunk": 0, "lora_rank": 0})
+        check_least(self, "model", dict.fromkeys(_SIZES, 1) | {"logits_chunk": 0, "lora_rank": 0})
+        check_choice(self, "model", _NAMES)
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"model.num_heads is {self.num_heads}, not a multiple of "
@@ -76,11 +74,6 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise UserError(f"model.head_dim is {self.head_dim}; rotary pairs need an even number")
-        for name, allowed in _NAMES.items():
-            if getattr(self, name) not in allowed:
-                raise UserError(
-                    f"model.{name} is {getattr(self, name)!r}; use one of {', '.join(allowed)}"
-                )
 
 
 #: What a checkpoint's config.json gives; the other fields are numerics, which a run chooses.
@@ -143,6 +136,7 @@ PUBLISHED = {
 #: Keys of config.json that say something else of the architecture -> the values this backbone has.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "model_type": ("qwen3",),
+    "architectures": (["Qwen3ForCausalLM"], []),
     "hidden_act": ("silu",),
     "attention_bias": (False,),
     "mlp_bias": (False,),
@@ -167,13 +161,7 @@ _READ = (
 )
 #: Keys that describe, or that only generation, training from scratch or a library reads.
 _DESCRIBES = (
-    *(
-        "architectures",
-        "transformers_version",
-        "_name_or_path",
-        "name_or_path",
-        "initializer_range",
-    ),
+    *("transformers_version", "_name_or_path", "name_or_path", "initializer_range"),
     *("use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id"),
     *("decoder_start_token_id", "tokenizer_class", "prefix", "task_specific_params"),
     *("problem_type", "finetuning_task", "id2label", "label2id", "num_labels"),
@@ -312,8 +300,10 @@ def _positive(key: str, value: Any) -> float:
 
 def _reject_sliding_window(hf: Mapping[str, Any], num_layers: int) -> None:
     kinds = hf.get("layer_types")
+    if kinds is not None and not isinstance(kinds, list):
+        raise UserError(f"config.json: layer_types is {kinds!r}; it must be a list, one per layer")
     if kinds is not None:
-        odd = sorted({kind for kind in kinds if kind != "full_attention"})
+        odd = [kind for kind in kinds if kind != "full_attention"]
         if odd:
             raise UserError(
                 f"config.json: layer_types has {odd[0]!r}, which is not supported; "
@@ -327,7 +317,7 @@ def _reject_sliding_window(hf: Mapping[str, Any], num_layers: int) -> None:
     elif (
         hf.get("use_sliding_window")
         and hf.get("sliding_window", 4096) is not None
-        and hf.get("max_window_layers", 28) < num_layers
+        and _integer(hf, "max_window_layers", 28) < num_layers
     ):
         raise UserError(
             f"config.json: use_sliding_window True with sliding_window "

@@ -18,14 +18,15 @@ from ml_collections import ConfigDict, config_flags
 from agentcpm_jax.config import ExperimentConfig, from_config_dict
 from agentcpm_jax.plan.slices import device_count
 from agentcpm_jax.ranges import did_you_mean
+from agentcpm_jax.run.custom import check_custom
 from agentcpm_jax.run.start.document import CHECKOUT, read_document
 from agentcpm_jax.run.start.job import settings
-from agentcpm_jax.run.start.limits import check_limits
-from agentcpm_jax.run.start.owner import check_unowned
+from agentcpm_jax.run.start.limits import check_files, check_limits, check_worker
+from agentcpm_jax.run.start.owner import check_place, check_unowned
 from agentcpm_jax.run.start.resume import check_config
 from agentcpm_jax.types import UserError
 
-__all__ = ["CHECKOUT", "Command", "check_workdir", "explained", "parse"]
+__all__ = ["CHECKOUT", "Command", "check_workdir", "check_worker", "explained", "parse"]
 #: Values of `--explain=`; without a value it is the first.
 EXPLAINED = ("estimate", "aot", "arrays")
 
@@ -78,12 +79,16 @@ def parse(argv: Sequence[str]) -> Command:
     if positional[1:]:
         raise UserError(f"unexpected argument {positional[1]!r}; overrides are --config.a.b=value")
     loaded: Any = values["config"].value
-    workdir = Path(values["workdir"].value or loaded.workdir)
+    if not (place := values["workdir"].value or loaded.workdir):
+        raise UserError("config.workdir is empty; give the --workdir in which the run lies")
+    workdir = Path(place)
     planned = bool(values["explain"].value)
     config = from_config_dict(loaded, workdir, planned=planned)
     check_limits(config)
     if values["slice"].value:
         device_count(values["slice"].value)
+    if (prices := values["prices"].value) and not Path(prices).is_file():
+        raise UserError(f"--prices={prices}: no such file; give a JSON file of prices")
     rest: list[Any] = [values[name].value for name in Command._fields[2:]]
     return Command(config, workdir, *rest)
 
@@ -91,14 +96,18 @@ def parse(argv: Sequence[str]) -> Command:
 def check_workdir(command: Command) -> None:
     """Check, before anything heavy is imported, that the command may go on in its workdir.
 
-    Raises `UserError`: another process owns it, or it holds a run of another configuration.
+    Raises `UserError`: what the configuration names is not there; the workdir cannot be written,
+    another process owns it, or it holds a run of another configuration.
     """
+    check_custom(command.config)
     if command.explain:
         return
+    check_place(command.workdir)
     if not command.doctor and settings(os.environ) is None:  # else it may be this job's process 0
         check_unowned(command.workdir)
     check_config(command.config, command.workdir)
     if not command.doctor:  # which says it beside its other findings
+        check_files(command.config, command.workdir)
         from agentcpm_jax.run.start.models import check_models, tokenizer_of
 
         with tokenizer_of(command.config) as used:
@@ -123,7 +132,7 @@ def _config_first(argv: Sequence[str]) -> tuple[str, list[str]]:
         flag, equals, value = word.partition("=")
         if flag not in ("--config", "-config"):
             rest.append(word)
-        elif name := value if equals else next(words, ""):
+        elif (name := value if equals else next(words, "")) and not name.startswith("-"):
             given.append(name)
     if len(given) != 1:
         raise UserError(

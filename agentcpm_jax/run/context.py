@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from agentcpm_jax.chat.format import ChatFormat
 from agentcpm_jax.checkpoint import newest_snapshot
 from agentcpm_jax.config import ExperimentConfig, Stage, sources_of
-from agentcpm_jax.hf.companions import generation, tokenizer_digest
+from agentcpm_jax.hf.companions import tokenizer_digest
 from agentcpm_jax.hf.load import load_hf
 from agentcpm_jax.hf.locate import find_model
 from agentcpm_jax.hf.names import GENERATION
@@ -30,7 +30,12 @@ from agentcpm_jax.run.multihost import gathered, is_main, main_first
 from agentcpm_jax.run.observe.card import describe
 from agentcpm_jax.run.observe.metrics import Progress, silent
 from agentcpm_jax.run.observe.watchdog import Watchdog
-from agentcpm_jax.run.start.models import check_models, record_tokenizer, tokenizer_of
+from agentcpm_jax.run.start.models import (
+    check_models,
+    generation_of,
+    record_tokenizer,
+    tokenizer_of,
+)
 from agentcpm_jax.run.start.resume import CONFIG as RUN_CONFIG
 from agentcpm_jax.run.start.resume import check_config, claim
 from agentcpm_jax.run.start.signals import StopSignal
@@ -123,11 +128,8 @@ class RunContext:
         return next(stage for stage in self.cfg.stages if stage.name == name)
 
     def _generation(self, stage: Stage) -> tuple[dict[str, Any], str]:
-        """`companions.generation`: what a stage's model began with stops it still; every turn that
-        SFT and RL train ends with the chat's own end."""
-        found = self._found(sources_of(self.cfg, stage)[0])
-        stop = self.chat.im_end_id if stage.kind in ("sft", "rl") else None
-        return generation([*([found] if found else []), self.tokenizer], stop)
+        began = self._found(sources_of(self.cfg, stage)[0])
+        return generation_of(stage, began, self.tokenizer, self.chat.im_end_id)
 
 
 def open_context(

@@ -16,8 +16,8 @@ from agentcpm_jax.dock.functions import NoTools, run_function, schema_of, with_f
 from agentcpm_jax.dock.protocol import OpenToolbox, Toolbox
 from agentcpm_jax.rewards.grade import GRADERS, Reward, answer_reward
 from agentcpm_jax.rewards.judge import Ask, AskError, Judge, JudgeCache, JudgeConfig
-from agentcpm_jax.rollout.endpoint import ChatEndpoint, may_retry
 from agentcpm_jax.rollout.policy import ChatPolicy, Finish
+from agentcpm_jax.run.start.limits import asking
 from agentcpm_jax.types import Task, Trajectory, UserError
 from agentcpm_jax.world.tools import SCHEMAS, open_toolbox
 
@@ -69,7 +69,7 @@ def check_custom(cfg: ExperimentConfig) -> None:
     """Check that all that the config names exists, before the first stage. Raises UserError."""
     make_tools(cfg.tools)
     for stage in cfg.stages:
-        if (section := stage.rl or stage.eval) is not None:
+        if (section := asking(stage)) is not None:
             make_reward(section.grader, section.judge, None)
 
 
@@ -147,6 +147,8 @@ def _judge(cfg: JudgeConfig, workdir: Path | None) -> Judge:
 
 
 def _ask(cfg: JudgeConfig, url: str, model: str) -> Ask:
+    from agentcpm_jax.rollout.endpoint import ChatEndpoint, may_retry  # with its HTTP client
+
     endpoint: ChatPolicy = ChatEndpoint(url, model, key_env=cfg.key_env, timeout=cfg.timeout)
 
     async def ask(prompt: str) -> str:

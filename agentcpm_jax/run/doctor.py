@@ -53,6 +53,7 @@ from agentcpm_jax.run.engines import probe_logprobs, weights_name, weights_place
 from agentcpm_jax.run.multihost import is_main
 from agentcpm_jax.run.observe.dataset import data_lines
 from agentcpm_jax.run.sampling import task_sequence
+from agentcpm_jax.run.start.limits import asking
 from agentcpm_jax.run.start.models import check_models, tokenizer_of
 from agentcpm_jax.sharding import make_mesh, param_shardings
 from agentcpm_jax.types import Task, ToolStatus, UserError
@@ -123,9 +124,7 @@ def examine(cfg: ExperimentConfig, workdir: Path, *, thorough: bool = True) -> I
             if (rl := stage.rl) is not None:
                 yield _find(f"tools of {stage.name}", lambda rl=rl: asyncio.run(_tools(cfg, rl)))
     yield _find("database", lambda: _database(cfg, workdir))
-    for judge in {
-        s.judge for stage in todo if (s := stage.rl or stage.eval) and s.grader == "judge"
-    }:
+    for judge in {s.judge for stage in todo if (s := asking(stage)) and s.grader == "judge"}:
         for model in dict.fromkeys(judge.models):
             yield _find(f"judge {model}", lambda judge=judge, model=model: _judge(judge, model))
     for stage in todo:

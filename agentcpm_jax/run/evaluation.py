@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from agentcpm_jax.chat.format import ChatFormat
-from agentcpm_jax.config import Stage
+from agentcpm_jax.config import Stage, model_source
 from agentcpm_jax.engine.config import check_capacity
 from agentcpm_jax.engine.local import LocalEngine
 from agentcpm_jax.evaluate.passk import TaskScore
@@ -51,9 +51,9 @@ def run_eval(ctx: RunContext, stage: Stage) -> None:
     check_prompt(ctx.chat, ctx.cfg.episode, make_tools(ctx.cfg.tools)[1])
     tasks = evaluation_tasks(spec, ctx.cfg.test_tasks)
     announce_tasks(ctx, stage, spec)
-    sources = {name: f"stage:{name}" for name in spec.models} | _sweep_points(ctx)
+    sources = {name: model_source(name) for name in spec.models} | _sweep_points(ctx)
     for name, source in sources.items():
-        path = ctx.directory(stage) / f"{name}.json"
+        path = ctx.directory(stage) / results_file(name)
         if not path.exists():
             ctx.claim()
             swept = name not in spec.models
@@ -61,6 +61,11 @@ def run_eval(ctx: RunContext, stage: Stage) -> None:
             write_atomically(path, json.dumps(results, indent=1) + "\n")
         if ctx.stop.requested:
             raise Interrupted(f"stopped after {name} of {stage.name}; same command resumes")
+
+
+def results_file(model: str) -> str:
+    """What the results of a model are stored as."""
+    return f"{model.replace('/', '--')}.json"
 
 
 def evaluate_model(

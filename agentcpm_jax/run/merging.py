@@ -39,8 +39,6 @@ from agentcpm_jax.sharding import param_shardings
 from agentcpm_jax.types import UserError
 
 GENERAL_MODEL = Point((("alpha", 0.0),), 0.0, 0.0)
-#: Methods whose result is the general model plus lambda times what the method makes of the rest.
-SCALED_BY_LAMBDA = [name for name, method in METHODS.items() if "lambda" in method.global_params]
 
 
 def run_merge(ctx: RunContext, stage: Stage) -> None:
@@ -195,9 +193,6 @@ def _check(merge: MergeStage) -> None:
             f"merge.where is 'mesh', which spans {jax.process_count()} processes; the stage runs "
             "in the first one alone: use 'host'"
         )
-    if merge.method != "linear" and merge.method not in SCALED_BY_LAMBDA:
-        known = ", ".join(["linear", *sorted(SCALED_BY_LAMBDA)])
-        raise UserError(f"merge.method is {merge.method!r}; the merge stage has {known}")
 
 
 def _own(merge: MergeStage, density: float) -> dict[str, float]:

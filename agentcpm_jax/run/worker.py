@@ -23,6 +23,7 @@ from agentcpm_jax.run.context import RunContext, open_context
 from agentcpm_jax.run.custom import make_reward, make_tools
 from agentcpm_jax.run.observe.metrics import silent
 from agentcpm_jax.run.sampling import make_run_sample
+from agentcpm_jax.run.start.limits import check_worker
 from agentcpm_jax.run.start.signals import StopSignal
 from agentcpm_jax.types import UserError
 from agentcpm_jax.weights.publish import load_version
@@ -48,7 +49,7 @@ def run_worker(
       UserError: the log is not shared, the run is deterministic, or there is no such run.
       BreakerOpen, StreamStalled: engine or tools are down.
     """
-    _check(cfg, workdir)
+    check_worker(cfg, workdir)
     handed_in = 0
     with StopSignal() as stop, refusals(workdir):
         ctx = open_context(cfg, workdir, silent, stop, announce)
@@ -61,25 +62,6 @@ def run_worker(
                 if stop.requested:
                     break
     return handed_in
-
-
-def _check(cfg: ExperimentConfig, workdir: Path) -> None:
-    if not (cfg.log_url or "").startswith("postgresql"):
-        raise UserError(
-            f"config.log_url={cfg.log_url!r}: an SQLite log is for one process; "
-            "use PostgreSQL (--config.log_url=postgresql+psycopg://...) for trainer and workers"
-        )
-    stages = [stage for stage in cfg.stages if stage.rl is not None]
-    if not stages:
-        raise UserError("config.stages holds no RL stage: there is nothing to sample for")
-    for stage in stages:
-        if stage.rl is not None and stage.rl.stream.deterministic:
-            raise UserError(
-                f"config.stage.{stage.name}.stream.deterministic=True runs in one process; "
-                "set it to False, or start no workers"
-            )
-    if not (workdir / "config.json").exists():
-        raise UserError(f"{workdir} holds no run; start the trainer with the same --workdir first")
 
 
 def _first_weights(ctx: RunContext, stage: Stage) -> bool:

@@ -71,8 +71,6 @@ def _digests(tasks: list[Task]) -> tuple[str, ...]:
 
 def each_task(path: str | Path) -> Iterator[tuple[int, TaskFields | Flaw]]:
     """(line, the task or what is wrong with it) for each record of a file."""
-    if not Path(path).exists():
-        raise UserError(f"cannot read tasks from {path}: No such file or directory; check the path")
     for record in read_records(path):
         try:
             yield record.line, record.flaw or task_fields(record.value)

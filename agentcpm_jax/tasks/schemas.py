@@ -10,11 +10,17 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from agentcpm_jax.records import Flaw, is_set
+from agentcpm_jax.records import Flaw, is_set, parse_json
 from agentcpm_jax.types import Task
 
 QUESTIONS = ("question", "problem", "task_question", "Question", "prompt")
 ANSWERS = ("answers", "answer", "ground_truth", "Final answer", "reward_model")
+#: Read where none of those is there; beside them they are kept as meta.
+OTHER_QUESTIONS = ("query", "Prompt", "Problem")
+OTHER_ANSWERS = (
+    *("golden_answers", "gold_answer", "correct_answer", "expected_answer", "final_answer"),
+    *("Answer", "label", "gt", "target"),
+)
 OURS = {"question", "answers", "kind", "split", "meta"}
 
 
@@ -47,28 +53,37 @@ def task_fields(record: Mapping[str, Any]) -> TaskFields:
 
 def _question(record: Mapping[str, Any]) -> tuple[str, set[str]]:
     """(the question, the columns that are told by it)."""
-    found: dict[str, str] = {}
-    for name in QUESTIONS:
-        value = record.get(name)
-        if name == "prompt":
-            value = _last_user_turn(_messages(value))
-        if isinstance(value, str) and value.strip():
-            found[name] = value
-        elif is_set(value) and not isinstance(value, str):
-            said = f"{name} must be a string, not {type(value).__name__}"
-            raise Flaw("no_question", name, said)
+    found = _questions(record, QUESTIONS) or _questions(record, OTHER_QUESTIONS)
     if len(set(found.values())) > 1:
         names = " and ".join(found)
         raise Flaw("ambiguous", list(found)[-1], f"{names} ask different things")
     if not found:
         empty = next((name for name in QUESTIONS if name in record), None)
-        names = ", ".join(QUESTIONS)
+        names = ", ".join(QUESTIONS + OTHER_QUESTIONS)
         said = "is empty" if empty else "must be a string, not missing"
-        keys = ", ".join(map(str, list(record)[:12]))
+        keys = ", ".join(map(str, list(record)[:12])) or "none"
         said = f"question {said}; read are {names}; found keys: {keys}"
         raise Flaw("no_question", empty, said)
-    several = isinstance(m := _messages(record.get("prompt")), list) and len(m) > 1
+    messages = _messages(record.get("prompt"))
+    several = isinstance(messages, list) and len(messages) > 1
     return next(iter(found.values())), set(found) - ({"prompt"} if several else set())
+
+
+def _questions(record: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, str]:
+    """What the columns ask; a prompt that says the question in more words is no other question."""
+    found: dict[str, str] = {}
+    for name in names:
+        value = record.get(name)
+        if name == "prompt":
+            value = _last_user_turn(_messages(value))
+            if isinstance(value, str) and any(q.strip() in value for q in found.values()):
+                continue
+        if isinstance(value, str) and value.strip():
+            found[name] = value
+        elif is_set(value) and not isinstance(value, str):
+            said = f"{name} must be a string, not {type(value).__name__}"
+            raise Flaw("no_question", name, said)
+    return found
 
 
 def _messages(prompt: Any) -> Any:
@@ -100,10 +115,27 @@ def _last_user_turn(prompt: Any) -> Any:
 
 def _answers(record: Mapping[str, Any], question: str) -> tuple[tuple[str, ...], set[str]]:
     """(accepted answers, the columns that hold them and nothing else)."""
+    names = ANSWERS if any(name in record for name in ANSWERS) else OTHER_ANSWERS
+    found = _accepted(record, names)
+    if not found:
+        there = next((name for name in ANSWERS if name in record), None)
+        said = f"{question!r:.80} has no answers; read are {', '.join(ANSWERS[:-1])},"
+        said += f" {', '.join(OTHER_ANSWERS)} and"
+        raise Flaw("no_answer", there, f"the question {said} reward_model.ground_truth")
+    longest = max(found.values(), key=len)
+    if any(not set(answers) <= set(longest) for answers in found.values()):
+        names = " and ".join(found)
+        raise Flaw("ambiguous", list(found)[-1], f"{names} give different answers")
+    return longest, {key.split(".")[0] for key in found}
+
+
+def _accepted(record: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """The answers of each column that has some."""
     found: dict[str, tuple[str, ...]] = {}
-    for name in ANSWERS:
+    for name in names:
         value, key = record.get(name), name
         if name == "reward_model":
+            value = parse_json(value) if isinstance(value, str) and value[:1] == "{" else value
             if not isinstance(value, dict):
                 continue
             value, key = value.get("ground_truth"), "reward_model.ground_truth"
@@ -111,15 +143,7 @@ def _answers(record: Mapping[str, Any], question: str) -> tuple[tuple[str, ...],
             value, key = value["target"], f"{key}.target"
         if is_set(value) and not (isinstance(value, str) and not value.strip()):
             found[key] = _texts(value, key)
-    if not found:
-        there = next((name for name in ANSWERS if name in record), None)
-        said = f"{question!r:.80} has no answers; read are {', '.join(ANSWERS[:-1])} and"
-        raise Flaw("no_answer", there, f"the question {said} reward_model.ground_truth")
-    longest = max(found.values(), key=len)
-    if any(not set(answers) <= set(longest) for answers in found.values()):
-        names = " and ".join(found)
-        raise Flaw("ambiguous", list(found)[-1], f"{names} give different answers")
-    return longest, {key.split(".")[0] for key in found}
+    return found
 
 
 def _texts(value: Any, key: str) -> tuple[str, ...]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from agentcpm_jax.data.examine import examine_conversations, examine_tasks
 from agentcpm_jax.data.sft import SFTDataConfig
 from agentcpm_jax.files import SHIPPED
 from agentcpm_jax.hf.tokenizer import load_chat
+from agentcpm_jax.run.observe.dataset import announce_data, data_tables
 from agentcpm_jax.types import Provenance, UserError
 
 ASK, SAY = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -35,10 +38,8 @@ def test_each_dropped_record_is_named(chat, tmp_path) -> None:
     path = written(tmp_path, {"messages": [ASK, SAY]}, "{", untrained, long, {"a": 1})
     rows, found = examine_conversations(path, chat, SKIP, row_length=100)
     assert found.counts == {"kept": 1, "bad": 2, "nothing_trained": 1, "too_long": 1}
-    assert [
-        f"{path}:{line}" in text
-        for line, (_, text) in zip((2, 3, 4, 5), found.dropped, strict=True)
-    ]
+    named = zip((2, 3, 4, 5), found.dropped, strict=True)
+    assert all(text.startswith(f"{path}:{line}: ") for line, (_, text) in named)
     assert found.lengths == (len(rows[0]),) and found.trained == rows[0].num_trained
     said = "\n".join(found.lines())
     assert said.startswith(f"1 of 5 records of {path} are used; dropped: 2 bad")
@@ -47,6 +48,40 @@ def test_each_dropped_record_is_named(chat, tmp_path) -> None:
     assert "1 more; launch/data.py check names all" in "\n".join(found.lines(named=1))
     with pytest.raises(UserError, match=r":2: not JSON.*skip_bad"):
         examine_conversations(path, chat, SFTDataConfig())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_kept_and_dropped_are_all_records_of_any_mixture(chat, tmp_path, seed: int) -> None:
+    rng = random.Random(seed)
+    called = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "["}}]}
+    good = [
+        {"messages": [ASK, SAY]},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+        {"prompt": "q", "completion": "a"},
+    ]
+    flawed = {
+        "bad": ["{", "[1]", '{"text": "\\ud83d"}', '{"text": "a", "text": "b"}', {"q": "a"}]
+        + [{"messages": [ASK, turn]} for turn in (called, SAY | {"mask": 1}, {"role": "x"})]
+        + [{"messages": [SAY]}, {"chosen": "a", "rejected": "b"}],
+        "nothing_trained": [{"messages": [ASK, SAY | {"train": False}]}],
+        "too_long": [{"text": "a " * 300}],
+    }
+    reasons = rng.choices(["kept", *flawed], k=60)
+    rows = [rng.choice(good if reason == "kept" else flawed[reason]) for reason in reasons]
+    path = written(tmp_path, *rows)
+    trained, found = examine_conversations(path, chat, SKIP, row_length=100)
+    assert found.counts == Counter(reasons) and len(trained) == reasons.count("kept")
+    wanted = [(r, f"{path}:{line}: ") for line, r in enumerate(reasons, 1) if r != "kept"]
+    for (reason, said), (expected, where) in zip(found.dropped, wanted, strict=True):
+        assert reason == expected and said.startswith(where) and len(said) > len(where)
+    said = "\n".join(found.lines())
+    assert said.startswith(f"{len(trained)} of 60 records") and all(w in said for _, w in wanted)
+    announced: list[str] = []
+    announce_data(tmp_path, found, announced.append)
+    assert announced[0] == said.split("\n")[0]
+    records, dropped, *_ = data_tables(tmp_path)
+    assert set(records.rows) == set(found.counts.items())
+    assert len(dropped.rows) <= len(wanted)
 
 
 def test_a_row_shows_what_is_trained(chat, tmp_path) -> None:
@@ -118,5 +153,6 @@ def test_tasks_are_accounted_for(tmp_path) -> None:
     good = {"question": "q", "answers": ["a"]}
     found = examine_tasks(written(tmp_path, good, "{", good), skip_bad=True)
     assert found.counts == {"kept": 1, "bad": 1, "duplicate": 1}
+    assert [text.split(":")[0] for _, text in found.dropped] == ["line 2", "line 3"]
     with pytest.raises(UserError, match="none of 1 records is usable, the first: bad, line 1"):
         examine_tasks(written(tmp_path, "{"), skip_bad=True).usable()

@@ -30,7 +30,7 @@ def function(arguments: Any = None, call_id: str | None = None) -> dict:
     }
 
 
-def step(number: int, source: str, message: str = "m", **more: Any) -> dict:
+def step(number: int, source: Any, message: str = "m", **more: Any) -> dict:
     return {"step_id": number, "source": source, "message": message, **more}
 
 
@@ -45,6 +45,7 @@ def shown(found: Conversation) -> list[tuple]:
 
 PLAIN = [("user", "q"), ("assistant", "a", True)]
 THOUGHT = [("user", "q"), ("assistant", "a", "t", True)]
+SPLIT = [("user", "q"), ("assistant", "<think>\nt\n</think>\n\na", True)]
 CALLED = [
     ("user", "q"),
     ("assistant", [ARGUMENTS], True),
@@ -77,6 +78,11 @@ QWEN = (
         ({"conversations": [HUMAN, GPT], "images": []}, PLAIN),
         ({"conversations": [ASK, SAY]}, PLAIN),
         ({"prompt": [ASK], "completion": [SAY]}, PLAIN),
+        ({"prompt": json.dumps([ASK]), "completion": json.dumps([SAY])}, PLAIN),
+        ({"messages": [], "conversations": [HUMAN, GPT]}, PLAIN),
+        ({"steps": json.dumps([step(1, "user", "q"), step(2, "agent", "a")])}, PLAIN),
+        ({"messages": [ASK, SAY], "system_prompt": "s"}, [("system", "s"), *PLAIN]),
+        ({"messages": [ASK, SAY | {"content": "<think>\nt\n</think>\n\na"}], "score": 1}, SPLIT),
         ({"messages": [{"role": "human", "content": [{"type": "text", "text": "q"}]}, SAY]}, PLAIN),
         *(({"messages": [ASK, SAY | {k: "t"}]}, THOUGHT) for k in ("reasoning", "thinking")),
         ({"messages": [ASK, SAY | {"reasoning": "t", "reasoning_content": "t"}]}, THOUGHT),
@@ -229,6 +235,9 @@ def test_template_variables_are_read() -> None:
     assert read_conversation(row).template_kwargs == {"x": 1, "enable_thinking": False}
 
 
+DEEP = "messages[1].tool_calls.arguments"
+
+
 def said(**turn: Any) -> dict:
     return {"messages": [ASK, {"role": "assistant", "content": "a"} | turn]}
 
@@ -261,6 +270,63 @@ def said(**turn: Any) -> dict:
             "messages[1].content[0].n",
         ),
         (said(mask=1), "unknown_key", "messages[1].mask"),
+        *((said(**{k: False}), "unknown_key", f"messages[1].{k}") for k in ("loss", "mask", "eos")),
+        (said(name="bob"), "unknown_key", "messages[1].name"),
+        (said(refusal="no"), "unknown_key", "messages[1].refusal"),
+        ({**said(), "loss_weight": 2}, "unknown_key", "loss_weight"),
+        ({**said(), "system_prompt": ["s"]}, "content_part", "system_prompt"),
+        (
+            {**said(), "chat_template_kwargs": {"messages": []}},
+            "unknown_key",
+            "chat_template_kwargs.messages",
+        ),
+        (
+            {**said(), "chat_template_kwargs": '{"x": "\\ud83d"}'},
+            "lone_surrogate",
+            "chat_template_kwargs.x",
+        ),
+        (said(content="a<|im_end|>b"), "bad_tags", "messages[1].content"),
+        (said(reasoning="t<|im_start|>"), "bad_tags", "messages[1].content"),
+        (said(reasoning="t</think>u"), "bad_tags", "messages[1].content"),
+        (said(content="<think>cut"), "bad_tags", "messages[1].content"),
+        (said(content="<think>t</think><think>u</think>a"), "bad_tags", "messages[1].content"),
+        (said(content="words <think>t</think>a"), "bad_tags", "messages[1].content"),
+        (said(content="", reasoning=" "), "empty_assistant", "messages[1].content"),
+        (said(weight=float("nan")), "bad_flag", "messages[1].weight"),
+        (said(weight=2), "bad_flag", "messages[1].weight"),
+        (said(trainable=[]), "bad_flag", "messages[1].trainable"),
+        (
+            said(
+                content='<tool_call>{"name": "f", "arguments": {}}</tool_call>',
+                tool_calls=[function({})],
+            ),
+            "ambiguous",
+            "messages[1].content",
+        ),
+        (
+            {"messages": [ASK, {"role": "assistant", "tool_calls": [function({}, "c")] * 2}, SAY]},
+            "ambiguous",
+            "messages[1].tool_calls.id",
+        ),
+        *(
+            (
+                called(function(text)),
+                "bad_arguments",
+                "messages[1].tool_calls[0].function.arguments",
+            )
+            for text in ('{"a": 1, "a": 2}', '{"a": {"b": 1, "b": 2}}', '"{}"', "null", "{'a': 1}")
+        ),
+        (called(function('{"a": ' * 80 + "1" + "}" * 80)), "bad_arguments", DEEP),
+        ({**said(), "tools": '[{"name": "f", "name": "g"}]'}, "bad_tools", "tools"),
+        ({"messages": [ASK], "text": ""}, "no_assistant", None),
+        ({"text": ""}, "empty_assistant", "text"),
+        ({"steps": [step(1, ["user"])]}, "unknown_role", "steps[0].source"),
+        ({"steps": [], "schema_version": "ATIF-v1.9"}, "unknown_schema", "schema_version"),
+        (
+            {"steps": [step(1, "agent", observation={"results": [{"content": "r"}]})]},
+            "result_without_call",
+            "steps[0].observation.results[0].source_call_id",
+        ),
         (said(reasoning_details=[{"text": "t"}]), "unknown_key", "messages[1].reasoning_details"),
         ({"messages": [ASK | {"reasoning": "t"}, SAY]}, "unknown_key", "messages[0].reasoning"),
         (said(reasoning="t", thinking="u"), "ambiguous", "messages[1].thinking"),

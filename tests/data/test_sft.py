@@ -108,11 +108,10 @@ def test_nothing_to_read_is_said(tmp_path) -> None:
 
 
 def test_a_conversation_that_cannot_be_rendered_is_named_or_counted(chat, tmp_path) -> None:
-    """It sets a variable that is the template's own."""
-    taught = {**SHORT, "chat_template_kwargs": {"messages": 1}}
-    path = write(tmp_path / "a.jsonl", SHORT, taught)
+    """It begins with an assistant's turn, which no template shows."""
+    path = write(tmp_path / "a.jsonl", SHORT, {"messages": SHORT["messages"][-1:]})
     conversations, _ = read_conversations(path)
-    with pytest.raises(UserError, match=r"a\.jsonl:2: chat template cannot render"):
+    with pytest.raises(UserError, match=r"a\.jsonl:2: it begins with an assistant's turn"):
         conversation_rows(conversations, chat, SFTDataConfig())
     rows, counts = conversation_rows(conversations, chat, SFTDataConfig(skip_bad=True))
     assert len(rows) == 1 and counts == {"kept": 1, "bad": 1}

@@ -215,6 +215,17 @@ def test_a_long_prompt_is_fed_between_the_chunks_of_others(params, monkeypatch):
     assert "FF" not in engine.calls
 
 
+def test_each_of_several_stop_ids_ends_a_text(params):
+    engine = LocalEngine(params, CFG, ENGINE)
+    (free,) = run(engine, [request([9, 10], new=20, stop=())])
+    first, later = list(dict.fromkeys(free.ids.tolist()))[2:4]
+    for stops, last in (((later, first), first), ((later, -2), later)):
+        (done,) = run(engine, [request([9, 10], new=20, stop=stops)])
+        assert done.finish == Finish.STOP and done.ids[-1] == last
+        assert done.ids.tolist() == free.ids[: free.ids.tolist().index(last) + 1].tolist()
+    engine.close()
+
+
 def test_a_stop_string_ends_at_the_token_that_completes_it(params):
     def text(ids) -> str:
         return "".join(chr(48 + i) for i in ids)

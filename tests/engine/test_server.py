@@ -222,7 +222,10 @@ def test_spans_are_half_open_and_contiguous():
 
 @pytest.mark.parametrize(
     ("model", "message"),
-    [("nowhere", "model nowhere is not a directory"), (str(ROOT / "configs"), "no tokenizer.json")],
+    [
+        ("nowhere", "model nowhere is not a directory"),
+        (str(ROOT / "configs"), "config.json is missing"),
+    ],
 )
 def test_the_launcher_names_a_mistake_in_one_line(model, message):
     command = [sys.executable, "launch/serve.py", model, "--port=0"]

@@ -128,10 +128,28 @@ def test_tokens_that_the_model_knows_under_another_id_are_named(tmp_path: Path) 
         check_ids(load_tokenizer(other), other, model)
 
 
-def test_ids_that_the_model_names_are_added_tokens(tmp_path: Path) -> None:
-    model = directory_of(tmp_path, "model", eos_token_id=3)
-    with pytest.raises(UserError, match=r"says eos_token_id 3, which is no added token"):
-        check_ids(load_tokenizer(model), model, model)
+def test_new_ids_are_free_and_old_ones_keep_their_token(tmp_path: Path) -> None:
+    model, other = directory_of(tmp_path, "model"), directory_of(tmp_path, "other")
+    used = load_tokenizer(other)
+    used.add_tokens(["<more>"])
+    used.save(str(other / "tokenizer.json"))
+    check_ids(used, other, model)
+    text = (other / "tokenizer.json").read_text().replace("<|fim_pad|>", "<|renamed|>")
+    (other / "tokenizer.json").write_text(text)
+    with pytest.raises(UserError, match=r"is '<\|renamed\|>' in .* and '<\|fim_pad\|>' in"):
+        check_ids(load_tokenizer(other), other, model)
+
+
+def test_ids_that_the_model_names_are_tokens(tmp_path: Path) -> None:
+    model, other = directory_of(tmp_path, "model", eos_token_id=3), SHIPPED["shipped:sft"]
+    check_ids(load_tokenizer(model), model, model)  # a word, but its own tokenizer says so
+    assert load_chat(model).stop_ids == (518, 516, 3)
+    (model / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"eos_token_id 3, which is no added token of the world's"):
+        check_ids(load_tokenizer(other), other, model, "the world's")
+    more = directory_of(tmp_path, "more", eos_token_id=543)
+    with pytest.raises(UserError, match=r"eos_token_id 543, which is no token of .*more"):
+        check_ids(load_tokenizer(more), more, more)
 
 
 def test_a_digest_stands_for_vocabulary_and_template(tmp_path: Path) -> None:

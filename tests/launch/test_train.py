@@ -74,8 +74,8 @@ def test_tasks_without_answers(fails, tmp_path) -> None:
 
 
 def test_impossible_mesh(fails) -> None:
-    line = fails(SFT, "--config.mesh.tensor=3")
-    assert "tensor 3" in line and "1 device" in line
+    line = fails(SFT, "--config.mesh.tensor=2")
+    assert "tensor 2" in line and "1 device" in line
 
 
 def test_prompt_longer_than_context(fails) -> None:
@@ -134,6 +134,18 @@ REFUSED = [
     ["--config=configs/tiny.py", "--explain", "--slice=v5p32"],
     ["--config=configs/tiny.py", "--workdir={resumed}", "--config.seed=1"],
     ["--config=configs/tiny.py", "--workdir={owned}"],
+    ["--config=configs/tiny.py", "--workdir={file}/run"],
+    ["--config=configs/tiny.py", "--config.stage.rl.tasks_path=absent.jsonl"],
+    ["--config=configs/tiny.py", "--config.stage.rl.tasks_path={empty}"],
+    ["--config=configs/tiny.py", "--config.stage.rl.tasks_path={file}"],
+    [SFT, "--config.stage.sft.data.path=absent.jsonl"],
+    ["--config=configs/quickstart.py", "--config.stage.eval.tasks_path=absent.jsonl"],
+    ["--config=configs/quickstart.py", "--config.stage.merge.validation.tasks_path=absent.jsonl"],
+    ["--config=configs/tiny.py", "--config.stage.rl.grader=exakt"],
+    ["--config=configs/tiny.py", "--config.stage.rl.grader=nowhere:reward", "--doctor"],
+    ["--config=configs/tiny.py", "--config.tools=('nowhere:tool',)", "--explain"],
+    ["--config=configs/quickstart.py", "--config.stage.merge.validation.grader=exakt"],
+    ["--config=configs/tiny.py", "--config.stage.rl.grader=judge"],
 ]
 
 
@@ -141,15 +153,46 @@ REFUSED = [
 @pytest.mark.parametrize("script", ["train", "rollout_worker"])
 def test_a_refusal_imports_nothing_heavy(argv: list[str], script: str, tmp_path: Path) -> None:
     """What it imports decides how soon it answers, on whatever machine."""
-    if script == "rollout_worker" and "{" in "".join(argv):
-        return  # a worker joins the run of its workdir
     claim(parse(["--config=configs/tiny.py"]).config, tmp_path / "resumed")
-    places = {"resumed": tmp_path / "resumed", "owned": tmp_path / "owned"}
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    places = {name: tmp_path / name for name in ("resumed", "owned", "empty", "file")}
     with owned(tmp_path / "owned"):
         done = mistaken(script, *(word.format(**places) for word in argv))
     assert done.returncode == 2 and done.stderr.startswith("error: "), done.stderr
     assert done.stderr.count("\n") == 1
     assert HEAVY & set(done.stdout.split()) == set()
+
+
+ARRAYS = {"jax", "jaxlib", "flax", "optax", "grain", "orbax", "chex"}
+
+
+@pytest.mark.parametrize(
+    ("script", "argv"),
+    [
+        ("train", ["--config=configs/tiny.py", "--config.episode.max_context=20"]),
+        ("train", ["--config=configs/tiny.py", "--config.stage.rl.init_from=nowhere"]),
+        ("train", ["--config=configs/tiny.py", "--config.tokenizer=nowhere"]),
+        ("train", [SFT, "--config.model.vocab_size=100"]),
+        ("merge", ["absent.yaml", "out"]),
+        ("convert", ["absent", "out"]),
+        ("serve", ["absent"]),
+        ("serve", ["absent", "--slots=0"]),
+        ("data", ["check", "absent.jsonl"]),
+        ("data", ["check", "absent.jsonl", "--tasks"]),
+        ("data", ["check", "absent.jsonl", "--tokenizer=absent"]),
+        ("inspect_run", ["replay", "absent", "--step=1"]),
+        ("inspect_run", ["why", "absent", "1"]),
+        ("inspect_run", ["export", "absent", "out"]),
+        ("inspect_run", ["wy", "absent", "1"]),
+        ("pool_agent", ["--source=/absent", "--directory=/proc/absent/weights"]),
+    ],
+)
+def test_every_launcher_refuses_without_jax(script: str, argv: list[str], tmp_path: Path) -> None:
+    done = mistaken(script, *argv, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("error: "), done.stderr
+    assert done.stderr.count("\n") == 1 and list(tmp_path.iterdir()) == []
+    assert ARRAYS & set(done.stdout.split()) == set()
 
 
 @pytest.mark.parametrize("argv", REFUSED[:4])
@@ -166,10 +209,10 @@ def test_a_mistake_is_answered_at_once(argv: list[str]) -> None:
     assert min(seconds) <= 1.0, seconds
 
 
-def mistaken(script: str, *argv: str) -> subprocess.CompletedProcess[str]:
+def mistaken(script: str, *argv: str, cwd: Path = CHECKOUT) -> subprocess.CompletedProcess[str]:
     """A launcher in a process of its own, which prints what it has imported."""
     command = [sys.executable, "-c", MISTAKEN, script, *argv]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
 
 
 def test_merge_command_reports_a_missing_recipe(tmp_path: Path, capsys) -> None:

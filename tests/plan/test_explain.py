@@ -118,7 +118,8 @@ def test_impossible_targets_are_refused() -> None:
     with pytest.raises(UserError, match=r"unknown slice 'v5p-63'; use one of .*v5p-64"):
         explanation(RL, "--slice=v5p-63")
     with pytest.raises(UserError, match=r"32 x context 8 .* nearest that fits"):
-        explanation(RL, "--slice=v5p-64", "--config.mesh.fsdp=32")
+        rows = ("--config.stage.rl.shape.rows=32", "--config.stage.rl.shape.micro_rows=32")
+        explanation(RL, "--slice=v5p-64", "--config.mesh.fsdp=32", *rows)
     with pytest.raises(UserError, match=r"no slice is known .* it needs .* split more"):
         more = ("--config.stage.rl.shape.rows=64", "--config.stage.rl.shape.micro_rows=64")
         explanation(RL, "--config.mesh.fsdp=-1", "--config.model.remat=none", *more)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from agentcpm_jax.config import EvalStage, ExperimentConfig, RLStage, Stage
+from agentcpm_jax.config import EvalStage, ExperimentConfig, MergeStage, RLStage, Stage
 from agentcpm_jax.dock.functions import NoTools, schema_of, with_functions
 from agentcpm_jax.rewards.grade import score
 from agentcpm_jax.rewards.judge import JudgeConfig
@@ -183,6 +183,11 @@ def test_everything_named_is_checked_before_the_first_stage(user_module):
     late = Stage("eval", EvalStage(grader="user_code:gone"))
     with pytest.raises(UserError, match="no function 'gone'"):
         check_custom(replace(sound, stages=(*sound.stages, late)))
+    measured = replace(EvalStage(), grader="exakt")
+    chosen = Stage("merge", MergeStage(alpha=(0.5, 0.8), validation=measured))
+    with pytest.raises(UserError, match="did you mean 'exact'"):
+        check_custom(replace(sound, stages=(*sound.stages, chosen)))
+    check_custom(replace(sound, stages=(Stage("merge", MergeStage(validation=measured)),)))
     with pytest.raises(UserError, match="tools='user_code:gone'"):
         check_custom(replace(sound, tools=("user_code:gone",)))
 

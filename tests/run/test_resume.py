@@ -1,4 +1,4 @@
-"""kill -9 in a step or in a save, the same command again: R1, R2, and R3 in deterministic mode.
+"""A run that is killed, in a step or in a save, stopped or started twice, and started again.
 
 R1: recorded steps are recomputed bit for bit. R2: every issue ends in exactly one state and nothing
 is trained twice. R3: the whole loss curve equals that of an uninterrupted run.
@@ -6,6 +6,7 @@ is trained twice. R3: the whole loss curve equals that of an uninterrupted run.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sqlite3
@@ -21,6 +22,7 @@ import pytest
 from agentcpm_jax.hf.files import Checkpoint
 from agentcpm_jax.run.commandline import CHECKOUT
 from agentcpm_jax.run.observe.metrics import read_metrics
+from agentcpm_jax.tasks.world import WorldTasks
 
 STEPS = 6
 # What a step computed; times and counters of the process are not part of it.
@@ -52,13 +54,12 @@ def finish(workdir: Path, variant: str = "", *flags: str) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def kill_when(workdir: Path, condition: Callable[[], bool], variant: str = "") -> None:
+def kill_when(workdir: Path, condition: Callable[[], bool], variant: str = "", *flags: str) -> None:
     """Start a run and kill -9 it as soon as `condition` holds."""
     log = workdir.with_suffix(".log")
+    started = command(workdir, variant, *flags)
     with log.open("w") as output:
-        process = subprocess.Popen(
-            command(workdir, variant), stdout=output, stderr=output, env=environment(workdir)
-        )
+        process = subprocess.Popen(started, stdout=output, stderr=output, env=environment(workdir))
     try:
         deadline = time.monotonic() + 240
         while not condition():
@@ -158,6 +159,92 @@ def test_ctrl_c_leaves_a_resumable_workdir(tmp_path: Path) -> None:
     assert "same command resumes" in stderr and "Traceback" not in stderr
     finish(workdir)
     assert steps_done(workdir) == STEPS
+
+
+@pytest.mark.runs
+def test_two_trainers_do_not_share_a_workdir(tmp_path: Path) -> None:
+    workdir = tmp_path / "double"
+    first = subprocess.Popen(
+        command(workdir, "async"), stderr=subprocess.DEVNULL, env=environment(workdir)
+    )
+    try:
+        while steps_done(workdir) < 1:
+            assert first.poll() is None
+            time.sleep(0.01)
+        second = subprocess.run(command(workdir, "async"), capture_output=True, text=True)
+        assert second.returncode == 2 and second.stderr.count("\n") == 1, second.stderr
+        assert f"pid {first.pid} on {os.uname().nodename}" in second.stderr
+        assert first.poll() is None, "it goes on"
+    finally:
+        first.kill()
+        first.wait()
+    finish(workdir, "async")  # nothing is left to remove
+    assert [row[0] for row in curve(workdir)] == list(range(1, STEPS + 1))
+    assert_exactly_once(workdir)
+
+
+#: What changes nothing that was computed, and what the messages of a run tell to change.
+FREE = {
+    "shape": ("steps=8", "checkpoint_every=2", "log_every=2", "row_length=512"),
+    "stream": ("stall_timeout=1800.0", "breaker=128"),
+    "engine": ("slots=8",),
+    "pool": ("api_key_env=ABSENT",),
+}
+
+
+@pytest.mark.runs
+def test_edited_tasks_are_refused_and_what_is_free_may_change(tmp_path: Path) -> None:
+    workdir, tasks = tmp_path / "edited", tmp_path / "tasks.jsonl"
+    rows = [json.dumps(task.to_json()) + "\n" for task in WorldTasks().take(30)]
+    tasks.write_text("".join(rows))
+    flags = [f"--config.stage.rl.tasks_path={tasks}"]
+    often = [*flags, "--config.stage.rl.shape.checkpoint_every=1"]
+    kill_when(workdir, lambda: steps_done(workdir) >= 3, "async", *often)
+
+    tasks.write_text("".join(reversed(rows[15:])))
+    again = command(workdir, "async", *often)
+    done = subprocess.run(again, capture_output=True, text=True, env=environment(workdir))
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"row 1 of {tasks} is not what it was" in done.stderr and "--accept_data" in done.stderr
+
+    free = [f"--config.stage.rl.{key}.{value}" for key in FREE for value in FREE[key]]
+    finish(workdir, "async", *flags, *free, "--accept_data")
+    assert [row[0] for row in curve(workdir)][-1] == 8
+    assert f"row 1 of {tasks}" in (workdir / "report.html").read_text()
+
+
+MERGED = [
+    *("--config=configs/quickstart.py:smoke", "--config.stages=('merge', 'eval')"),
+    *("--config.stage.merge.init_from=shipped:sft", "--config.stage.merge.general=shipped:base"),
+    *("--config.stage.eval.models=('merge',)", "--config.stage.eval.tasks=64"),
+]
+
+
+@pytest.mark.runs
+def test_merge_and_evaluation_are_stopped_at_once_and_go_on(tmp_path: Path) -> None:
+    workdir = tmp_path / "merged"
+    asked = [*command(workdir, "")[:2], *MERGED, f"--workdir={workdir}"]
+    for begun, over in ("merge/search.db", "merge/hf"), ("merge/DONE", "eval/merge.json"):
+        process = subprocess.Popen(
+            asked,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(workdir),
+        )
+        while not (workdir / begun).exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        time.sleep(1.0)
+        process.terminate()
+        stopped = time.monotonic()
+        _, said = process.communicate(timeout=60)
+        assert time.monotonic() - stopped < 20  # 10 on a machine that does nothing else
+        assert process.returncode == 130 and "Traceback" not in said, said[-2000:]
+        assert "interrupted by SIGTERM: the same command resumes" in said
+        assert not (workdir / over).exists(), "it was over before it was stopped"
+    subprocess.run(asked, check=True, capture_output=True, env=environment(workdir))
+    assert (workdir / "eval" / "merge.json").is_file() and (workdir / "report.html").is_file()
 
 
 def test_another_configuration_is_refused(tmp_path: Path) -> None:

@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 
 from agentcpm_jax.tasks.jsonl import load_tasks
+from agentcpm_jax.tasks.schemas import ANSWERS, OTHER_ANSWERS, OTHER_QUESTIONS, QUESTIONS
 from agentcpm_jax.tasks.world import WorldTasks
 from agentcpm_jax.types import UserError
 
+ASKED = [{"role": "user", "content": "Who?"}]
 GOOD = {"question": "Who?", "answers": ["Kar Vel"]}
 
 
@@ -55,6 +57,37 @@ def test_a_bad_line_is_named_or_left_out(tmp_path: Path, line: bytes, message: s
     assert (report.lines, report.loaded) == (2, 1)
 
 
+@pytest.mark.parametrize(
+    ("row", "answers"),
+    [
+        *(({"question": "Who?", name: "x"}, ("x",)) for name in ANSWERS[:4] + OTHER_ANSWERS),
+        *(({name: "Who?", "answer": "x"}, ("x",)) for name in QUESTIONS + OTHER_QUESTIONS),
+        ({"question": "Who?", "answer": "x", "label": "hard"}, ("x",)),
+        ({"question": "Who?", "answers": ["x", 2.0], "ground_truth": "x"}, ("x", "2")),
+        ({"prompt": ASKED, "reward_model": {"ground_truth": {"target": ["x"]}}}, ("x",)),
+        ({"prompt": json.dumps(ASKED), "reward_model": '{"ground_truth": "x"}'}, ("x",)),
+        (
+            {"question": "Who?", "prompt": [{"role": "user", "content": "Say: Who?"}], "gt": 3},
+            ("3",),
+        ),
+    ],
+)
+def test_columns_have_usual_names(tmp_path: Path, row: dict, answers: tuple[str, ...]) -> None:
+    path = tmp_path / "tasks.jsonl"
+    path.write_text(json.dumps({**row, "level": 2}))
+    (task,) = load_tasks(path)[0]
+    assert (task.question, task.answers, task.meta["level"]) == ("Who?", answers, 2)
+    assert task.meta.get("label") == (row.get("label") if "answer" in row else None)
+
+
+@pytest.mark.parametrize("label", [{"answer": None}, {"answers": []}])
+def test_a_column_beside_an_empty_answer_is_not_taken_for_one(tmp_path: Path, label: dict) -> None:
+    path = tmp_path / "tasks.jsonl"
+    path.write_text(json.dumps({"question": "Who?", "label": "hard", **label}))
+    with pytest.raises(UserError, match="has no answers"):
+        load_tasks(path)
+
+
 def test_duplicates_are_kept_once_and_reported(tmp_path: Path) -> None:
     path = tmp_path / "tasks.jsonl"
     rows = [GOOD, {**GOOD, "kind": "hop1"}, {**GOOD, "meta": {"note": "differs"}}]
@@ -65,7 +98,7 @@ def test_duplicates_are_kept_once_and_reported(tmp_path: Path) -> None:
 
 
 def test_a_missing_or_empty_file_is_a_user_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"cannot read tasks from .*absent\.jsonl"):
+    with pytest.raises(UserError, match=r"no such file: .*absent\.jsonl"):
         load_tasks(tmp_path / "absent.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(UserError, match=r"empty\.jsonl is empty: it holds no usable record"):

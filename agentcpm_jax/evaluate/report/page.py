@@ -21,7 +21,16 @@ from agentcpm_jax.files import duration_text, write_atomically
 
 SHOWN_CHARTS = 12  # of a stage; what no panel names is folded beyond that
 
-Cell = str | int | float | bool | Estimate | None
+
+@dataclass(frozen=True)
+class Marked:
+    """Text in pieces, some of which are marked."""
+
+    pieces: tuple[tuple[str, bool], ...]
+
+
+Plain = str | int | float | bool | Estimate | None
+Cell = Plain | Marked
 
 
 @dataclass(frozen=True)
@@ -46,7 +55,7 @@ class StageReport:
     wall_seconds: float
     series: Mapping[str, Points] = field(default_factory=dict)
     panels: tuple[Panel, ...] = ()
-    facts: Mapping[str, Cell] = field(default_factory=dict)
+    facts: Mapping[str, Plain] = field(default_factory=dict)
     note: str = ""
 
 
@@ -66,16 +75,19 @@ class Table:
     def is_number(self, column: int) -> bool:
         """Whether a column holds numbers only, which are aligned to the right."""
         cells = [row[column] for row in self.rows]
-        return bool(cells) and not any(isinstance(cell, str | bool) for cell in cells)
+        return bool(cells) and not any(isinstance(cell, str | bool | Marked) for cell in cells)
 
-    def texts(self) -> list[list[str]]:
+    def texts(self) -> list[list[str | Marked]]:
         """The cells as they are shown. Raises ValueError: a row has not one cell per column."""
         for row in self.rows:
             if len(row) != len(self.columns):
                 raise ValueError(
                     f"table {self.title}: {len(row)} cells, {len(self.columns)} columns"
                 )
-        return [[_cell(value, self.percent) for value in row] for row in self.rows]
+        return [
+            [v if isinstance(v, Marked) else _cell(v, self.percent) for v in row]
+            for row in self.rows
+        ]
 
 
 @dataclass(frozen=True)
@@ -211,7 +223,7 @@ def _line_chart(panel: Panel, stage: StageReport) -> str:
     return line_chart(lines, panel.title, smooth=panel.smooth)
 
 
-def _cell(value: Cell, percent: bool = False) -> str:
+def _cell(value: Plain, percent: bool = False) -> str:
     if value is None:
         return "-"
     if isinstance(value, Estimate):

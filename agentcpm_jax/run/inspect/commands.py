@@ -9,6 +9,8 @@ from typing import NoReturn
 
 from agentcpm_jax.types import UserError
 
+CONFIG = "config.json"
+
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """`command` and its arguments: replay (run, step, stage), why (run, issue, sample, out) or
@@ -30,7 +32,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     export = commands.add_parser("export", add_help=False, allow_abbrev=False)
     export.add_argument("run", type=Path, metavar="RUN")
     export.add_argument("out", type=Path, metavar="OUT_DIR")
-    return parser.parse_args(list(argv))
+    asked = parser.parse_args(list(argv))
+    if not (asked.run / CONFIG).is_file():  # known before jax is imported
+        raise UserError(f"no run in {asked.run}: it has no {CONFIG}; give the --workdir of a run")
+    return asked
 
 
 class _Parser(argparse.ArgumentParser):

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from agentcpm_jax.chat.format import IM_END
 from agentcpm_jax.hf.card import LINEAGE, copied
 from agentcpm_jax.hf.companions import (
     TOKENIZERS,
@@ -25,6 +26,9 @@ from agentcpm_jax.hf.place import (
     output_place,
     whole_or_not_at_all,
 )
+from agentcpm_jax.hf.shape import whole_model
+from agentcpm_jax.hf.tokenizer import check_ids, load_tokenizer
+from agentcpm_jax.run.start.models import generation_of
 from agentcpm_jax.types import UserError
 
 if TYPE_CHECKING:
@@ -54,6 +58,10 @@ def convert(
     if (source / CONFIG).is_file() and "model_type" in read_json(source / CONFIG):
         out = output_place(out, [source])
         check_free(out)
+        whole_model(source)
+        if tokenizer:
+            used = find_model(tokenizer)
+            check_ids(load_tokenizer(used), used, source)
         with _named(out):
             return _to_orbax(source, name, out, tokenizer, dtype)
     if source.name.isdecimal() and (source / "meta").is_dir():
@@ -172,8 +180,6 @@ def _check_tokenizer(directory: Path | None, rows: int) -> None:
     file = tokenizer_file(directory) if directory else None
     if file is None or file.name != TOKENIZERS[0]:  # others need transformers
         return
-    from agentcpm_jax.hf.tokenizer import load_tokenizer
-
     ids = load_tokenizer(file.parent).get_vocab(with_added_tokens=True)
     token = max(ids, key=ids.__getitem__, default="")
     if ids and ids[token] >= rows:
@@ -251,14 +257,11 @@ def _generation(
 ) -> tuple[dict[str, Any], str]:
     """As a run writes it: what the model began with stops it still, and so does the end of a turn
     that SFT and RL train."""
-    begun = next(iter(made_from.values()), None) if stage else source / TOKENIZER
-    stop = None
-    if stage and stage.kind in ("sft", "rl") and tokenizer:
-        from agentcpm_jax.chat.format import IM_END
-        from agentcpm_jax.hf.tokenizer import load_tokenizer
-
-        stop = load_tokenizer(tokenizer).token_to_id(IM_END)
-    return generation([path for path in (begun, tokenizer) if path], stop)
+    if stage is None or tokenizer is None:
+        beside = [source / TOKENIZER] if stage is None else []
+        return generation([*beside, *([tokenizer] if tokenizer else [])], None)
+    began = next(iter(made_from.values()), None)
+    return generation_of(stage, began, tokenizer, load_tokenizer(tokenizer).token_to_id(IM_END))
 
 
 def _described(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +13,29 @@ from agentcpm_jax.config import EvalStage, ExperimentConfig, RLStage, Stage
 from agentcpm_jax.data.examine import NAMED, Examined, examine_conversations, examine_tasks
 from agentcpm_jax.data.sft import read_conversations
 from agentcpm_jax.disk import read_state
-from agentcpm_jax.evaluate.report.page import Cell, Table
+from agentcpm_jax.evaluate.report.page import Cell, Marked, Table
 from agentcpm_jax.files import write_atomically
 from agentcpm_jax.run.context import RunContext
 from agentcpm_jax.tasks.jsonl import load_tasks
 from agentcpm_jax.types import UserError
 
 FILE = "data.json"
-#: In the record and the report, so many dropped rows are named.
-RECORDED = 1000
+#: In the record, so many dropped rows are named; in the report, of each reason so many.
+RECORDED, SHOWN = 1000, 20
+EXAMPLE = 8000  # characters of the example in the report
 
 
 def announce_data(
-    directory: Path, found: Examined, announce: Callable[[str], None], accept: bool = False
+    directory: Path,
+    found: Examined,
+    announce: Callable[[str], None],
+    accept: bool = False,
+    begun: bool = False,
 ) -> None:
     """Say what becomes of a stage's data and record it in the stage's directory.
 
-    `accept`: data that are not those that the stage began with are noted, and used.
+    `accept`: data that are not those that the stage began with are noted, and used. `begun`: the
+    stage has used its data, which a checkpoint shows too.
 
     Raises:
       UserError: the stage began with other data.
@@ -38,12 +44,13 @@ def announce_data(
     if path.exists():
         before = _recorded(path)
         notes = before["changes"]
-        trained = any((directory / "checkpoints").glob("*"))
-        change = _change(before["digests"], found) if trained else ""
+        begun = begun or any((directory / "checkpoints").glob("*"))
+        change = _change(before["digests"], found) if begun else ""
         if change and not accept:
             raise UserError(
-                f"{change}; position in the data and schedule would not fit: restore the file, use "
-                "another --workdir, or go on with --accept_data, which the report will say"
+                f"{change}; what {directory.name} has done so far was with the other data: restore "
+                "the file, use another --workdir, or go on with --accept_data, which the report "
+                "will say"
             )
         notes += [change] if change else []
     for line in found.lines(NAMED):
@@ -60,10 +67,18 @@ def _recorded(path: Path) -> dict[str, Any]:
 
 
 def announce_tasks(ctx: RunContext, stage: Stage, spec: RLStage | EvalStage) -> None:
-    """`announce_data` of the stage's file of tasks, if it has one."""
-    if spec.tasks_path:
-        found = examine_tasks(spec.tasks_path, skip_bad=spec.skip_bad)
-        announce_data(ctx.directory(stage), found, ctx.announce, ctx.accept_data)
+    """`announce_data` of the stage's file of tasks, if it has one.
+
+    A stage has begun with them once the log has one of its episodes, or a model has its results.
+    """
+    if not spec.tasks_path:
+        return
+    names = [stage.name]
+    if isinstance(spec, EvalStage):
+        names = [f"{stage.name}/{m}/{how}" for m in spec.models for how in ("sampled", "greedy")]
+    begun = any(ctx.log.counts(name)["state"] for name in names)
+    found = _tasks(spec)
+    announce_data(ctx.directory(stage), found, ctx.announce, ctx.accept_data, begun)
 
 
 def data_lines(stage: Stage, chat: Callable[[], ChatFormat]) -> list[str]:
@@ -74,7 +89,16 @@ def data_lines(stage: Stage, chat: Callable[[], ChatFormat]) -> list[str]:
     spec = stage.rl or stage.eval
     if spec is None or not spec.tasks_path:
         return []
-    return examine_tasks(spec.tasks_path, skip_bad=spec.skip_bad).lines(NAMED)
+    return _tasks(spec).lines(NAMED)
+
+
+def _tasks(spec: RLStage | EvalStage) -> Examined:
+    """What becomes of the tasks of a file; an evaluation may use the first ones alone."""
+    found = examine_tasks(spec.tasks_path or "", skip_bad=spec.skip_bad)
+    if isinstance(spec, EvalStage) and found.kept > spec.tasks:
+        note = f"the first {spec.tasks:,} of them are evaluated; raise tasks for more"
+        return replace(found, notes=(*found.notes, note))
+    return found
 
 
 def check_data(cfg: ExperimentConfig, workdir: Path) -> None:
@@ -95,8 +119,6 @@ def data_tables(directory: Path) -> list[Table]:
     if not path.exists():
         return []
     found = _recorded(path)
-    rows: list[tuple[Cell, ...]] = [(k, n, "") for k, n in found["counts"].items() if k == "kept"]
-    rows += [(reason, 1, text) for reason, text in found["dropped"]]
     lengths = found["lengths"]
     notes = [*found["notes"], *(f"Resumed with other data: {c}." for c in found["changes"])]
     if lengths:
@@ -106,19 +128,35 @@ def data_tables(directory: Path) -> list[Table]:
             f"{sum(lengths):,} tokens, {share:.0%} of them trained; a row has {min(lengths):,} to "
             f"{max(lengths):,}; none is truncated.",
         )
-    example = "".join(f"[[{text}]]" if trained else text for text, trained in found["example"])
-    tables = [
-        Table(
-            f"{directory.name}: records of {found['path']}",
-            ("what became of them", "records", "which, and why"),
-            tuple(rows),
-            " ".join(notes),
-        )
-    ]
-    if example:
-        title = f"{directory.name}: one row, what is trained in [[ ]]"
-        tables.append(Table(title, ("text",), ((example[:8000],),)))
+    title = f"{directory.name}: records of {found['path']}"
+    counts = tuple(found["counts"].items())
+    tables = [Table(title, ("what became of them", "records"), counts, " ".join(notes))]
+    if found["dropped"]:
+        title = f"{directory.name}: dropped records"
+        tables.append(Table(title, ("reason", "which, and why"), tuple(_dropped(found))))
+    if found["example"]:
+        title = f"{directory.name}: one row, what is trained in colour"
+        tables.append(Table(title, ("text",), ((_marked(found["example"]),),)))
     return tables
+
+
+def _dropped(found: Mapping[str, Any]) -> Iterator[tuple[Cell, ...]]:
+    """Some records of each reason, and how many more there are."""
+    for reason, number in found["counts"].items():
+        which = [text for r, text in found["dropped"] if r == reason][:SHOWN]
+        yield from ((reason, text) for text in which)
+        if which and number > len(which):
+            yield reason, f"{number - len(which):,} more: launch/data.py check names all"
+
+
+def _marked(example: list[tuple[str, bool]]) -> Marked:
+    """The beginning of an example."""
+    pieces, room = [], EXAMPLE
+    for text, trained in example:
+        if room > 0:
+            pieces.append((text if len(text) <= room else text[:room] + " …", trained))
+        room -= len(text)
+    return Marked(tuple(pieces))
 
 
 def _change(before: list[str], found: Examined) -> str:

@@ -40,7 +40,7 @@ from agentcpm_jax.evaluate.report.page import (
 )
 from agentcpm_jax.files import write_atomically
 from agentcpm_jax.run.context import RunContext
-from agentcpm_jax.run.evaluation import DECISIONS
+from agentcpm_jax.run.evaluation import DECISIONS, results_file
 from agentcpm_jax.run.observe import health
 from agentcpm_jax.run.observe.dataset import data_tables
 from agentcpm_jax.run.observe.metrics import series
@@ -117,7 +117,8 @@ def write_summary(ctx: RunContext, announce: Callable[[str], None]) -> Path:
 
 def model_results(directory: Path, spec: EvalStage) -> dict[str, dict[str, Any]]:
     """model name -> its results, in the order of the stage; sweep points follow."""
-    found = {p.stem: p for p in sorted(directory.glob("*.json"))}
+    names = {results_file(model): model for model in spec.models}
+    found = {names.get(p.name, p.stem): p for p in sorted(directory.glob("*.json"))}
     order = [m for m in spec.models if m in found]
     order += [m for m in found if m not in order]
     return {name: _stored(found[name], ("greedy", "skills")) for name in order}
@@ -127,6 +128,11 @@ def _stored(path: Path, keys: Sequence[str]) -> dict[str, Any]:
     done = path.parent / "DONE"
     fix = f"remove it and DONE (rm {path} {done}), and the same command makes it again"
     return read_state(path, keys, fix)
+
+
+def _swept(name: str) -> bool:
+    """Whether a model is a point of a merge's sweep, and not a revision of a repository."""
+    return "@" in name and "/" not in name
 
 
 def scores_of(result: Mapping[str, Any], decode: str) -> list[TaskScore]:
@@ -190,7 +196,7 @@ def result_lines(models: Mapping[str, Any]) -> list[str]:
 
 def differences(names: Sequence[str]) -> list[tuple[str, str]]:
     """Each model against the one before it, leaving out sweep points."""
-    plain = [n for n in names if "@" not in n]
+    plain = [n for n in names if not _swept(n)]
     return list(zip(plain[1:], plain[:-1], strict=True))
 
 
@@ -208,7 +214,7 @@ def _headlines(models: Mapping[str, Mapping[str, Any]]) -> list[Headline]:
                     f"{paired.tasks} held-out tasks",
                 )
             )
-    plain = [n for n in models if "@" not in n]
+    plain = [n for n in models if not _swept(n)]
     if len(plain) > 1:
         first, last = (general_skill(models[n]) for n in (plain[0], plain[-1]))
         out.append(
@@ -223,7 +229,7 @@ def _headlines(models: Mapping[str, Mapping[str, Any]]) -> list[Headline]:
 
 
 def _charts(models: Mapping[str, Mapping[str, Any]]) -> list[BarChart]:
-    plain = {n: r for n, r in models.items() if "@" not in n}
+    plain = {n: r for n, r in models.items() if not _swept(n)}
     charts = []
     for decode in ("sampled", "greedy"):
         kinds = sorted({s.kind for r in plain.values() for s in scores_of(r, decode)})
@@ -274,7 +280,7 @@ def search_charts(directory: Path) -> list[ScatterChart]:
 
 
 def _tables(models: Mapping[str, Mapping[str, Any]], ks: Sequence[int]) -> list[Table]:
-    plain = {n: r for n, r in models.items() if "@" not in n}
+    plain = {n: r for n, r in models.items() if not _swept(n)}
     tables = [
         attempts_table(plain, ks),
         Table(

@@ -17,14 +17,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from agentcpm_jax.config import (
-    ExperimentConfig,
-    config_from_json,
-    default_config,
-    from_config_dict,
-    stage_dict,
-    to_config_dict,
-)
+from agentcpm_jax.config import config_from_json, edge_of, given_config
 from agentcpm_jax.ranges import did_you_mean
 from agentcpm_jax.types import UserError
 
@@ -41,11 +34,13 @@ def read_document(name: str) -> ConfigDict:
     path, _, variant = name.partition(":")
     directory = Path(path) / "config.json"
     found = directory if directory.is_file() else find_config(path)
-    if found.suffix not in TEXT:
+    if found.suffix == ".py":
         return _run_python(found, variant)
+    if found.suffix not in TEXT:
+        raise UserError(f"{path} is none of {', '.join(('.py', *TEXT))}; give such a config file")
     if variant:
         raise UserError(f"{path} has no variants; leave out {':' + variant!r}")
-    return _edge(_read_text(found))
+    return _read_text(found)
 
 
 def find_config(path: str) -> Path:
@@ -86,6 +81,8 @@ def _variants(path: Path) -> list[str] | None:
         line = getattr(error, "lineno", "?")
         raise UserError(f"{path}:{line} is not Python: {error}; mend the config file") from None
     made = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "get_config"]
+    if not made and "get_config" not in ast.dump(tree):  # else it is imported, or assigned
+        raise UserError(f"{path} has no get_config; define it: it returns the configuration")
     if not made:
         return None
     if not (arguments := [*made[0].args.posonlyargs, *made[0].args.args]):
@@ -115,17 +112,26 @@ def _strings(nodes: list[Any]) -> Iterator[str]:
                 yield inner.value
 
 
-def _read_text(path: Path) -> ExperimentConfig:
+def _read_text(path: Path) -> ConfigDict:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """YAML 1.2's numbers: 1e-4 is one."""
+        """YAML 1.2's numbers: 1e-4 is one; no key stands twice."""
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            merge = "tag:yaml.org,2002:merge"  # << may stand twice
+            _once([(key.value, value) for key, value in node.value if key.tag != merge])
+            return super().construct_mapping(node, deep)
 
     number = re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
     try:
         text = path.read_text(encoding="utf-8")
-        raw = json.loads(text) if path.suffix == ".json" else yaml.load(text, Loader)
+        raw = (
+            json.loads(text, object_pairs_hook=_once)
+            if path.suffix == ".json"
+            else yaml.load(text, Loader)
+        )
     except (OSError, ValueError, yaml.YAMLError) as error:
         said = " ".join(str(error).split())
         raise UserError(f"{path} cannot be read: {said}; mend the config file") from None
@@ -133,20 +139,16 @@ def _read_text(path: Path) -> ExperimentConfig:
         raise UserError(f"{path} holds no keys; begin with those of config.json, such as stages:")
     stages = raw.get("stages", ())
     if isinstance(stages, list) and any(isinstance(stage, Mapping) for stage in stages):
-        return config_from_json(raw, path)
+        return edge_of(config_from_json(raw, path))
     try:
-        return from_config_dict(raw)
+        return given_config(raw)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
 
-def _edge(cfg: ExperimentConfig) -> ConfigDict:
-    """The `ConfigDict` that a Python file would have returned."""
-    made = default_config()
-    for key, value in to_config_dict(cfg).items():
-        if key != "stages":
-            made[key] = value
-    made.stages = tuple(stage.name for stage in cfg.stages)
-    for stage in cfg.stages:
-        made.stage[stage.name] = stage_dict(stage.kind, stage.init_from, **vars(stage.section))
-    return made
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The pairs as a mapping; ValueError when a key stands twice, of which one would be lost."""
+    names = [name for name, _ in pairs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"the key {twice[0]!r} stands twice")
+    return dict(pairs)

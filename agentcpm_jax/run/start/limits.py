@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from agentcpm_jax.config import EvalStage, ExperimentConfig, RLStage, TrainShape
+import os
+from pathlib import Path
+
+from agentcpm_jax.config import EvalStage, ExperimentConfig, RLStage, Stage, TrainShape
 from agentcpm_jax.engine.config import check_capacity
+from agentcpm_jax.merge.kernels.methods import METHODS
+from agentcpm_jax.mesh import check_divides
+from agentcpm_jax.ranges import check_choice
 from agentcpm_jax.types import UserError
+
+#: Methods whose result is the general model plus lambda times what the method makes of the rest.
+SCALED_BY_LAMBDA = [name for name, method in METHODS.items() if "lambda" in method.global_params]
 
 
 def check_limits(cfg: ExperimentConfig) -> None:
@@ -18,18 +27,94 @@ def check_limits(cfg: ExperimentConfig) -> None:
         key = f"config.stage.{stage.name}"
         if stage.pretrain is not None:
             for number, phase in enumerate(stage.pretrain.phases):
-                _check_shape(phase.shape, f"{key}.phases[{number}].shape", 1)
+                _check_shape(cfg, phase.shape, f"{key}.phases[{number}].shape", 1)
         if stage.sft is not None:
-            _check_shape(stage.sft.shape, f"{key}.shape", 1)
+            _check_shape(cfg, stage.sft.shape, f"{key}.shape", 1)
         if stage.rl is not None:
             _check_rl(cfg, stage.rl, key)
-        if stage.merge is not None and (stage.merge.searched or stage.merge.soup):
-            _check_eval(cfg, stage.merge.validation, f"{key}.validation", attempts=False)
+        if stage.merge is not None:
+            check_choice(stage.merge, key, {"method": ("linear", *sorted(SCALED_BY_LAMBDA))})
+            if asking(stage) is not None:
+                _check_eval(cfg, stage.merge.validation, f"{key}.validation", attempts=False)
         if stage.eval is not None:
             _check_eval(cfg, stage.eval, key)
 
 
-def _check_shape(shape: TrainShape, key: str, updates: int) -> None:
+def _check_mesh(cfg: ExperimentConfig, shape: TrainShape, key: str, updates: int) -> None:
+    """What a stage trains is split evenly over the mesh: parameters, and the rows of an update."""
+    model = cfg.model
+    split = {"num_heads": model.num_heads, "ffw": model.ffw, "vocab_size": model.vocab_size}
+    check_divides(cfg.mesh, ("tensor",), {f"model.{name}": n for name, n in split.items()})
+    check_divides(cfg.mesh, ("fsdp", "context"), {"model.width": model.width})
+    together = "micro_rows" if shape.micro_rows else "rows"
+    rows = shape.micro_rows or shape.rows // updates
+    check_divides(cfg.mesh, ("data", "fsdp"), {f"{key}.{together}": rows})
+
+
+def asking(stage: Stage) -> RLStage | EvalStage | None:
+    """What says which questions a stage asks and how their answers are graded; None: it asks none.
+
+    A merge asks when there is something to choose.
+    """
+    if (merge := stage.merge) is None:
+        return stage.rl or stage.eval
+    greedy = bool(merge.soup) and merge.souping == "greedy"
+    return merge.validation if merge.searched or greedy else None
+
+
+def check_files(cfg: ExperimentConfig, workdir: Path) -> None:
+    """Check that the files of data that the stages still to run name can be opened.
+
+    What is in them is read when the run begins. Raises `UserError`.
+    """
+    for stage in cfg.stages:
+        if (workdir / stage.name / "DONE").exists():
+            continue
+        key = f"config.stage.{stage.name}"
+        if stage.sft is not None:
+            _check_file(stage.sft.data.path, f"{key}.data.path", "conversations")
+        if (asked := asking(stage)) is not None:
+            inner = ".validation" if stage.merge is not None else ""
+            _check_file(asked.tasks_path, f"{key}{inner}.tasks_path", "tasks")
+
+
+def check_worker(cfg: ExperimentConfig, workdir: Path) -> None:
+    """Check that a run can have rollout workers, and has begun. Raises `UserError`."""
+    if not (cfg.log_url or "").startswith("postgresql"):
+        raise UserError(
+            f"config.log_url={cfg.log_url!r}: an SQLite log is for one process; "
+            "use PostgreSQL (--config.log_url=postgresql+psycopg://...) for trainer and workers"
+        )
+    stages = [stage for stage in cfg.stages if stage.rl is not None]
+    if not stages:
+        raise UserError("config.stages holds no RL stage: there is nothing to sample for")
+    for stage in stages:
+        if stage.rl is not None and stage.rl.stream.deterministic:
+            raise UserError(
+                f"config.stage.{stage.name}.stream.deterministic=True runs in one process; "
+                "set it to False, or start no workers"
+            )
+    if not (workdir / "config.json").exists():
+        raise UserError(f"{workdir} holds no run; start the trainer with the same --workdir first")
+
+
+def _check_file(name: str | None, key: str, holds: str) -> None:
+    if not name:
+        return
+    path, wanted = Path(name), f"give a file of {holds}"
+    if not path.exists():
+        raise UserError(f"{key}={name!r}: no such file; {wanted}")
+    if not os.access(path, os.R_OK):
+        raise UserError(f"{key}={name!r} may not be read; {wanted} that may")
+    if path.is_dir():
+        columns = [*path.glob("*.arrow"), *path.glob("*.parquet"), *path.glob("state.json")]
+        if not columns:
+            raise UserError(f"{key}={name!r} is a folder without arrow or parquet files; {wanted}")
+    elif path.is_file() and not path.stat().st_size:
+        raise UserError(f"{key}={name!r} is empty; {wanted}")
+
+
+def _check_shape(cfg: ExperimentConfig, shape: TrainShape, key: str, updates: int) -> None:
     if shape.rows % (updates * (shape.micro_rows or 1)):
         of = "" if updates == 1 else f"loss.updates={updates} x "
         raise UserError(
@@ -41,10 +126,11 @@ def _check_shape(shape: TrainShape, key: str, updates: int) -> None:
             f"{key}.buckets holds {longer[0]}, rows have row_length={shape.row_length} tokens; "
             "leave it out"
         )
+    _check_mesh(cfg, shape, key, updates)
 
 
 def _check_rl(cfg: ExperimentConfig, rl: RLStage, key: str) -> None:
-    _check_shape(rl.shape, f"{key}.shape", rl.loss.updates)
+    _check_shape(cfg, rl.shape, f"{key}.shape", rl.loss.updates)
     longest = cfg.episode.max_context
     if rl.shape.row_length < longest:
         raise UserError(

@@ -7,14 +7,18 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from agentcpm_jax.chat.format import ChatFormat, template_text
-from agentcpm_jax.config import ExperimentConfig, outside_models
+from agentcpm_jax.config import ExperimentConfig, Stage, outside_models
 from agentcpm_jax.files import write_atomically
-from agentcpm_jax.hf.companions import tokenizer_digest
+from agentcpm_jax.hf.companions import generation, tokenizer_digest
 from agentcpm_jax.hf.locate import find_model
 from agentcpm_jax.hf.shape import check_weights
-from agentcpm_jax.hf.tokenizer import chat_of, check_ids, load_tokenizer
+from agentcpm_jax.hf.tokenizer import chat_of, check_ids, check_size, load_tokenizer
+from agentcpm_jax.rollout.episode import check_prompt
+from agentcpm_jax.run.custom import make_tools
+from agentcpm_jax.run.start.limits import asking
 from agentcpm_jax.types import UserError
 from agentcpm_jax.world.vocabulary import write_tokenizer
 
@@ -33,21 +37,20 @@ def tokenizer_of(cfg: ExperimentConfig) -> Iterator[Path]:
 def check_models(cfg: ExperimentConfig, workdir: Path, directory: Path) -> ChatFormat:
     """The tokenizer in `directory`, which fits the models that are still to be read.
 
-    Raises `UserError`: one of the models is not whole or not that of the configuration, or the
-    tokenizer has more ids than it, other ids, or is not that of the run.
+    Raises `UserError`: one of the models is not whole or not that of the configuration; the
+    tokenizer has more ids than it, other ids, or is not that of the run; with it an episode's
+    prompt is longer than the context.
     """
     name = cfg.tokenizer or "of the offline world"
     tokenizer = load_tokenizer(directory)
     chat = chat_of(tokenizer, directory)
-    if chat.vocab_size > cfg.model.vocab_size:
-        raise UserError(
-            f"tokenizer {name} has {chat.vocab_size} ids, the model {cfg.model.vocab_size} "
-            "(vocab_size); use the model's own tokenizer"
-        )
+    check_size(chat, cfg.model.vocab_size, name)
     todo = [stage for stage in cfg.stages if not (workdir / stage.name / "DONE").exists()]
+    if any(map(asking, todo)):
+        check_prompt(chat, cfg.episode, make_tools(cfg.tools)[1])
     for model in map(find_model, outside_models(cfg, todo)):
         check_weights(model, cfg.model)
-        check_ids(tokenizer, directory, model)
+        check_ids(tokenizer, directory, model, f"the tokenizer {name}")
     file = workdir / DIGEST
     stored = file.read_bytes().strip() if file.is_file() else b""
     if file.is_file() and not re.fullmatch(rb"[0-9a-f]{64}", stored):
@@ -58,6 +61,15 @@ def check_models(cfg: ExperimentConfig, workdir: Path, directory: Path) -> ChatF
             f"{workdir} began with; restore it, or use another --workdir"
         )
     return chat
+
+
+def generation_of(
+    stage: Stage, began: Path | None, tokenizer: Path, end: int | None
+) -> tuple[dict[str, Any], str]:
+    """`companions.generation` of what a stage writes: what the model it began with stops at, and
+    `end` of a turn, with which every turn that SFT and RL train ends."""
+    stop = end if stage.kind in ("sft", "rl") else None
+    return generation([*([began] if began else []), tokenizer], stop)
 
 
 def record_tokenizer(workdir: Path, digest: str) -> None:

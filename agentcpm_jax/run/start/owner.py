@@ -53,6 +53,16 @@ def owned(workdir: Path, announce: Callable[[str], None] = lambda line: None) ->
                 workdir.rmdir()
 
 
+def check_place(workdir: Path) -> None:
+    """Raises `UserError` when the workdir can be neither made nor written."""
+    place = workdir.absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        what = "cannot be written" if place.is_dir() else "is no directory"
+        raise UserError(f"{workdir}: {place} {what}; choose a --workdir that can be written")
+
+
 def check_unowned(workdir: Path) -> None:
     """Raises `UserError` when another process owns the workdir; changes nothing."""
     try:

@@ -34,15 +34,18 @@ class StopSignal:
     With `answer`, which is called with one line at once, the process also stops by itself, since a
     killed run resumes as well as a stopped one: KeyboardInterrupt is raised, and what has not come
     to an end after `GRACE` seconds ends with exit code 130. Not so while `patient`: a training loop
-    then takes its step to the end and saves it. While `importing`, until the launcher says that it
-    is over, the process ends at once: nothing is begun, and an extension module that is interrupted
-    crashes.
+    then takes its step to the end and saves it; nor in an import, which ends the process at once:
+    an extension module that is interrupted crashes. `promise`: what is said of the next start.
     """
 
-    def __init__(self, answer: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        answer: Callable[[str], None] | None = None,
+        promise: str = "the same command resumes",
+    ) -> None:
         self.requested = self.patient = False
-        self.importing = answer is not None
-        self._answer = answer
+        self._answer, self._promise = answer, promise
+        self._answered = threading.Event()
         self._previous: dict[int, Any] = {}
         self._over = threading.Event()
         self._listener: threading.Thread | None = None
@@ -84,9 +87,13 @@ class StopSignal:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
         self._restore()
-        if self._answer is not None and not (self.patient or self.importing):
-            sys.unraisablehook = self._on_swallowed
-            raise KeyboardInterrupt
+        if self._answer is None or self.patient:
+            return
+        if _in_import(frame):
+            self._answered.wait(GRACE)
+            os._exit(RESUMABLE)
+        sys.unraisablehook = self._on_swallowed
+        raise KeyboardInterrupt
 
     def _on_swallowed(self, unraisable: Any) -> None:
         """A callback, of the garbage collector's say, cannot raise: once more, behind it."""
@@ -107,13 +114,19 @@ class StopSignal:
             pass
         if number:
             patient = self.patient
-            rest = "stopping after this step" if patient else "the same command resumes"
+            rest = "stopping after this step" if patient else self._promise
             self._answer(f"interrupted by {signal.Signals(number).name}: {rest}")
-            if self.importing:
-                os._exit(RESUMABLE)
+            self._answered.set()
             if not patient and not self._over.wait(GRACE):
                 os._exit(RESUMABLE)
             while os.read(self._pipe[0], 1)[0]:
                 pass
         for end in self._pipe:
             os.close(end)
+
+
+def _in_import(frame: FrameType | None) -> bool:
+    """Whether this frame, or one that called it, imports a module."""
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    return frame is not None

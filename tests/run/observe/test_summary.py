@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 from agentcpm_jax.config import EvalStage, ExperimentConfig, MergeStage, Stage
+from agentcpm_jax.run.evaluation import results_file
 from agentcpm_jax.run.observe.summary import (
     attempts_table,
     differences,
     general_skill,
+    model_results,
     result_lines,
     summarize,
 )
@@ -92,6 +94,15 @@ def test_a_k_above_the_samples_is_refused_before_the_run(tmp_path: Path) -> None
 def test_general_skill_is_the_mean_over_skills() -> None:
     assert general_skill(MODELS["merge"]).value == pytest.approx(0.75)
     assert general_skill(MODELS["rl"]).value == 1.0
+
+
+def test_models_of_the_hub_keep_their_names(tmp_path: Path) -> None:
+    """They come in the order of the stage, and a revision is no point of a sweep."""
+    spec = EvalStage(models=("org/name@v1", "base"))
+    for name in ("base", "org/name@v1", "merge@0.5"):
+        (tmp_path / results_file(name)).write_text("{}")
+    assert list(model_results(tmp_path, spec)) == ["org/name@v1", "base", "merge@0.5"]
+    assert differences(["base", "org/name@v1", "merge@0.5"]) == [("org/name@v1", "base")]
 
 
 def test_sweep_points_are_not_compared() -> None:

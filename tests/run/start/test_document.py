@@ -52,11 +52,28 @@ def test_yaml_leaves_out_what_has_its_default(tmp_path: Path) -> None:
     assert (config.seed, config.episode.max_context, config.tokenizer) == (4, 300, "abc")
 
 
+def test_a_document_leaves_the_shape_to_the_checkpoint(tmp_path: Path) -> None:
+    """To the one of the flags, and for a plan to a published one."""
+    (tmp_path / "my.yaml").write_text(YAML.replace("shipped:sft", "Qwen/Qwen3-4B"))
+    file = f"--config={tmp_path / 'my.yaml'}"
+    assert parse([file, "--explain"]).config.model.num_layers == 36
+    assert parse([file, "--config.stage.rl.init_from=shipped:sft"]).config.model.num_layers == 3
+    with_one = f"{YAML}model: {{num_layers: 4}}\n"
+    (tmp_path / "my.yaml").write_text(with_one)
+    assert "config.model.num_layers is 4" in refused(file)
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         (YAML.replace("eps", "epss"), r"config.stage.rl.optimizer.epss; did you mean 'eps'"),
         (YAML.replace("[rl]", "[r1]"), "did you mean 'rl'"),
+        (YAML.replace("kind: rl", "kind: rll"), "did you mean 'rl'"),
+        (YAML.replace("[rl]", "rl"), "config.stages='rl' is not a list"),
+        (YAML.replace("seed: 4", "seed: 4\nseed: 5"), "the key 'seed' stands twice"),
+        (YAML.replace("seed: 4", "seed: !!python/object:os.system 1"), "cannot be read"),
+        ("stages: [rl]\nstage: [rl]", "config.stage=['rl']; expected a section"),
+        ("stages: [rl]\nstage: {rl: 3}", "config.stage.rl=3; expected a section"),
         ("- a", "holds no keys"),
         ("a: [", "cannot be read"),
     ],
@@ -69,8 +86,34 @@ def test_a_mistake_in_a_document_names_the_file(text: str, said: str, tmp_path: 
 
 
 @pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("c.json", '{"seed": 1, "seed": 2}', "'seed' stands twice"),
+        ("c.json", "null", "holds no keys"),
+        ("c.toml", "seed = 1", "is none of .py, .yaml, .yml, .json"),
+        ("c", "seed: 1", "is none of .py"),
+        ("c.py", "seed = 1", "has no get_config"),
+        ("c.py", "def get_config(:", "is not Python"),
+    ],
+)
+def test_what_is_no_config_file_is_said(name: str, text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    assert said in refused(f"--config={tmp_path / name}")
+
+
+@pytest.mark.parametrize(
     ("argv", "said"),
     [
+        (["--config", "--workdir=x"], "give one --config=FILE"),
+        (["--config=configs/tiny.py", "--config.workdir="], "workdir is empty"),
+        (["--config=configs/tiny.py", "--explain", "--prices=absent"], "--prices=absent: no such"),
+        (["--config=configs/tiny.py", "--config.stagess.rl.x=1"], "did you mean 'stages'"),
+        (["--config=configs/tiny.py", "--config.episode.temprature=1"], "'temperature'"),
+        (["--config=configs/quickstart.py", "--config.stage.merge.method=tiess"], "mean 'ties'"),
+        (
+            ["--config=configs/quickstart.py", "--config.stage.merge.soup=('stage:stf',)"],
+            "did you mean 'sft'",
+        ),
         (["--config=configs/quickstart.py:smok"], "'smok' of .*did you mean 'smoke'"),
         (["--config=configs/tiny.py:asinc"], "did you mean 'async'"),
         (["--config=configs/lora_qwen3_4b.py:T4"], "did you mean 't4'|known: t4, runlocal"),

@@ -31,6 +31,9 @@ def test_the_defaults_agree_with_each_other(kind: str) -> None:
         ([QUICKSTART, "stage.eval.engine.capacity=100"], "capacity=100"),
         ([QUICKSTART, "stage.merge.validation.engine.capacity=100"], "capacity=100"),
         ([QUICKSTART, "stages=()"], "stages is empty"),
+        ([QUICKSTART, "mesh.data=0"], "mesh data 0 .*sizes are at least 1"),
+        ([QUICKSTART, "mesh.slices=0"], "of 0 slices is impossible"),
+        ([QUICKSTART, "stage.merge.method=slerp"], r"merge\.method 'slerp'; use one of linear"),
     ],
 )
 @pytest.mark.parametrize("how", ["", "--doctor", "--explain"])
@@ -61,3 +64,22 @@ def test_a_number_out_of_its_range_is_refused_by_its_key(flag: str) -> None:
     section, _, name = path.rpartition(".")
     assert section in str(error.value) and name in str(error.value)
     assert value.strip("(,)").removesuffix(".0") in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["mesh.tensor=8"], r"mesh.tensor 8 does not divide model.num_heads 4; .* fits is 4"),
+        (["mesh.tensor=3"], r"mesh.tensor 3 does not divide model.num_heads 4"),
+        (["mesh.context=3"], r"mesh.fsdp 1 x mesh.context 3 does not divide model.width 128"),
+        (["mesh.data=3"], r"mesh.data 3 x mesh.fsdp 1 does not divide .*rl.shape.micro_rows 4"),
+        (
+            ["mesh.data=2", "stage.rl.shape.micro_rows=0", "stage.rl.shape.rows=3"],
+            "mesh.data 2 x mesh.fsdp 1 does not divide config.stage.rl.shape.rows 3",
+        ),
+        (["mesh.data=-1"], "mesh data and fsdp are -1"),
+    ],
+)
+def test_a_mesh_that_does_not_split_what_is_trained(flags: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        parse([TINY, *(f"--config.{flag}" for flag in flags)])
