@@ -306,13 +306,15 @@ def newest_snapshot(directories: Iterable[Path]) -> Path | None:
 
 def _say_errors_once() -> None:
     """Keeps the tracebacks of orbax's threads off the screen: what they say is raised as well."""
-    logging.getLogger("absl").addFilter(_is_no_echo)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_is_no_echo)
     if getattr(sys.unraisablehook, "func", None) is not _but_late_ones:
         sys.unraisablehook = partial(_but_late_ones, sys.unraisablehook)
 
 
 def _is_no_echo(record: logging.LogRecord) -> bool:
-    return not (record.exc_info and f"{os.sep}orbax{os.sep}" in record.pathname)
+    orbax = f"{os.sep}orbax{os.sep}"
+    return not (record.exc_info and orbax in record.pathname + record.getMessage())
 
 
 def _but_late_ones(show: Callable[[Any], None], unraisable: Any) -> None:

@@ -342,7 +342,7 @@ TRIALS = (
     Trial("torn_done", "DONE", partial(tear, "rl/DONE"), "is damaged", begun=True, finished=True),
     Trial("held_log", "log", hold_the_log, "holds it: close it there", begun=True,
           child=no_patience),
-    Trial("full_40k", "tokenizer", partial(small, 40 << 10), FULL),
+    Trial("full_40k", "the run's disk", partial(small, 40 << 10), "make room on its disk"),
     Trial("full_300k", "the run's disk", partial(small, 300 << 10), "make room on its disk"),
     Trial("full_2m", "the run's disk", partial(small, 2 << 20), "make room on its disk"),
     Trial("full_4m", "the run's disk", partial(small, 4 << 20), "make room on its disk"),
