@@ -205,6 +205,8 @@ class Checkpointer:
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=self._keep,
                 enable_async_checkpointing=self._async,
+                # Else a directory that cannot be made is waited for, not reported.
+                async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
                 temporary_path_class=_SealedPath,
             )
             self._manager = ocp.CheckpointManager(self.directory, options=options)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -259,6 +261,22 @@ def test_a_full_disk_is_one_line_and_leaves_the_step_before(
     restored = again.restore(abstract_state=make_state(0))
     again.close()
     assert restored is not None and bits(restored.state) == bits(make_state(2))
+
+
+def test_a_directory_that_cannot_be_made_is_said_at_once(tmp_path: Path, monkeypatch) -> None:
+    checkpointer = saved(tmp_path, (1,))
+
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "makedirs", refused)
+    monkeypatch.setattr(os, "mkdir", refused)
+    with pytest.raises(UserError, match="Read-only file system; mount its disk for writing"):
+        checkpointer.save(2, state=make_state(2), config={})
+        checkpointer.wait()
+    monkeypatch.undo()
+    checkpointer.close()
+    assert checkpointer.steps() == [1]
 
 
 def test_another_schema_is_refused_by_name(tmp_path: Path) -> None:
