@@ -64,8 +64,9 @@ class Trial:
 class Place:
     """A file system for one workdir at a time, and the processes that run in it."""
 
-    def __init__(self, scratch: Path, mounts: bool) -> None:
+    def __init__(self, scratch: Path, compiled: Path, mounts: bool) -> None:
         self.scratch, self.disk, self._mounts = scratch, scratch / "disk", mounts
+        self._compiled = str(compiled)
         self.disk.mkdir()
         self._mounted: list[Path] = []
 
@@ -99,7 +100,7 @@ class Place:
         command = [*FLAGS, *steps, f"--workdir={workdir}"]
         with path.open("w") as said:
             if trial is not None and trial.apart:
-                env = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(self.scratch / "compiled")}
+                env = os.environ | {"JAX_COMPILATION_CACHE_DIR": self._compiled}
                 env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
                 words = [sys.executable, str(ROOT / "launch" / "train.py"), *command]
                 code = subprocess.run(words, stdout=said, stderr=said, env=env).returncode
@@ -148,7 +149,7 @@ class Place:
         try:
             os.dup2(output, 1)
             os.dup2(output, 2)
-            jax.config.update("jax_compilation_cache_dir", str(self.scratch / "compiled"))
+            jax.config.update("jax_compilation_cache_dir", self._compiled)
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
             if trial is not None:
                 trial.child()

@@ -13,7 +13,8 @@ file system of its own (tmpfs). Small: the model, four steps of two groups. What
     always  the same command then ends the run, and the weights are bit for bit those of a run that
             nothing happened to
 
-Writes experiments/results/disk_faults.{json,md} after every trial; exits 1 when one is broken.
+Writes experiments/results/disk_faults.{json,md} after every trial; with --only the rows of the
+others stay. Exits 1 when one is broken.
 """
 
 from __future__ import annotations
@@ -46,26 +47,43 @@ def main() -> int:
     )
     parser.add_argument("--only", default="", help="names of trials, with commas between them")
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory of disk_faults.*")
+    parser.add_argument("--compiled", type=Path, help="directory of programs compiled before")
     args = parser.parse_args()
     chosen = [t for t in damages.TRIALS if not args.only or t.name in args.only.split(",")]
-    began, found = time.monotonic(), []
-    args.out.mkdir(parents=True, exist_ok=True)
+    began, report = time.monotonic(), kept(args.out, [t.name for t in chosen])
+    report["commands"].append(" ".join(["python", "experiments/disk_faults.py", *sys.argv[1:]]))
+    before = report["seconds"]
     with tempfile.TemporaryDirectory(prefix="disks-") as scratch:
-        place = damages.Place(Path(scratch), any(trial.mounts for trial in chosen))
+        mounts = any(trial.mounts for trial in chosen)
+        place = damages.Place(Path(scratch), args.compiled or Path(scratch) / "compiled", mounts)
         try:
             begun, whole = place.prepare()
             for trial in chosen:
-                found.append(run(trial, place, begun, whole))
-                report = {
-                    "command": " ".join(["python", "experiments/disk_faults.py", *sys.argv[1:]])
-                }
-                report |= {"trials": found, "seconds": round(time.monotonic() - began)}
-                (args.out / "disk_faults.json").write_text(json.dumps(report, indent=1) + "\n")
-                (args.out / "disk_faults.md").write_text(table(report))
+                report["trials"].append(run(trial, place, begun, whole))
+                report["seconds"] = before + round(time.monotonic() - began)
+                write(args.out, report)
         finally:
             place.close()
     print(table(report))
-    return 1 if any(t["broken"] for t in found) else 0
+    return 1 if any(t["broken"] for t in report["trials"]) else 0
+
+
+def kept(out: Path, names: list[str]) -> dict[str, Any]:
+    """The report that is there, without the trials that are run again."""
+    path = out / "disk_faults.json"
+    if len(names) == len(damages.TRIALS) or not path.exists():
+        return {"commands": [], "trials": [], "seconds": 0}
+    report = json.loads(path.read_text())
+    return report | {"trials": [t for t in report["trials"] if t["name"] not in names]}
+
+
+def write(out: Path, report: dict[str, Any]) -> None:
+    """Both files; trials in the order in which they are listed."""
+    order = [trial.name for trial in damages.TRIALS]
+    report["trials"].sort(key=lambda t: order.index(t["name"]))
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "disk_faults.json").write_text(json.dumps(report, indent=1) + "\n")
+    (out / "disk_faults.md").write_text(table(report))
 
 
 def run(trial: Trial, place: damages.Place, begun: Path, whole: Path) -> dict[str, Any]:
@@ -86,7 +104,7 @@ def run(trial: Trial, place: damages.Place, begun: Path, whole: Path) -> dict[st
             row["broken"] = row["broken"] or f"then exit code {code}: {said[-400:]}"
     except Exception as error:
         row["broken"] = f"{type(error).__name__}: {error}"
-    row["said"] = row["said"].replace(str(workdir), "W")
+    row["said"] = row["said"].replace(str(workdir), "W").replace(sys.executable, "python")
     place.clear()
     return row
 
@@ -107,7 +125,7 @@ def sha(workdir: Path) -> str:
 
 def table(report: dict[str, Any]) -> str:
     """Markdown: a line for every trial."""
-    lines = ["# Damaged and full disks", "", f"`{report['command']}`", ""]
+    lines = ["# Damaged and full disks", "", *(f"`{c}`" for c in report["commands"]), ""]
     lines += [str(__doc__).split("\n\n")[2].strip(), "", str(__doc__).split("\n\n")[3], ""]
     lines += [
         "| trial | what is hit | what is said (W: the workdir) | fix | broken |",
