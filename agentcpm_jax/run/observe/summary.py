@@ -121,7 +121,7 @@ def model_results(directory: Path, spec: EvalStage) -> dict[str, dict[str, Any]]
     found = {names.get(p.name, p.stem): p for p in sorted(directory.glob("*.json"))}
     order = [m for m in spec.models if m in found]
     order += [m for m in found if m not in order]
-    return {name: _stored(found[name], ("greedy", "skills")) for name in order}
+    return {name: _stored(found[name], ()) for name in order}
 
 
 def _stored(path: Path, keys: Sequence[str]) -> dict[str, Any]:
