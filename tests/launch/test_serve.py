@@ -56,16 +56,15 @@ def test_a_tokenizer_with_more_ids_than_rows_is_not_served(tmp_path: Path) -> No
     ],
 )
 def test_another_model_is_refused_without_jax(
-    argv: tuple[str, ...], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    argv: tuple[str, ...], said: str, tmp_path: Path
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     copied(tmp_path, "llama", lambda c: c | {"model_type": "llama"})
     copied(tmp_path, "deep", lambda c: c | {"num_hidden_layers": 4})
     (copied(tmp_path, "mute") / "tokenizer.json").unlink()
     copied(tmp_path, "model")
     file = copied(tmp_path, "other") / "tokenizer.json"
     file.write_text(file.read_text().replace("<|fim_pad|>", "<|renamed|>"))
-    done = mistaken(*argv)
+    done = mistaken(*argv, cwd=tmp_path)
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
     assert not {"jax", "torch", "orbax"} & set(done.stdout.split())
     assert not (tmp_path / "out").exists()

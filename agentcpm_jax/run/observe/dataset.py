@@ -130,7 +130,8 @@ def data_tables(directory: Path) -> list[Table]:
         )
     title = f"{directory.name}: records of {found['path']}"
     counts = tuple(found["counts"].items())
-    tables = [Table(title, ("what became of them", "records"), counts, " ".join(notes))]
+    said = " ".join(f"{note.removesuffix('.')}." for note in notes)
+    tables = [Table(title, ("what became of them", "records"), counts, said)]
     if found["dropped"]:
         title = f"{directory.name}: dropped records"
         tables.append(Table(title, ("reason", "which, and why"), tuple(_dropped(found))))

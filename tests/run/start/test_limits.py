@@ -32,7 +32,7 @@ def test_the_defaults_agree_with_each_other(kind: str) -> None:
         ([QUICKSTART, "stage.merge.validation.engine.capacity=100"], "capacity=100"),
         ([QUICKSTART, "stages=()"], "stages is empty"),
         ([QUICKSTART, "mesh.data=0"], "mesh data 0 .*sizes are at least 1"),
-        ([QUICKSTART, "mesh.slices=0"], "of 0 slices is impossible"),
+        ([QUICKSTART, "mesh.slices=0"], "slices 0 is impossible"),
         ([QUICKSTART, "stage.merge.method=slerp"], r"merge\.method 'slerp'; use one of linear"),
     ],
 )
