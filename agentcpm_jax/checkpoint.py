@@ -1,17 +1,25 @@
 """Checkpoints: parameters, optimiser, loader state and configuration, whole or not at all.
 
 Orbax writes every step into a temporary directory and renames it when all of it is on disk, so a
-killed process leaves the previous step untouched. Nothing here falls back to an older step by
-itself: a checkpoint that cannot be read is reported, with the command that continues without it.
-A step may carry a snapshot of the experience log, which then survives the loss of the log's disk.
+killed process leaves the previous step untouched. Before the rename a manifest with the checksums
+of all files goes in, and a step is restored only if every byte of it is as it was written. Nothing
+here falls back to an older step by itself: a damaged checkpoint is reported, with the command that
+continues without it. A step may carry a snapshot of the experience log, which then survives the
+loss of the log's disk.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
+import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +29,10 @@ import orbax.checkpoint as ocp
 import tensorstore
 from grain.checkpoint import CheckpointRestore, CheckpointSave
 
+from agentcpm_jax.disk import refusals
+from agentcpm_jax.files import sync_directory
 from agentcpm_jax.log.experience import ExperienceLog
+from agentcpm_jax.manifest import MANIFEST, damage, seal
 from agentcpm_jax.types import UserError
 
 #: Version of the content of `meta`; increased when older readers would misread it.
@@ -83,6 +94,7 @@ class Checkpointer:
             an SQLite log, every process must.
 
         Raises:
+          UserError: this step, or the one before, cannot be written: its disk is full, say.
           ValueError: both `loader` and `loader_state`; TypeError: something is not JSON.
         """
         if loader is not None and loader_state is not None:
@@ -95,6 +107,7 @@ class Checkpointer:
             "extra": dict(extra or {}),
             "loader_state": loader_state,
             "log": None if log is None else log.position(),
+            "sealed": True,  # a manifest belongs to it; older releases wrote none
         }
         items: dict[str, Any] = {
             "state": ocp.args.StandardSave(state),
@@ -104,7 +117,8 @@ class Checkpointer:
             items["loader"] = CheckpointSave(loader)
         if log is not None and not log.shared:
             items["log"] = _LogSave(log)  # an item of every process, written by the first
-        return self._writer().save(step, args=ocp.args.Composite(**items), force=True)
+        with self._writing():
+            return self._writer().save(step, args=ocp.args.Composite(**items), force=True)
 
     def restore(
         self,
@@ -124,7 +138,7 @@ class Checkpointer:
           log: must be at least as far as it was when the step was saved.
 
         Raises:
-          UserError: the step is missing, truncated, of another schema, or does not match
+          UserError: the step is missing, damaged, of another schema, or does not match
             `abstract_state`, or `log` is an older one.
         """
         self.wait()
@@ -133,6 +147,7 @@ class Checkpointer:
         path = self.directory / str(step)
         if step not in self.steps():
             raise UserError(f"no checkpoint {path}; finished steps there: {self.steps() or 'none'}")
+        self._check_files(path, "" if abstract_state is not None else "meta/")
         meta = self._read_meta(path)
         if log is not None:
             _check_position(path, log, meta.get("log") or {})
@@ -150,6 +165,7 @@ class Checkpointer:
         path = self.directory / str(step)
         if step not in self.steps():
             raise UserError(f"no checkpoint {path}; finished steps there: {self.steps() or 'none'}")
+        self._check_files(path)
         return self._read_state(path, abstract_part, partial=True)
 
     def latest_step(self) -> int | None:
@@ -164,36 +180,59 @@ class Checkpointer:
         return sorted(int(name) for name in names if name.isdecimal())
 
     def wait(self) -> None:
-        """Waits until the save under way, if any, is on disk; raises its error."""
+        """Waits until the save under way, if any, is on disk; raises its error, as of `save`."""
         if self._manager is not None:
-            self._manager.wait_until_finished()
+            with self._writing():
+                self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Finishes the save under way and releases the background threads."""
+        """Finishes the save under way, as `wait` does, and releases the background threads."""
         if self._manager is not None:
-            self._manager.close()
-            self._manager = None
+            try:
+                self.wait()
+            finally:
+                self._manager.close()
+                self._manager = None
+                self._remove_leftovers()  # of a save that failed, whose last threads ended now
 
     def _writer(self) -> ocp.CheckpointManager:
         # Made by the first save, so that a process that only reads creates nothing and removes
         # nothing.
         if self._manager is None:
             self.directory.mkdir(parents=True, exist_ok=True)
-            if jax.process_index() == 0:
-                for leftover in self.directory.glob("*.orbax-checkpoint-tmp*"):
-                    shutil.rmtree(leftover, ignore_errors=True)
+            self._remove_leftovers()
+            _say_errors_once()
             options = ocp.CheckpointManagerOptions(
-                max_to_keep=self._keep, enable_async_checkpointing=self._async
+                max_to_keep=self._keep,
+                enable_async_checkpointing=self._async,
+                # Else a directory that cannot be made is waited for, not reported.
+                async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+                temporary_path_class=_SealedPath,
             )
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         return self._manager
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Of what cannot be written, removes the part that was: it holds room that is lacking."""
+        try:
+            with refusals(self.directory):
+                yield
+        except UserError:
+            self._remove_leftovers()
+            raise
+
+    def _remove_leftovers(self) -> None:
+        if jax.process_index() == 0:
+            for leftover in self.directory.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(leftover, ignore_errors=True)
 
     def _read_meta(self, path: Path) -> dict[str, Any]:
         try:
             meta = json.loads((path / "meta" / "metadata").read_text())
             schema = meta["schema"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise self._truncated(path, "meta") from error
+            raise self._damaged(path, "meta/metadata cannot be read") from error
         if schema != SCHEMA:
             raise UserError(
                 f"checkpoint {path} has schema {schema}, this version reads {SCHEMA}; "
@@ -203,10 +242,6 @@ class Checkpointer:
 
     def _read_state(self, path: Path, abstract_state: Any, partial: bool = False) -> Any:
         target = jax.tree.map(_abstract, abstract_state)
-        # Checked first: orbax reads in threads of its own, which print tracebacks when a file ends
-        # too early.
-        if (damaged := _damaged(path / "state")) is not None:
-            raise self._truncated(path, damaged)
         try:
             handler = ocp.StandardCheckpointHandler()
             found: Any = handler.metadata(path / "state")  # pyright: ignore[reportArgumentType]
@@ -224,7 +259,8 @@ class Checkpointer:
         except UserError:
             raise
         except Exception as error:  # its type depends on the storage layer that noticed the damage
-            raise self._truncated(path, f"the state ({type(error).__name__})") from error
+            said = f"its state cannot be read ({type(error).__name__})"
+            raise self._damaged(path, said) from error
 
     def _restore_loader(self, path: Path, loader: Any, loader_state: Any) -> None:
         if loader_state is not None:
@@ -236,25 +272,76 @@ class Checkpointer:
             with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
                 reader.restore(path, args=ocp.args.Composite(loader=CheckpointRestore(loader)))
         except (OSError, ValueError) as error:
-            raise self._truncated(path, "loader") from error
+            raise self._damaged(path, "its loader state cannot be read") from error
 
-    def _truncated(self, path: Path, leaf: str) -> UserError:
+    def _check_files(self, path: Path, below: str = "") -> None:
+        """Raises `UserError` unless the files of a step are as they were written."""
+        if said := _damage(path, below):
+            raise self._damaged(path, said)
+
+    def _damaged(self, path: Path, said: str) -> UserError:
         older = [s for s in self.steps() if s < int(path.name)]
+        while older and _damage(self.directory / str(older[-1])):
+            older.pop()
         outcome = f"go on from step {older[-1]}" if older else "start again"
+        worse = [s for s in self.steps() if older[-1:] < [s] and s <= int(path.name)]
+        fix = " ".join(str(self.directory / str(s)) for s in worse)
         return UserError(
-            f"checkpoint {path} is truncated: cannot read {leaf}; "
-            f"delete it (rm -r {path}) to {outcome}"
+            f"checkpoint {path} is damaged: {said}; delete it (rm -r {fix}) to {outcome}"
         )
 
 
 def newest_snapshot(directories: Iterable[Path]) -> Path | None:
-    """The experience log in the newest checkpoint of the first directory that has one."""
+    """The experience log in the newest checkpoint of the first directory that has one.
+
+    Raises `UserError` when it is not as it was written.
+    """
     for directory in directories:
-        for step in reversed(Checkpointer(directory).steps()):
+        checkpoints = Checkpointer(directory)
+        for step in reversed(checkpoints.steps()):
             path = directory / str(step) / "log" / SNAPSHOT
             if path.is_file():
+                checkpoints._check_files(directory / str(step), "log/")
                 return path
     return None
+
+
+def _say_errors_once() -> None:
+    """Keeps the tracebacks of orbax's threads off the screen: what they say is raised as well."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_is_no_echo)
+    if getattr(sys.unraisablehook, "func", None) is not _but_late_ones:
+        sys.unraisablehook = partial(_but_late_ones, sys.unraisablehook)
+
+
+def _is_no_echo(record: logging.LogRecord) -> bool:
+    orbax = f"{os.sep}orbax{os.sep}"
+    return not (record.exc_info and orbax in record.pathname + record.getMessage())
+
+
+def _but_late_ones(show: Callable[[Any], None], unraisable: Any) -> None:
+    """Of several writes that fail, tensorstore tells all but the first to a loop that has ended."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        show(unraisable)
+
+
+_AtomicPath = ocp.path.atomicity.AtomicRenameTemporaryPath
+
+
+class _SealedPath(_AtomicPath):
+    """The directory in which a step grows; complete, it gets a manifest, and then its name."""
+
+    async def finalize(self) -> None:
+        if not self.get_final().name.isdecimal():  # an item of a step
+            await super().finalize()
+            return
+        name = f"{self.get().name}-complete"  # another temporary one, in which orbax is done
+        complete, final = self.get().with_name(name), self.get_final()
+        times = self._checkpoint_metadata_store
+        await _AtomicPath(self.get(), complete, checkpoint_metadata_store=times).finalize()
+        await asyncio.to_thread(seal, Path(complete))
+        os.rename(complete, final)
+        sync_directory(Path(final).parent)
 
 
 class _LogHandler(ocp.CheckpointHandler):
@@ -320,24 +407,38 @@ def _describe(leaf: Any) -> str:
     return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
 
 
-def _damaged(directory: Path) -> str | None:
-    """The file or leaf of a stored state that is cut short, or None. Reads indices, no array."""
+def _damage(path: Path, below: str = "") -> str:
+    """What is wrong with the files of a step; of one without a manifest, whether one is cut short.
+
+    Every process of a job reads all of them: none may go on with what another one refuses.
+    """
+    if (path / MANIFEST).exists():
+        return damage(path, below)
+    try:
+        sealed = json.loads((path / "meta" / "metadata").read_bytes()).get("sealed")
+    except (OSError, ValueError, AttributeError):
+        return "meta/metadata cannot be read"
+    return f"{MANIFEST} is missing" if sealed else _cut_short(path / "state")
+
+
+def _cut_short(directory: Path) -> str:
+    """The file or leaf of a stored state that is cut short, or nothing. Reads indices, no array."""
     for file in (
         directory / "_METADATA",
         directory / "_sharding",
         *(directory / "array_metadatas").glob("*"),
     ):
         if not _is_json(file):
-            return str(file.relative_to(directory))
+            return f"{file.relative_to(directory.parent)} cannot be read"
     try:
         store = tensorstore.KvStore.open(f"file://{directory}/").result()
         for name, data, end in _stored_values(store):
             path = directory / data
             if not path.is_file() or path.stat().st_size < end:
-                return f"leaf {name}"
+                return f"leaf {name} is cut short"
     except (OSError, ValueError):
-        return "the index of its arrays"
-    return None
+        return "the index of its arrays cannot be read"
+    return ""
 
 
 def _is_json(file: Path) -> bool:

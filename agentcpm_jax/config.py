@@ -398,9 +398,14 @@ def read_config(workdir: Path) -> ExperimentConfig:
         raise UserError(f"no run in {workdir}: it has no config.json; give the --workdir of a run")
     try:
         raw = json.loads(file.read_text())
+        if not isinstance(raw, dict):
+            raise ValueError(raw)
     except ValueError as error:
         kind = type(error).__name__
-        raise UserError(f"{file} is not a run's configuration ({kind}); restore it") from None
+        raise UserError(
+            f"{file} is damaged ({kind}); remove it (rm {file}), and the same command goes on with "
+            "what the newest checkpoint says"
+        ) from None
     return config_from_json(raw, file)
 
 

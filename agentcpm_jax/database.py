@@ -6,7 +6,10 @@ log.
 
 from __future__ import annotations
 
+import os
+import sqlite3
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +17,18 @@ import sqlalchemy as sa
 from sqlalchemy import event as sa_event
 from sqlalchemy import exc as sa_exc
 
+from agentcpm_jax.disk import REMEDIES, disk_errno
 from agentcpm_jax.types import UserError
+
+BUSY_SECONDS = 60.0  # that a writer waits for another process
 
 
 class LogUnavailable(UserError):
     """The database cannot be reached or written; a restarted process resumes from it."""
+
+
+class LogBroken(UserError):
+    """What a database file holds is not what was written; only another file helps."""
 
 
 def open_engine(url_or_path: str | Path, durable: bool) -> sa.Engine:
@@ -80,6 +90,37 @@ def clock(conn: sa.Connection) -> float:
     return time.time()
 
 
+def sqlite_remedy(error: BaseException, path: Path) -> str:
+    """What to do about an error of SQLite; empty when it is neither its file's nor its disk's.
+
+    Raises `LogBroken`: the file is damaged.
+    """
+    if not isinstance(error, sqlite3.Error):
+        return ""
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    text = str(error).startswith("Could not decode")  # Python's own error has no code
+    if text or code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+        raise LogBroken(str(error))
+    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        return f"{_holder(path)} holds it: close it there, or end that process"
+    number = disk_errno(error, path)
+    return "" if number is None else REMEDIES[number]
+
+
+def _holder(path: Path) -> str:
+    """The other process that has a lock for writing on a database's files, as Linux knows it."""
+    files = (path, path.with_name(f"{path.name}-shm"))
+    inodes = {str(file.stat().st_ino) for file in files if file.exists()}
+    with suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/locks").read_text().splitlines():
+            _, _, _, kind, pid, where, *_ = line.split()  # a waiting one has an arrow before these
+            held = kind == "WRITE" and where.rpartition(":")[2] in inodes
+            if held and int(pid) not in (os.getpid(), -1, 0):
+                command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ")
+                return f"process {pid} ({command.decode(errors='replace').strip()[:80]})"
+    return f"another program (fuser {path} names it)"
+
+
 def first_line(err: sa_exc.DBAPIError) -> str:
     """The first line of the database's message; the others repeat it."""
     return str(err.orig).strip().split("\n")[0]
@@ -89,7 +130,7 @@ def _prepare_sqlite(engine: sa.Engine, durable: bool) -> None:
     @sa_event.listens_for(engine, "connect")
     def _connect(dbapi: Any, _record: Any) -> None:
         dbapi.isolation_level = None  # no implicit BEGIN: `_begin` sends it
-        dbapi.execute("PRAGMA busy_timeout = 60000")
+        dbapi.execute(f"PRAGMA busy_timeout = {1000 * BUSY_SECONDS:.0f}")
         dbapi.execute("PRAGMA page_size = 16384")  # of a new file: a trajectory is a few pages
         dbapi.execute("PRAGMA journal_mode = WAL")
         # A checkpoint of the WAL waits for the disk, so it is made rarely, for 64 MB at a time.

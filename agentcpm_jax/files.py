@@ -5,8 +5,11 @@ Also the paths of the models that come with the package.
 
 from __future__ import annotations
 
+import errno
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 #: The models in this package, Hugging Face directories made by experiments/make_base.py:
@@ -18,27 +21,71 @@ SHIPPED = {
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file atomically: an older one stays until then. Makes its folder.
+    """Write a file atomically: an older one stays until then, whatever happens. Makes its folder.
 
-    Text is UTF-8; lone surrogates, which models can sample, become question marks.
+    It is on disk, name and content, when this returns. Text is UTF-8; lone surrogates, which models
+    can sample, become question marks. An `OSError` names the file.
     """
     data = content.encode("utf-8", "replace") if isinstance(content, str) else content
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        partial.write_bytes(data)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())  # else the name could be on disk before the content
+            os.replace(partial, path)
+            sync_directory(path.parent)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line; what a full disk or a kill tore off before it stays a line of its own.
+
+    An `OSError` names the file.
+    """
+    with naming(path), path.open("ab+") as file:
+        if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
+            line = "\n" + line
+        file.write(line.encode("utf-8", "replace") + b"\n")
 
 
 def sync_directory(path: Path) -> None:
-    """Fsync a directory, so that names made, renamed or removed in it are on disk."""
+    """Fsync a directory, so that names made, renamed or removed in it are on disk.
+
+    Some network disks cannot: what they do with names is up to them.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
+
+
+def sync_tree(directory: Path) -> None:
+    """Fsync all that lies in a directory, so that it can be given its name."""
+    for path in directory.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    for folder in (directory, *directory.rglob("*/")):
+        sync_directory(folder)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Names the file in an `OSError` of the body that names none: of a write to a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def nearest_existing(path: Path) -> Path:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +24,7 @@ from agentcpm_jax.checkpoint import Checkpointer, newest_snapshot
 from agentcpm_jax.log.experience import ExperienceLog
 from agentcpm_jax.log.snapshots import restore_snapshot
 from agentcpm_jax.types import Task, UserError
+from tests.doubles.full_disk import files_up_to
 
 
 @struct.dataclass
@@ -151,13 +155,72 @@ def test_a_mismatch_names_path_leaf_and_both_shapes(tmp_path: Path, change, word
     assert "resume with the configuration" in str(error.value)
 
 
+def of_before_manifests(step: Path) -> None:
+    """Makes a step what older releases wrote: no manifest, and no word of one."""
+    (step / "manifest.json").unlink()
+    file = step / "meta" / "metadata"
+    meta = json.loads(file.read_text())
+    del meta["sealed"]
+    file.write_text(json.dumps(meta))
+
+
+def flipped(content: bytes) -> bytes:
+    """One bit in the middle is another one."""
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+def test_any_damage_to_any_file_is_refused_and_the_step_before_it_restored(
+    tmp_path: Path, capfd
+) -> None:
+    with ExperienceLog.open(tmp_path / "live.db") as log:
+        log.issue("rl", "train", Task("q", ("a",)), 0, 0)
+        checkpointer = saved(tmp_path, (1, 2), loader_state={"step": 2}, log=log)
+    step, abstract = tmp_path / "2", jax.eval_shape(lambda: make_state(0))
+    names = {str(path.relative_to(step)) for path in step.rglob("*") if path.is_file()}
+    assert {"manifest.json", "meta/metadata", "log/experience.db", "state/_METADATA"} < names
+    for name in names:
+        file = step / name
+        content = file.read_bytes()
+        for damaged in (flipped(content) if content else b"x", content[:-1], b"", None):
+            if damaged == content:
+                continue
+            file.unlink() if damaged is None else file.write_bytes(damaged)
+            with pytest.raises(UserError) as error:
+                checkpointer.restore(abstract_state=abstract)
+            assert name == "manifest.json" or name in str(error.value)
+            assert f"checkpoint {step} is damaged: " in str(error.value)
+            assert f"delete it (rm -r {step}) to go on from step 1" in str(error.value)
+        file.write_bytes(content)
+    (step / "state" / "core").touch()
+    with pytest.raises(UserError, match="state/core does not belong there"):
+        checkpointer.restore(abstract_state=abstract)
+    shutil.rmtree(step)
+    restored = checkpointer.restore(abstract_state=abstract)
+    assert restored is not None and bits(restored.state) == bits(make_state(1))
+    checkpointer.close()
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_damaged_step_is_nothing_to_go_back_to(tmp_path: Path) -> None:
+    checkpointer = saved(tmp_path, (1, 2))
+    for step in ("1", "2"):
+        file = tmp_path / step / "state" / "_METADATA"
+        file.write_bytes(flipped(file.read_bytes()))
+    with pytest.raises(UserError, match=rf"rm -r {tmp_path}/1 {tmp_path}/2\) to start again"):
+        checkpointer.restore(abstract_state=make_state(0))
+    checkpointer.close()
+
+
 def test_every_file_cut_short_or_lost_is_noticed_or_without_effect(tmp_path: Path, capfd) -> None:
+    """Of a step without a manifest, as older releases wrote it."""
     checkpointer = saved(tmp_path, (1, 2))
     abstract, expected = jax.eval_shape(lambda: make_state(0)), bits(make_state(2))
+    of_before_manifests(tmp_path / "2")
     messages = []
     for file in [path for path in (tmp_path / "2").rglob("*") if path.is_file()]:
         content = file.read_bytes()
-        for damaged in (content[: len(content) // 2], b"", None):
+        for damaged in (content[: len(content) // 2], None):
             file.unlink() if damaged is None else file.write_bytes(damaged)
             try:
                 restored = checkpointer.restore(abstract_state=abstract)
@@ -165,15 +228,60 @@ def test_every_file_cut_short_or_lost_is_noticed_or_without_effect(tmp_path: Pat
             except UserError as error:
                 messages.append(str(error))
             file.write_bytes(content)
+    restored = checkpointer.restore(abstract_state=abstract)
     checkpointer.close()
+    assert restored is not None and bits(restored.state) == expected
     text = "\n".join(messages)
-    for damaged_part in ("leaf params.embed", "the index of its arrays", "_METADATA", "meta;"):
-        assert f"checkpoint {tmp_path / '2'} is truncated: cannot read {damaged_part}" in text
-    assert "to go on from step 1" in text and "Traceback" not in capfd.readouterr().err
+    for part in ("leaf params.embed is cut short", "the index", "_METADATA", "meta/metadata"):
+        assert part in text
+    assert f"(rm -r {tmp_path / '2'}) to go on from step 1" in text
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("nbytes", "with_log"), [(200, False), (20_000, False), (20_000, True)])
+def test_a_full_disk_is_one_line_and_leaves_the_step_before(
+    tmp_path: Path, capfd, nbytes: int, with_log: bool
+) -> None:
+    """From the first small file to the arrays and the log: whatever does not fit."""
+    with ExperienceLog.open(tmp_path / "live.db") as log:
+        log.issue("rl", "train", Task("q", ("a",)), 0, 0)
+        checkpointer = saved(tmp_path / "steps", (1,), log=log)
+        with files_up_to(nbytes), pytest.raises(UserError) as error:
+            kept = log if with_log else None
+            checkpointer.save(2, state=make_state(2), config={}, log=kept)
+            checkpointer.wait()
+        checkpointer.close()
+        said = capfd.readouterr().err
+        assert "raise the limit on the size of a file (ulimit -f), then the same" in str(
+            error.value
+        )
+        assert str(tmp_path) in str(error.value) and "Traceback" not in said
+        assert [path.name for path in (tmp_path / "steps").iterdir()] == ["1"]  # room is given back
+        again = saved(tmp_path / "steps", (2,), log=log)
+    restored = again.restore(abstract_state=make_state(0))
+    again.close()
+    assert restored is not None and bits(restored.state) == bits(make_state(2))
+
+
+def test_a_directory_that_cannot_be_made_is_said_at_once(tmp_path: Path, monkeypatch) -> None:
+    checkpointer = saved(tmp_path, (1,))
+
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "makedirs", refused)
+    monkeypatch.setattr(os, "mkdir", refused)
+    with pytest.raises(UserError, match="Read-only file system; mount its disk for writing"):
+        checkpointer.save(2, state=make_state(2), config={})
+        checkpointer.wait()
+    monkeypatch.undo()
+    checkpointer.close()
+    assert checkpointer.steps() == [1]
 
 
 def test_another_schema_is_refused_by_name(tmp_path: Path) -> None:
     checkpointer = saved(tmp_path, (1,))
+    of_before_manifests(tmp_path / "1")
     file = tmp_path / "1" / "meta" / "metadata"
     file.write_text(json.dumps({**json.loads(file.read_text()), "schema": 99}))
     with pytest.raises(UserError, match="schema 99, this version reads 1"):

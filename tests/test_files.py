@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,35 @@ def test_what_cannot_be_written_leaves_the_old_file(
     with pytest.raises(OSError, match="No space"):
         files.write_atomically(path, "new")
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_content_is_on_disk_before_its_name_and_both_before_the_return(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(descriptor: int) -> None:
+        order.append(f"sync {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name[:6]}")
+        fsync(descriptor)
+
+    def renamed(source: Path, target: Path) -> None:
+        order.append("rename")
+        replace(source, target)
+
+    monkeypatch.setattr(files.os, "fsync", synced)
+    monkeypatch.setattr(files.os, "replace", renamed)
+    files.write_atomically(tmp_path / "DONE", "{}")
+    assert order == ["sync .DONE.", "rename", f"sync {tmp_path.name[:6]}"]
+
+
+def test_a_torn_line_stays_apart_from_the_next_one(tmp_path: Path) -> None:
+    path = tmp_path / "lines"
+    files.append_line(path, "one")
+    with path.open("a") as file:
+        file.write("tor")
+    files.append_line(path, "two")
+    assert path.read_text() == "one\ntor\ntwo\n"
 
 
 def test_the_nearest_folder_that_is_there(tmp_path: Path) -> None:

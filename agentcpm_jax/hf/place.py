@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from agentcpm_jax.files import naming, sync_directory, sync_tree
 from agentcpm_jax.hf.card import CARD, LINEAGE
 from agentcpm_jax.hf.companions import FILES
 from agentcpm_jax.hf.files import read_json
@@ -79,21 +80,24 @@ def _check_holds(
 
 @contextlib.contextmanager
 def whole_or_not_at_all(place: Path, check: Callable[[Path], None]) -> Iterator[Path]:
-    """A new directory beside `place`, which takes its place at the end of the block.
+    """A new directory beside `place`, which takes its place at the end of the block, on disk.
 
-    `check` is asked before the work and after it: the place may have been filled meanwhile.
+    `check` is asked before the work and after it: the place may have been filled meanwhile. An
+    `OSError` that names no file names the place.
     """
     check(place)
-    place.parent.mkdir(parents=True, exist_ok=True)
     fresh, old = (place.with_name(f".{place.name}.{w}-{os.getpid()}") for w in ("tmp", "old"))
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir()
-    try:
-        yield fresh
-        check(place)
-        _exchange(fresh, place, old)
-    finally:
+    with naming(place):
+        place.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir()
+        try:
+            yield fresh
+            check(place)
+            sync_tree(fresh)
+            _exchange(fresh, place, old)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
 
 
 def _exchange(fresh: Path, place: Path, old: Path) -> None:
@@ -106,6 +110,7 @@ def _exchange(fresh: Path, place: Path, old: Path) -> None:
         if old.exists():
             old.rename(place)
         raise
+    sync_directory(place.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

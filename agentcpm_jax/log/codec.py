@@ -4,7 +4,8 @@ Format 2: the byte 0x02, then sections, each [u8 method][u32 length][bytes]: the
 the byte planes of each array. Plane k of an array holds byte k of every entry: high planes of
 token ids and log-probabilities compress well, low planes of log-probabilities are noise and are
 kept as they are. Each section is stored in the shortest of three forms: raw, deflated, or only
-entropy-coded (deflate that looks for no repeats). Log-probabilities and versions are stored for
+entropy-coded (deflate that looks for no repeats). At the end stand four bytes, the CRC-32 of all
+before; older releases wrote none, and look at none. Log-probabilities and versions are stored for
 sampled tokens only, and a forked segment does not store the prefix it shares with its parent again,
 so storage is linear in unique tokens. Format 1 is still read.
 """
@@ -83,11 +84,12 @@ def encode_trajectory(traj: Trajectory) -> bytes:
     for name, dtype, _ in _ARRAYS:
         # One array per name over all segments: similar values compress best together.
         sections += _pack_array(np.concatenate([np.empty(0, dtype), *parts[name]]))
-    return b"\x02" + b"".join(sections)
+    blob = b"\x02" + b"".join(sections)
+    return blob + _CRC.pack(zlib.crc32(blob))
 
 
 def decode_trajectory(blob: bytes) -> Trajectory:
-    """Inverse of `encode_trajectory`."""
+    """Inverse of `encode_trajectory`. Raises ValueError and others for a damaged blob."""
     if blob[:1] == b"\x01":
         header, flat = _read_format_1(blob)
     elif blob[:1] == b"\x02":
@@ -183,7 +185,9 @@ def _prefixes(
 def _read_format_2(blob: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     sections = _Sections(blob, at=1)
     header = json.loads(sections.unpack())
-    return header, {name: sections.unpack_array(dtype) for name, dtype, _ in _ARRAYS}
+    arrays = {name: sections.unpack_array(dtype) for name, dtype, _ in _ARRAYS}
+    sections.check()
+    return header, arrays
 
 
 def _read_format_1(blob: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -229,7 +233,7 @@ def _unknown(blob: bytes) -> ValueError:
 # ---- sections and byte planes
 
 _STORED, _DEFLATED = 0, 1
-_HEAD = struct.Struct("<BI")
+_HEAD, _CRC = struct.Struct("<BI"), struct.Struct("<I")
 
 
 def _pack(data: bytes) -> bytes:
@@ -269,12 +273,24 @@ class _Sections:
         self._blob, self._at = memoryview(blob), at
 
     def unpack(self) -> bytes:
-        """The next section. Raises `struct.error` or `zlib.error` when the blob is damaged."""
+        """The next section. Raises ValueError, `struct.error` or `zlib.error` of a damaged blob."""
         method, length = _HEAD.unpack_from(self._blob, self._at)
         start = self._at + _HEAD.size
         data = bytes(self._blob[start : start + length])
         self._at = start + length
-        return zlib.decompress(data, -15) if method == _DEFLATED else data
+        if method != _DEFLATED:
+            return data
+        reader = zlib.decompressobj(-15)
+        data = reader.decompress(data)
+        if not reader.eof or reader.unused_data:
+            raise ValueError("a section does not end where it should")
+        return data
+
+    def check(self) -> None:
+        """Raises ValueError when what was read is not what was written."""
+        rest = self._blob[self._at :]
+        if len(rest) and bytes(rest) != _CRC.pack(zlib.crc32(self._blob[: self._at])):
+            raise ValueError("its checksum is not the one that was written")
 
     def unpack_array(self, dtype: str) -> np.ndarray:
         """The next array, from as many sections as `dtype` has bytes."""

@@ -13,26 +13,36 @@ called from any thread.
 from __future__ import annotations
 
 import json
+import sqlite3
+import struct
 import threading
 import time
+import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy import exc as sa_exc
 
-from agentcpm_jax.database import LogUnavailable, first_line, is_shared, open_engine
+from agentcpm_jax.database import (
+    LogBroken,
+    LogUnavailable,
+    is_shared,
+    open_engine,
+    sqlite_remedy,
+)
 from agentcpm_jax.log import codec
 from agentcpm_jax.log import schema as db
 from agentcpm_jax.log.claims import Claims, check_holds
 from agentcpm_jax.log.schema import Issue, Result, ShipEntry, ShippedCredit
 from agentcpm_jax.log.signals import Signals, listen_postgres, notify
-from agentcpm_jax.log.snapshots import take_snapshot
+from agentcpm_jax.log.snapshots import replacement, take_snapshot
 from agentcpm_jax.types import (
+    Credit,
     Decision,
     ShippedSegment,
     StopReason,
@@ -42,6 +52,7 @@ from agentcpm_jax.types import (
     Verdict,
 )
 
+T = TypeVar("T")
 #: Why the groups of a batch that was recorded and could not be trained were dropped.
 SET_ASIDE = "set_aside"
 
@@ -49,11 +60,14 @@ SET_ASIDE = "set_aside"
 class ExperienceLog:
     """The log of a run. Make one with `open`; `close` it or use it as a context manager.
 
-    Every method raises `LogUnavailable` when the database cannot be reached or written.
+    Every method raises `LogUnavailable` when the database cannot be reached or written, and
+    `LogBroken` when what it reads there is not what was written.
     """
 
-    def __init__(self, engine: sa.Engine, durable: sa.Engine, where: str) -> None:
-        self.where = where
+    def __init__(
+        self, engine: sa.Engine, durable: sa.Engine, where: str, spare: Callable[[], Path | None]
+    ) -> None:
+        self.where, self._spare = where, spare
         self._engine = engine
         self._durable = durable  # its commits survive a power cut: used by `ship`
         self._writing = threading.Lock()
@@ -61,8 +75,13 @@ class ExperienceLog:
         self.claims = Claims(self._read, self._write)
 
     @classmethod
-    def open(cls, url_or_path: str | Path) -> ExperienceLog:
+    def open(
+        cls, url_or_path: str | Path, spare: Callable[[], Path | None] = lambda: None
+    ) -> ExperienceLog:
         """Opens or creates a log; one of an older schema version is migrated.
+
+        Args:
+            spare: the snapshot, if any, that takes the place of a missing SQLite file.
 
         Raises:
             UserError: not a log, not a URL, not reachable, or a log of a newer schema version.
@@ -71,12 +90,14 @@ class ExperienceLog:
         where = engine.url.database or ""
         if is_shared(engine):
             where = engine.url.render_as_string(hide_password=True)
+        log = cls(engine, open_engine(url_or_path, durable=True), where, spare)
         try:
-            db.create_or_check(engine, where)
+            with log._available():
+                db.create_or_check(engine, where)
         except BaseException:
-            engine.dispose()
+            log.close()
             raise
-        return cls(engine, open_engine(url_or_path, durable=True), where)
+        return log
 
     def close(self) -> None:
         self.signals.close()
@@ -107,7 +128,8 @@ class ExperienceLog:
         """Writes a consistent copy to `target`; False for PostgreSQL, which has its own backups."""
         if self.shared:
             return False
-        take_snapshot(Path(self.where), target)
+        with self._available():
+            take_snapshot(Path(self.where), target)
         return True
 
     # ---- issuing
@@ -307,19 +329,21 @@ class ExperienceLog:
         with self._read() as conn:
             task = conn.scalar(sa.select(db.issue.c.task).where(db.issue.c.issue_id == issue_id))
             query = (
-                sa.select(c.payload).where(c.issue_id == issue_id, db.is_last()).order_by(c.sample)
+                sa.select(c.issue_id, c.payload)
+                .where(c.issue_id == issue_id, db.is_last())
+                .order_by(c.sample)
             )
-            blobs = conn.scalars(query).all()
+            rows = conn.execute(query).all()
         if task is None:
             raise KeyError(f"issue {issue_id} is not in {self.where}")
-        trajectories = tuple(codec.decode_trajectory(blob) for blob in blobs)
+        trajectories = tuple(map(self._trajectory, rows))
         return TrajectoryGroup(issue_id, Task.from_json(json.loads(task)), trajectories)
 
     def attempts(self, issue_id: int) -> list[Trajectory]:
         """Every recorded attempt of an issue, by sample and attempt."""
         c = db.trajectory.c
-        query = sa.select(c.payload).where(c.issue_id == issue_id).order_by(c.sample, c.attempt)
-        return [codec.decode_trajectory(row.payload) for row in self._all(query)]
+        query = sa.select(c.issue_id, c.payload).where(c.issue_id == issue_id)
+        return list(map(self._trajectory, self._all(query.order_by(c.sample, c.attempt))))
 
     def decisions(self, issue_id: int) -> list[Decision]:
         """The filters' decisions about a group, in the order in which they were made."""
@@ -341,14 +365,14 @@ class ExperienceLog:
         with self._read() as conn:
             rows = conn.execute(sa.select(db.shipped).where(*here).order_by(c.ordinal)).all()
             blobs = conn.execute(payloads).all() if rows else []
-        found = {(b.issue_id, b.sample): codec.decode_trajectory(b.payload).segments for b in blobs}
+        found = {(b.issue_id, b.sample): self._trajectory(b).segments for b in blobs}
         return [
             ShippedSegment(
                 r.issue_id,
                 r.sample,
                 r.segment,
                 found[r.issue_id, r.sample][r.segment],
-                codec.decode_credit(r.credit),
+                self._credit(r),
             )
             for r in rows
         ]
@@ -358,7 +382,7 @@ class ExperienceLog:
         c = db.shipped.c
         query = sa.select(db.shipped).where(c.issue_id == issue_id).order_by(c.ordinal)
         return {
-            (r.sample, r.segment): ShippedCredit(r.step, r.ordinal, codec.decode_credit(r.credit))
+            (r.sample, r.segment): ShippedCredit(r.step, r.ordinal, self._credit(r))
             for r in self._all(query)
         }
 
@@ -464,12 +488,38 @@ class ExperienceLog:
     def _available(self) -> Iterator[None]:
         try:
             yield
-        except (sa_exc.OperationalError, sa_exc.InterfaceError) as err:
-            fix = "start the database" if self.shared else "make room on its disk"
+        except (sa_exc.DBAPIError, sqlite3.Error) as err:
+            cause = err if isinstance(err, sqlite3.Error) else err.orig
+            try:
+                fix = sqlite_remedy(cause, Path(self.where))
+            except LogBroken as broken:
+                raise self._broken(str(broken)) from err
+            if not fix and not isinstance(err, sa_exc.OperationalError | sa_exc.InterfaceError):
+                raise
+            if not fix:
+                fix = "start the database" if self.shared else "give it back this run's own file"
+            said = str(cause).strip().partition("\n")[0]  # the other lines repeat it
             raise LogUnavailable(
-                f"experience log {self.where}: {first_line(err)}; {fix}, then the same command "
-                "resumes"
+                f"experience log {self.where}: {said}; {fix}, then the same command resumes"
             ) from err
+
+    def _trajectory(self, row: Any) -> Trajectory:
+        return self._decoded(codec.decode_trajectory, row.payload, row.issue_id)
+
+    def _credit(self, row: Any) -> Credit:
+        return self._decoded(codec.decode_credit, row.credit, row.issue_id)
+
+    def _decoded(self, decode: Callable[[bytes], T], blob: bytes, issue_id: int) -> T:
+        try:
+            return decode(blob)
+        except (ValueError, KeyError, TypeError, IndexError, struct.error, zlib.error) as error:
+            raise self._broken(f"a row of issue {issue_id} is damaged ({error})") from error
+
+    def _broken(self, said: str) -> LogBroken:
+        fix = "restore the database from a backup"
+        if not self.shared:
+            fix = replacement(self.where, self._spare())
+        return LogBroken(f"experience log {self.where}: {said}; {fix}")
 
     @contextmanager
     def _write(

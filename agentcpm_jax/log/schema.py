@@ -153,7 +153,7 @@ def create_or_check(engine: sa.Engine, where: str) -> None:
     """Creates the tables of a new log and migrates an old one.
 
     Raises:
-        UserError: not a database, not reachable, or a log of a newer schema version.
+        UserError: not reachable, or a log of a newer schema version. DBAPIError of SQLite.
     """
     try:
         with engine.connect().execution_options(writes=True) as conn, conn.begin():
@@ -167,9 +167,9 @@ def create_or_check(engine: sa.Engine, where: str) -> None:
             elif found < SCHEMA_VERSION:  # 1 -> 2 added a table, which `create_all` has made
                 conn.execute(sa.update(meta).values(value=str(SCHEMA_VERSION)))
     except sa_exc.DBAPIError as err:
-        fix = "start the server and check host, user and database of the URL"
         if not is_shared(engine):
-            fix = "give the path of an experience.db or of a file that does not exist yet"
+            raise
+        fix = "start the server and check host, user and database of the URL"
         raise UserError(f"experience log {where}: {first_line(err)}; {fix}") from err
     if found > SCHEMA_VERSION:
         raise UserError(

@@ -17,6 +17,8 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from agentcpm_jax.files import naming, sync_directory
+
 #: Network file systems, and those of user-space programs (gcsfuse, s3fs, sshfs: `fuse.*`).
 REMOTE = re.compile(
     r"nfs\d?|cifs|smb\w*|9p|afs|ceph|lustre|gpfs|beegfs\w*|glusterfs|virtiofs|fuse(\..+)?"
@@ -85,10 +87,20 @@ def restore_snapshot(snapshot: Path, database: Path) -> None:
     """Replaces the live database with a snapshot, atomically."""
     database.parent.mkdir(parents=True, exist_ok=True)
     arriving = database.with_name(f".{database.name}.arriving")
-    _copy_durably(snapshot, arriving)
-    for part in ("-wal", "-shm"):  # of a database that is gone
-        database.with_name(database.name + part).unlink(missing_ok=True)
-    os.replace(arriving, database)
+    try:
+        _copy_durably(snapshot, arriving)
+        for part in ("-wal", "-shm"):  # of a database that is gone
+            database.with_name(database.name + part).unlink(missing_ok=True)
+        os.replace(arriving, database)
+        sync_directory(database.parent)
+    finally:
+        arriving.unlink(missing_ok=True)
+
+
+def replacement(database: str | Path, spare: Path | None) -> str:
+    """What to do about a damaged log whose newest snapshot is `spare`."""
+    then = f"the snapshot {spare} takes its place" if spare else "start again elsewhere"
+    return f"move it away (mv {database} {database}.broken), and {then}"
 
 
 def _local_directory(mounts: Path) -> Path:
@@ -99,7 +111,7 @@ def _local_directory(mounts: Path) -> Path:
 
 
 def _copy_durably(source: Path, target: Path) -> None:
-    with source.open("rb") as reader, target.open("wb") as writer:
+    with naming(target), source.open("rb") as reader, target.open("wb") as writer:
         shutil.copyfileobj(reader, writer, 1 << 20)
         writer.flush()
         os.fsync(writer.fileno())

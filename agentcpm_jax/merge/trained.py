@@ -17,6 +17,7 @@ import numpy as np
 
 from agentcpm_jax.hf.files import TensorInfo, as_bytes, read_json, transpose_into
 from agentcpm_jax.hf.names import check_shape, file_shape, file_tensors, stacked
+from agentcpm_jax.manifest import MANIFEST, damage
 from agentcpm_jax.types import UserError
 
 
@@ -33,6 +34,8 @@ class TrainingStep:
 
     def __init__(self, directory: Path):
         self.directory = directory
+        if (directory / MANIFEST).exists() and (said := damage(directory)):
+            raise UserError(f"{directory} is damaged: {said}; use another step")
         self.files = sorted(p for p in (directory / "state").rglob("*") if p.is_file())
         self.tensors: dict[str, TensorInfo] = {}
         self._arrays: dict[str, Any] = {}  # parameter path -> tensorstore array

@@ -28,6 +28,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from agentcpm_jax.disk import REMEDIES, disk_errno
 from agentcpm_jax.ranges import check_choice, check_seconds
 from agentcpm_jax.rewards.grade import ABSTENTION, DISAGREEMENT, Judgement
 from agentcpm_jax.types import Task, Trajectory, UserError, Verdict
@@ -168,7 +169,8 @@ class JudgeCache:
                 db.execute("PRAGMA journal_mode=WAL")
                 db.execute(_TABLE)
         except (OSError, sqlite3.Error) as error:
-            raise UserError(f"judge cache {path}: {error}; remove the file") from None
+            fix = REMEDIES.get(disk_errno(error, path) or 0, "remove the file")
+            raise UserError(f"judge cache {path}: {error}; {fix}") from None
 
     def get(self, key: str) -> Verdict | None:
         """The verdict stored under `key`."""

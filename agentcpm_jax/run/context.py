@@ -152,8 +152,8 @@ def open_context(
         chat, digest = check_models(cfg, workdir, used), tokenizer_digest(used)
         changed = check_config(cfg, workdir)
         made, claimed = workdir / "tokenizer", (workdir / RUN_CONFIG).exists()
-        if not cfg.tokenizer and is_main() and not (made.exists() and claimed):
-            shutil.rmtree(made, ignore_errors=True)  # of a start that came to nothing
+        if not cfg.tokenizer and is_main() and not (claimed and _is_copy(made, digest)):
+            shutil.rmtree(made, ignore_errors=True)  # of a start that came to nothing, or damaged
             shutil.copytree(used, made)
         tokenizer = find_model(cfg.tokenizer or made)
     watchdog = Watchdog(cfg.hang_seconds, announce, workdir)
@@ -168,6 +168,13 @@ def open_context(
     cfg = replace(cfg, model=model)
     said = {"announce": announce, "claim": own, "watchdog": watchdog}
     return RunContext(cfg, workdir, tokenizer, chat, log, progress, stop, mesh, **said)
+
+
+def _is_copy(directory: Path, digest: str) -> bool:
+    try:
+        return directory.is_dir() and tokenizer_digest(directory) == digest
+    except (UserError, ValueError):  # its chat template cannot be read
+        return False
 
 
 def _own(cfg: ExperimentConfig, workdir: Path, tokenizer: str) -> None:
@@ -186,14 +193,16 @@ def open_log(
     place = locate_log(workdir, cfg.log_url)
     if place.note:
         announce(place.note)
-    live = Path(place.url)
-    if not cfg.log_url and not live.exists():
-        stages = [workdir / stage.name / "checkpoints" for stage in reversed(cfg.stages)]
-        snapshot = newest_snapshot(stages)
-        if snapshot is not None:
-            restore_snapshot(snapshot, live)
-            announce(f"{live} was not there: restored from {snapshot}")
-    return ExperienceLog.open(place.url)
+    live, spare = Path(place.url), partial(newest_log, cfg, workdir)
+    if not cfg.log_url and not live.exists() and (snapshot := spare()) is not None:
+        restore_snapshot(snapshot, live)
+        announce(f"{live} was not there: restored from {snapshot}")
+    return ExperienceLog.open(place.url, spare)
+
+
+def newest_log(cfg: ExperimentConfig, workdir: Path) -> Path | None:
+    """The newest snapshot of a run's log. Raises `UserError` when it is damaged."""
+    return newest_snapshot([workdir / stage.name / "checkpoints" for stage in reversed(cfg.stages)])
 
 
 def _no_log() -> ExperienceLog:

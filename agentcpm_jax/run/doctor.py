@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -27,14 +28,14 @@ import jax
 from agentcpm_jax import tree
 from agentcpm_jax.chat.format import ChatFormat
 from agentcpm_jax.config import ExperimentConfig, RLStage, Stage, outside_models
-from agentcpm_jax.database import try_writing
+from agentcpm_jax.database import LogBroken, sqlite_remedy, try_writing
 from agentcpm_jax.files import nearest_existing, size_text
 from agentcpm_jax.hf.companions import tokenizer_file
 from agentcpm_jax.hf.files import sha256_of
 from agentcpm_jax.hf.locate import find_model
 from agentcpm_jax.hf.shape import check_weights, shape_text, where_said
 from agentcpm_jax.hf.tokenizer import load_chat
-from agentcpm_jax.log.snapshots import locate_log
+from agentcpm_jax.log.snapshots import locate_log, replacement
 from agentcpm_jax.model import params as model_params
 from agentcpm_jax.model.config import to_hf_config
 from agentcpm_jax.model.params import param_specs
@@ -46,6 +47,7 @@ from agentcpm_jax.rewards.judge import JudgeConfig, judge_prompt, parse_verdict
 from agentcpm_jax.rollout.endpoint import ChatEndpoint
 from agentcpm_jax.rollout.policy import ChatPolicy, Finish
 from agentcpm_jax.run.commandline import Command
+from agentcpm_jax.run.context import newest_log
 from agentcpm_jax.run.custom import make_tools
 from agentcpm_jax.run.engines import probe_logprobs, weights_name, weights_place
 from agentcpm_jax.run.multihost import is_main
@@ -213,12 +215,12 @@ def _database(cfg: ExperimentConfig, workdir: Path) -> str:
     """Writes to the database and rolls back."""
     place = locate_log(workdir, cfg.log_url)
     if not cfg.log_url:
-        return _sqlite(Path(place.url))
+        return _sqlite(Path(place.url), partial(newest_log, cfg, workdir))
     shown, skew = try_writing(place.url)
     return f"{shown} takes writes; {_check_skew(shown, skew)}"
 
 
-def _sqlite(path: Path) -> str:
+def _sqlite(path: Path, spare: Callable[[], Path | None]) -> str:
     new = not path.exists()
     with (
         tempfile.TemporaryDirectory(dir=nearest_existing(path.parent))
@@ -235,7 +237,10 @@ def _sqlite(path: Path) -> str:
                 conn.execute("CREATE TABLE doctor (x INTEGER)")
                 conn.execute("ROLLBACK")
         except sqlite3.Error as error:
-            fix = "end the process that holds it, or make its directory writable"
+            try:
+                fix = sqlite_remedy(error, path) or "make its directory writable"
+            except LogBroken:
+                fix = replacement(path, spare())
             raise UserError(f"{path}: {error}; {fix}") from None
     return f"{path} takes writes"
 

@@ -164,6 +164,8 @@ def probe_logprobs(params: Any, model: ModelConfig, length: int = 32):
 
 def _run_id(path: Path) -> str:
     """A random id of the stage directory: two runs of one name must not share their weights."""
-    if not path.exists():
-        write_atomically(path, secrets.token_hex(4))
-    return path.read_text().strip()
+    stored = path.read_bytes() if path.exists() else b""
+    if not re.fullmatch(rb"[0-9a-f]{8}", stored.strip()):  # new, or torn: then by another name
+        stored = secrets.token_hex(4).encode()
+        write_atomically(path, stored)
+    return stored.decode().strip()

@@ -7,9 +7,11 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from agentcpm_jax.config import ExperimentConfig, Stage
+from agentcpm_jax.disk import read_state, refusals
 from agentcpm_jax.files import write_atomically
 from agentcpm_jax.plan.explain import naming_what_is_too_large
 from agentcpm_jax.run.context import RunContext, open_context
@@ -53,12 +55,12 @@ def run_experiment(
     check_data(cfg, place)
     with nullcontext(stop) if stop else StopSignal() as stop, ExitStack() as ending:
         decide("owner", lambda: ending.enter_context(owned(place, announce)))
+        ending.enter_context(refusals(place))
         ctx = open_context(cfg, place, progress, stop, announce)
         ctx = replace(ctx, accept_data=accept_data)
         with ctx.log:
             for stage in cfg.stages:
-                done = ctx.directory(stage) / "DONE"
-                if decide(f"{stage.name}/done", done.exists):
+                if decide(f"{stage.name}/done", partial(is_done, ctx.directory(stage))):
                     ctx.announce(f"{stage.name}: done before, skipped")
                     continue
                 started = time.monotonic()
@@ -85,6 +87,13 @@ def run_stage(ctx: RunContext, stage: Stage) -> bool:
         return True
     alone = {"merge": run_merge, "eval": run_eval}[stage.kind]
     return decide(f"{stage.name}/end", lambda: alone(ctx, stage)) is not False
+
+
+def is_done(directory: Path) -> bool:
+    """Whether a stage is complete. Raises `UserError`: its DONE is damaged."""
+    path = directory / "DONE"
+    fix = f"remove it (rm {path}), and the same command ends the stage again"
+    return path.exists() and bool(read_state(path, ("stage", "seconds"), fix))
 
 
 def mark_done(ctx: RunContext, stage: Stage, seconds: float) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from agentcpm_jax.config import ExperimentConfig, RLStage, Stage
 from agentcpm_jax.database import LogUnavailable
+from agentcpm_jax.disk import refusals
 from agentcpm_jax.engine.config import check_capacity
 from agentcpm_jax.engine.local import LocalEngine
 from agentcpm_jax.log.experience import ExperienceLog
@@ -50,7 +51,7 @@ def run_worker(
     """
     check_worker(cfg, workdir)
     handed_in = 0
-    with StopSignal() as stop:
+    with StopSignal() as stop, refusals(workdir):
         ctx = open_context(cfg, workdir, silent, stop, announce)
         with ctx.log:
             for stage in cfg.stages:

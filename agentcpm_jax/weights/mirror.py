@@ -17,14 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from agentcpm_jax.files import size_text
+from agentcpm_jax.disk import refusals
+from agentcpm_jax.files import size_text, sync_directory, write_atomically
+from agentcpm_jax.manifest import CHECKSUM, MANIFEST, checksum
 from agentcpm_jax.types import UserError
 from agentcpm_jax.weights.store import (
-    CHECKSUM,
-    MANIFEST,
     STABLE,
     WeightsRoot,
-    checksum,
     folders,
     manifest,
     open_root,
@@ -102,7 +101,8 @@ class Mirror:
 
     def _run(self, name: str, version: int, pull: Pull) -> None:
         try:
-            path = self._copy(name, version, pull)
+            with refusals(self.directory, "then ask again"):
+                path = self._copy(name, version, pull)
             pull.path, pull.state = str(path), "ready"
         except UserError as error:
             pull.reason, pull.state = str(error), "failed"
@@ -128,8 +128,9 @@ class Mirror:
                 pull.done += size
 
             self._fetch(place, f"{place.version(version)}/{file}", work / file, expected, count)
-        (work / MANIFEST).write_text(json.dumps(content))
+        write_atomically(work / MANIFEST, json.dumps(content))
         os.rename(work, target)
+        sync_directory(target.parent)
         (target / STABLE).touch()
         for path in self._removable((name, version))[: 1 - KEEP]:
             _remove(path)

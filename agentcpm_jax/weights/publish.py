@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from agentcpm_jax.disk import REMEDIES, disk_errno
 from agentcpm_jax.hf.load import load_hf
 from agentcpm_jax.hf.save import directory_contents
 from agentcpm_jax.model import lora
@@ -68,11 +70,14 @@ def publish_version(
             writer.write(name, [text.encode()])
         writer.commit({"model": dataclasses.asdict(cfg), "dtype": saved})
     except BaseException as error:
-        writer.discard()
-        if isinstance(error, OSError):
-            fix = "free some space or name another pool.weights_dir"
-            raise UserError(f"weights cannot be written to {root}: {error}; {fix}") from None
-        raise
+        with suppress(OSError):  # a disk that fails
+            writer.discard()
+        number = disk_errno(error, root)
+        if number is None and not isinstance(error, OSError):
+            raise
+        fix = REMEDIES.get(number or 0, "see that its store is there")
+        fix += " or name another pool.weights_dir, then the same command resumes"
+        raise UserError(f"weights cannot be written to {root}: {error}; {fix}") from None
     return True
 
 

@@ -12,7 +12,6 @@ nor after the version was collected. One process publishes into a root.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -23,19 +22,15 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import fsspec
-import xxhash
 from fsspec.implementations.local import LocalFileSystem
 
 from agentcpm_jax.files import sync_directory
+from agentcpm_jax.manifest import CHECKSUM, MANIFEST, checksum, differs
 from agentcpm_jax.types import UserError
 
 SCHEMA = 3
-WEIGHTS, MANIFEST, STABLE = "weights", "manifest.json", "STABLE"
+WEIGHTS, STABLE = "weights", "STABLE"
 FLUSH_BYTES = 128 << 20
-#: Against damage, not against forgery; ten times as fast as sha256, which would cost more CPU than
-#: all the rest of a publication.
-CHECKSUM = "xxh3_128"
-checksum = xxhash.xxh3_128
 _FOLDER = re.compile(r"\.?v(\d{6})(\..*)?")  # of a version, or of one that is being written
 
 
@@ -115,7 +110,14 @@ def manifest(root: str | Path, version: int) -> dict[str, Any]:
     if not place.fs.exists(f"{directory}/{STABLE}"):
         there = versions(root) or "none"
         raise UserError(f"no stable weights {directory}; versions there: {there}")
-    found = json.loads(place.fs.cat_file(f"{directory}/{MANIFEST}"))
+    try:
+        found = json.loads(place.fs.cat_file(f"{directory}/{MANIFEST}"))
+        found["files"].items()
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(
+            f"weights {directory} are damaged: {MANIFEST} cannot be read; remove them: the trainer "
+            "publishes its weights anew"
+        ) from None
     if found.get("schema") != SCHEMA:
         raise UserError(
             f"weights {directory} have schema {found.get('schema')}, this version reads {SCHEMA}; "
@@ -126,17 +128,11 @@ def manifest(root: str | Path, version: int) -> dict[str, Any]:
 
 def check_file(path: Path, expected: Mapping[str, Any]) -> None:
     """Size and checksum against the manifest's. Raises `UserError`."""
-    size = path.stat().st_size if path.exists() else 0
-    if size != expected["bytes"] or _checksum_of(path) != expected[CHECKSUM]:
+    if said := differs(path, expected["bytes"], expected[CHECKSUM]):
         raise UserError(
-            f"weights {path} are damaged: {size} bytes, {expected['bytes']} expected, or another "
-            f"checksum than {MANIFEST}'s; remove {path.parent} and load another version"
+            f"weights {path} are damaged: the file {said}; remove {path.parent} and load another "
+            "version"
         )
-
-
-def _checksum_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, checksum).hexdigest()
 
 
 class VersionWriter:

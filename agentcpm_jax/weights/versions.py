@@ -48,10 +48,24 @@ class VersionStore:
                     "begin again in another --workdir"
                 )
             if version in stable:
-                self._recent[version] = load_version(self._directory, version)
+                self._recent[version] = self._load(version)
                 break
             await asyncio.sleep(0.01)
         return self._recent[version]
+
+    def _load(self, version: int) -> Any:
+        """Raises `UserError`: it is damaged. What computed it is in the log and in checkpoints."""
+        try:
+            return load_version(self._directory, version)
+        except UserError as error:
+            later = [self._directory / store.version_folder(version)]
+            for step in (self._directory / "checkpoints").glob("*"):
+                later += [step] if step.name.isdecimal() and int(step.name) > version else []
+            said = str(error).partition("; ")[0]
+            raise UserError(
+                f"{said}; remove it and the checkpoints after it (rm -r "
+                f"{' '.join(map(str, sorted(later)))}), and the same command computes it again"
+            ) from None
 
     def collect_garbage(self, keep_from: int) -> None:
         """Forget versions below `keep_from`."""

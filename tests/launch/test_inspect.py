@@ -88,7 +88,7 @@ def test_damaged_and_missing_checkpoints(fails: Fails, run: Path) -> None:
         if file.is_file():
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     line = fails("replay", run, "--step", 3)
-    assert "checkpoints/2" in line and "truncated" in line
+    assert "checkpoints/2 is damaged: " in line and "bytes" in line
 
 
 def test_a_log_that_ends_before_the_metrics(fails: Fails, run: Path) -> None:

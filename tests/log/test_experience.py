@@ -9,15 +9,20 @@ import random
 import shutil
 import signal
 import sqlite3
+import struct
 import subprocess
 import sys
 import threading
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import sqlalchemy as sa
 
+from agentcpm_jax import database
+from agentcpm_jax.database import LogBroken, LogUnavailable
 from agentcpm_jax.log import schema
 from agentcpm_jax.log.codec import (
     decode_credit,
@@ -43,6 +48,7 @@ from agentcpm_jax.types import (
     UserError,
     Verdict,
 )
+from tests.doubles.full_disk import files_up_to
 
 
 def task(n: int = 0) -> Task:
@@ -143,6 +149,19 @@ def test_blobs_are_exact_to_the_bit() -> None:
     credit = decode_credit(encode_credit(np.float32([0.1, -0.0, np.inf]), np.bool_([1, 0, 1])))
     assert credit.advantage.tobytes() == np.float32([0.1, -0.0, np.inf]).tobytes()
     assert credit.keep.tolist() == [True, False, True] and credit.keep.dtype == bool
+
+
+def test_a_flipped_bit_is_no_other_trajectory() -> None:
+    """Nor another credit; a blob of an older release has no checksum and is read."""
+    blob = encode_trajectory(trajectory())
+    credit = encode_credit(np.float32([0.1, 0.2]), np.bool_([1, 0]))
+    assert_same(trajectory(), decode_trajectory(blob[:-4]))
+    for whole, decode in ((blob, decode_trajectory), (credit, decode_credit)):
+        for at in range(len(whole)):
+            damaged = whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :]
+            with pytest.raises((ValueError, struct.error, zlib.error)):
+                decode(damaged)
+                pytest.fail(f"byte {at} of {len(whole)}")
 
 
 def test_storage_is_linear_in_unique_tokens() -> None:
@@ -318,6 +337,81 @@ def test_a_log_of_another_schema_or_no_log_at_all_is_one_clear_line(tmp_path: Pa
         ExperienceLog.open(":memory:")
     with pytest.raises(UserError, match="nosuch"):
         ExperienceLog.open("nosuch://host/db")
+
+
+def broken_file(where: Path) -> None:
+    where.write_bytes(b"\xaa" * 40_000)
+
+
+def broken_pages(where: Path) -> None:
+    """All but the first, which holds the schema."""
+    size = where.stat().st_size
+    with where.open("r+b") as file:
+        file.seek(16384)
+        file.write(b"\xaa" * (size - 16384))
+
+
+def broken_trajectory(where: Path) -> None:
+    with sqlite3.connect(where) as raw:
+        (blob,) = raw.execute("SELECT payload FROM trajectory").fetchone()
+        raw.execute("UPDATE trajectory SET payload = ?", (blob[:200] + b"!" + blob[201:],))
+    raw.close()
+
+
+def broken_text(where: Path) -> None:
+    with sqlite3.connect(where) as raw:
+        raw.execute("UPDATE issue SET reason = CAST(x'FFFE' AS TEXT)")
+    raw.close()
+
+
+@pytest.mark.parametrize("damage", [broken_file, broken_pages, broken_trajectory, broken_text])
+def test_a_broken_log_points_to_its_snapshot(tmp_path: Path, damage: Callable) -> None:
+    where, spare = tmp_path / "e.db", tmp_path / "spare.db"
+    with ExperienceLog.open(where) as log:
+        i = log.issue("rl", "train", task(0), 0, 0)
+        log.record_trajectory(trajectory(i))
+        log.snapshot(spare)
+    damage(where)
+    for found, then in (spare, f"the snapshot {spare} takes its place"), (None, "start again"):
+        with pytest.raises(LogBroken) as error, ExperienceLog.open(where, lambda: found) as log:  # noqa: B023
+            log.issues("rl")
+            log.load_group(i)
+        said = str(error.value)
+        assert said.startswith(f"experience log {where}: ") and "\n" not in said
+        assert f"; move it away (mv {where} {where}.broken), and {then}" in said
+
+
+def test_a_locked_log_names_the_process_that_holds_it(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(database, "BUSY_SECONDS", 0.1)
+    where = tmp_path / "e.db"
+    code = (
+        "import sqlite3, sys, time; c = sqlite3.connect(sys.argv[1], isolation_level=None); "
+        "c.execute('BEGIN IMMEDIATE'); print('held', flush=True); time.sleep(60)"
+    )
+    with ExperienceLog.open(where) as log:
+        command = [sys.executable, "-c", code, str(where)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+            assert other.stdout is not None and other.stdout.readline() == "held\n"
+            with pytest.raises(LogUnavailable) as error:
+                log.issue("rl", "train", task(0), 0, 0)
+            other.kill()
+        said = str(error.value)
+        assert "database is locked" in said and f"process {other.pid} ({sys.executable}" in said
+        assert "close it there, or end that process, then the same command resumes" in said
+        log.issue("rl", "train", task(0), 0, 0)  # and so it does
+
+
+def test_a_full_disk_says_so_and_the_log_goes_on_when_there_is_room(tmp_path: Path) -> None:
+    where = tmp_path / "e.db"
+    with ExperienceLog.open(where) as log:
+        with files_up_to(64 << 10), pytest.raises(LogUnavailable) as error:
+            for ordinal in range(1000):
+                log.issue("rl", "train", task(ordinal), 0, ordinal)
+        assert f"experience log {where}: " in str(error.value)
+        assert "raise the limit on the size of a file" in str(error.value)
+        count = len(log.issues("rl"))
+        log.issue("rl", "train", task(0), 0, count)
+        assert len(log.issues("rl")) == count + 1
 
 
 def test_a_log_of_an_older_release_is_read_and_migrated(tmp_path: Path) -> None:

@@ -291,6 +291,11 @@ def test_a_training_checkpoint_is_an_input(base, tmp_path):
     steps.close()
     for data in (step / "state" / "ocdbt.process_0" / "d").iterdir():
         data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+    with pytest.raises(
+        UserError, match=r"is damaged: state/.* bytes, \d+ were written; use another"
+    ):
+        TrainingStep(step)
+    (step / "manifest.json").unlink()  # older releases wrote none
     with (
         pytest.raises(UserError, match=r"parameter .* (is truncated|cannot be read)"),
         TrainingStep(step) as damaged,

@@ -169,7 +169,7 @@ def test_a_database_that_another_process_writes(tmp_path: Path, monkeypatch) -> 
         assert findings(configured(), tmp_path)["database"].ok
         c.execute("BEGIN EXCLUSIVE")
         found = findings(configured(), tmp_path)["database"]
-    assert not found.ok and "database is locked; end the process that holds it" in found.text
+    assert not found.ok and "database is locked; another program (fuser " in found.text
     tables = sqlite3.connect(tmp_path / "experience.db")
     with contextlib.closing(tables):
         assert tables.execute("SELECT name FROM sqlite_master").fetchall() == [("t",)]

@@ -148,7 +148,7 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path, monkeypatch) ->
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("agentcpm_jax.weights.store._Synced.write", full)
-    with pytest.raises(UserError, match=r"No space left on device; free some space"):
+    with pytest.raises(UserError, match=r"No space left on device; make room on its disk"):
         publish.publish_version(tmp_path, 0, make_params(0), SMALL)
     assert not list((tmp_path / "weights").iterdir())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from agentcpm_jax import tree
 from agentcpm_jax.model.config import ModelConfig
 from agentcpm_jax.model.params import init
+from agentcpm_jax.types import UserError
 from agentcpm_jax.weights.versions import VersionCollected, VersionStore
 
 SMALL = ModelConfig(vocab_size=32, width=8, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=4)
@@ -50,6 +52,21 @@ def test_a_collected_version_is_an_error_at_once(tmp_path: Path, restarted: bool
         store = VersionStore(tmp_path, SMALL, enabled=True)
     with pytest.raises(VersionCollected, match=r"version 1 .* was collected; there are 2, 3:"):
         wait(store, 1)
+
+
+def test_a_damaged_version_names_what_to_remove_and_is_computed_again(tmp_path: Path) -> None:
+    filled(tmp_path)
+    for step in ("1", "2", "3"):
+        (tmp_path / "checkpoints" / step).mkdir(parents=True)
+    file = tmp_path / "weights" / "v000002" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"!")
+    restarted = VersionStore(tmp_path, SMALL, enabled=True)
+    places = f"{tmp_path}/checkpoints/3 {tmp_path}/weights/v000002"
+    with pytest.raises(UserError, match=rf"{file} are damaged: .*\(rm -r {places}\), and the"):
+        wait(restarted, 2)
+    shutil.rmtree(file.parent)
+    restarted.put(2, params(2))  # as the run does that goes on from checkpoint 2
+    assert wait(restarted, 2) is not None
 
 
 def test_a_version_to_come_is_waited_for(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from agentcpm_jax.disk import refusals
 from agentcpm_jax.log.schema import ShippedCredit
 from agentcpm_jax.rollout.staleness import oldest_trained
 from agentcpm_jax.run.inspect.columns import EXPORT_SCHEMA, TABLES, readme
@@ -43,7 +44,7 @@ def export_run(
         raise UserError(f"{target} exists; name a directory that does not")
     work = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        with open_run(workdir) as run:
+        with refusals(target, "then export again"), open_run(workdir) as run:
             work.mkdir(parents=True)
             counts = _write(run, work, announce)
             title = f"Export of {run.cfg.name}"

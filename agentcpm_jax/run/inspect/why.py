@@ -10,6 +10,7 @@ import numpy as np
 
 from agentcpm_jax.chat.format import ChatFormat
 from agentcpm_jax.config import RLStage
+from agentcpm_jax.disk import refusals
 from agentcpm_jax.evaluate.report.page import Cell, Table
 from agentcpm_jax.evaluate.report.why import SampleView, SegmentView, WhyPage, render_why
 from agentcpm_jax.files import write_atomically
@@ -46,7 +47,8 @@ def write_why(
         page = gather(run, issue, sample)
     suffix = "" if sample is None else f"-{sample}"
     path = Path(out) if out is not None else Path(workdir) / f"why-{issue_id}{suffix}.html"
-    write_atomically(path, render_why(page))
+    with refusals(path, "or give another --out"):
+        write_atomically(path, render_why(page))
     return path
 
 

@@ -12,6 +12,7 @@ from agentcpm_jax.chat.format import ChatFormat
 from agentcpm_jax.config import EvalStage, ExperimentConfig, RLStage, Stage
 from agentcpm_jax.data.examine import NAMED, Examined, examine_conversations, examine_tasks
 from agentcpm_jax.data.sft import read_conversations
+from agentcpm_jax.disk import read_state
 from agentcpm_jax.evaluate.report.page import Cell, Marked, Table
 from agentcpm_jax.files import write_atomically
 from agentcpm_jax.run.context import RunContext
@@ -41,7 +42,7 @@ def announce_data(
     """
     path, notes = directory / FILE, []
     if path.exists():
-        before = json.loads(path.read_text())
+        before = _recorded(path)
         notes = before["changes"]
         begun = begun or any((directory / "checkpoints").glob("*"))
         change = _change(before["digests"], found) if begun else ""
@@ -57,6 +58,12 @@ def announce_data(
     record = asdict(found) | {"changes": notes, "counts": dict(found.counts)}
     record["dropped"] = found.dropped[:RECORDED]
     write_atomically(path, json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def _recorded(path: Path) -> dict[str, Any]:
+    fix = f"remove it (rm {path}): the stage goes on with the data as they are now"
+    keys = ("path", "counts", "dropped", "lengths", "trained", "notes", "example")
+    return read_state(path, (*keys, "digests", "changes"), fix)
 
 
 def announce_tasks(ctx: RunContext, stage: Stage, spec: RLStage | EvalStage) -> None:
@@ -111,7 +118,7 @@ def data_tables(directory: Path) -> list[Table]:
     path = directory / FILE
     if not path.exists():
         return []
-    found: dict[str, Any] = json.loads(path.read_text())
+    found = _recorded(path)
     lengths = found["lengths"]
     notes = [*found["notes"], *(f"Resumed with other data: {c}." for c in found["changes"])]
     if lengths:

@@ -17,6 +17,7 @@ from agentcpm_jax.config import Stage
 from agentcpm_jax.data.batch import Batch
 from agentcpm_jax.evaluate.passk import clopper_pearson
 from agentcpm_jax.evaluate.report.page import BarChart, Headline, Panel, Table
+from agentcpm_jax.files import naming
 from agentcpm_jax.run.context import RunContext
 from agentcpm_jax.run.observe.alerts import history
 from agentcpm_jax.run.observe.metrics import read_metrics
@@ -61,7 +62,8 @@ def stop_if_not_finite(
     own = f".process-{jax.process_index()}" if jax.process_count() > 1 else ""
     path = directory / f"nonfinite-step-{step}{own}.npz"
     arrays: dict[str, Any] = {k: np.asarray(v) for k, v in vars(batch).items() if v is not None}
-    np.savez_compressed(path, **arrays)
+    with naming(path):
+        np.savez_compressed(path, **arrays)
     ids = sorted(set(issue_ids))
     of_issues = f" of issues {', '.join(map(str, ids))}" if ids else ""
     then = "the same command goes on from there with another batch, " if ids else ""

@@ -15,8 +15,10 @@ import jax
 
 from agentcpm_jax import tree
 from agentcpm_jax.config import TrainShape
+from agentcpm_jax.files import append_line
 from agentcpm_jax.model.params import param_specs
 from agentcpm_jax.run.context import RunContext
+from agentcpm_jax.run.observe.metrics import read_lines
 
 FILE = "machines.jsonl"
 
@@ -56,24 +58,13 @@ def start_line(ctx: RunContext, name: str, shape: TrainShape, start: int) -> str
 def record(directory: Path, completed: int) -> None:
     """Writes in a stage's directory that this machine computes the steps after `completed`."""
     directory.mkdir(parents=True, exist_ok=True)
-    with (directory / FILE).open("a") as file:
-        file.write(json.dumps({"after": completed} | describe()) + "\n")
+    append_line(directory / FILE, json.dumps({"after": completed} | describe()))
 
 
 def of_step(directory: Path, step: int) -> dict[str, Any]:
     """The machine that computed `step` (1 = the first) last; empty when nothing was recorded."""
-    path = directory / FILE
-    if not path.exists():
-        return {}
-    found: dict[str, Any] = {}
-    for line in path.read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:  # torn by a kill
-            continue
-        if row["after"] < step:
-            found = row
-    return {k: v for k, v in found.items() if k != "after"}
+    rows = [row for row in read_lines(directory / FILE, "after") if row["after"] < step]
+    return {k: v for k, v in rows[-1].items() if k != "after"} if rows else {}
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from agentcpm_jax.files import write_atomically
+from agentcpm_jax.files import append_line, write_atomically
+
+NUMBER = int | float | None
 
 
 class Bar(Protocol):
@@ -55,7 +58,7 @@ class MetricsWriter:
     def __init__(self, path: Path, start_step: int = 0) -> None:
         self._path = path
         kept = [row for row in read_metrics(path) if row["step"] <= start_step]
-        write_atomically(path, "".join(_line(row) for row in kept))
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
         self.kept = kept  # the rows of the steps before
 
     def write(self, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,8 +67,7 @@ class MetricsWriter:
         Returns the row as written.
         """
         row = {"step": step} | {k: scalar(v) for k, v in sorted(values.items())}
-        with self._path.open("a") as file:
-            file.write(_line(row))
+        append_line(self._path, json.dumps(row))
         return row
 
 
@@ -80,15 +82,21 @@ class NoMetrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file; none when it does not exist; a torn last line is left out."""
+    """The rows of a metrics file; none when it does not exist; torn lines are left out."""
+    rows = read_lines(path, "step")
+    return [row for row in rows if all(isinstance(v, NUMBER) for v in row.values())]
+
+
+def read_lines(path: Path, key: str) -> list[dict[str, Any]]:
+    """The JSON objects, one a line, that have a whole number as `key`; other lines are torn."""
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text().split("\n"):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
+    for line in path.read_bytes().split(b"\n"):
+        with suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row, dict) and type(row.get(key)) is int:
+                rows.append(row)
     return rows
 
 
@@ -106,7 +114,3 @@ def scalar(value: Any) -> float | int | None:
     """As `metrics.jsonl` holds it: every bit of a float32, NaN and infinities as null."""
     number = value.item() if hasattr(value, "item") else value
     return number if math.isfinite(number) else None
-
-
-def _line(row: Mapping[str, Any]) -> str:
-    return json.dumps(row) + "\n"

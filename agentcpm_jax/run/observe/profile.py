@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from agentcpm_jax.files import write_atomically
 from agentcpm_jax.model.config import ModelConfig
 from agentcpm_jax.plan.flops import CHIPS, Chip, roofline_seconds, train_flops
 from agentcpm_jax.run.context import RunContext
@@ -133,9 +134,8 @@ class Profile:
         steps = len({step for _, step, _ in self._began} - {-1})
         page = self._directory / "summary.md"
         operations = read_trace(newest_trace(self._directory))
-        page.write_text(
-            summary(phases(self._began), operations, steps, model, rows, row_length, peak(model))
-        )
+        text = summary(phases(self._began), operations, steps, model, rows, row_length, peak(model))
+        write_atomically(page, text)
         return f"profile of {steps} steps: {page}"
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from agentcpm_jax.config import EvalStage, Stage, to_json
+from agentcpm_jax.disk import read_state
 from agentcpm_jax.evaluate.passk import (
     Estimate,
     TaskScore,
@@ -121,7 +122,13 @@ def model_results(directory: Path, spec: EvalStage) -> dict[str, dict[str, Any]]
     found = {names.get(p.name, p.stem): p for p in sorted(directory.glob("*.json"))}
     order = [m for m in spec.models if m in found]
     order += [m for m in found if _swept(m) and m not in order]
-    return {name: json.loads(found[name].read_text()) for name in order}
+    return {name: _stored(found[name], ()) for name in order}
+
+
+def _stored(path: Path, keys: Sequence[str]) -> dict[str, Any]:
+    done = path.parent / "DONE"
+    fix = f"remove it and DONE (rm {path} {done}), and the same command makes it again"
+    return read_state(path, keys, fix)
 
 
 def _swept(name: str) -> bool:
@@ -298,7 +305,7 @@ def search_charts(directory: Path) -> list[ScatterChart]:
     for kind in ("search", "soup"):
         path = directory / f"{kind}.json"
         if path.exists():
-            content = json.loads(path.read_text())
+            content = _stored(path, ("points", "method", "chosen"))
             points, scores = content["points"], ("agent", "general", "pareto")
             labels = [
                 ", ".join(f"{k} {v:g}" for k, v in p.items() if k not in scores) for p in points
@@ -401,7 +408,7 @@ def _stage_report(ctx: RunContext, stage: Stage) -> StageReport:
     return StageReport(
         name=stage.name,
         kind=stage.kind,
-        wall_seconds=json.loads(done.read_text())["seconds"] if done.exists() else math.nan,
+        wall_seconds=_stored(done, ("seconds",))["seconds"] if done.exists() else math.nan,
         series=shown,
         panels=tuple(p for p in panels if any(m in shown for m in p.metrics)),
         facts={"steps": max((s for v in shown.values() for s, _ in v), default=0)},

@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -116,7 +116,8 @@ class Watchdog:
         said = verdict(mine, self._board() or [mine], time.time())
         self._announce(said)
         if self._directory is not None:
-            with (self._directory / f"hang-process-{mine.process}.txt").open("w") as file:
+            path = self._directory / f"hang-process-{mine.process}.txt"
+            with suppress(OSError), path.open("w") as file:  # the disk may be what hangs
                 file.write(said + "\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,7 +52,10 @@ def check_models(cfg: ExperimentConfig, workdir: Path, directory: Path) -> ChatF
         check_weights(model, cfg.model)
         check_ids(tokenizer, directory, model, f"the tokenizer {name}")
     file = workdir / DIGEST
-    if file.is_file() and file.read_text().strip() != tokenizer_digest(directory):
+    stored = file.read_bytes().strip() if file.is_file() else b""
+    if file.is_file() and not re.fullmatch(rb"[0-9a-f]{64}", stored):
+        raise UserError(f"{file} is damaged; remove it (rm {file}): it is written again")
+    if stored and stored != tokenizer_digest(directory).encode():
         raise UserError(
             f"tokenizer {name} (its ids or its chat template) is not the one that the run in "
             f"{workdir} began with; restore it, or use another --workdir"

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from agentcpm_jax.disk import refusal
 from agentcpm_jax.types import UserError
 
 OWNER = "OWNER"
@@ -37,6 +38,8 @@ def owned(workdir: Path, announce: Callable[[str], None] = lambda line: None) ->
         workdir.mkdir(parents=True, exist_ok=True)
         descriptor = _locked(path, announce)
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):  # it may hold a run
+            raise refusal(error.errno, workdir) from None
         raise UserError(f"{workdir}: {error}; choose a --workdir that can be written") from None
     _mine.add(path)
     try:

@@ -11,11 +11,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from agentcpm_jax.config import ExperimentConfig, read_config, to_json
+from agentcpm_jax.config import ExperimentConfig, config_from_json, read_config, to_json
 from agentcpm_jax.files import write_atomically
 from agentcpm_jax.types import UserError
 
@@ -78,9 +79,10 @@ def check_config(cfg: ExperimentConfig, workdir: Path) -> list[str]:
 
     Raises `UserError` when what computes has changed. A workdir without a run takes anything.
     """
-    if not (workdir / CONFIG).exists():
+    stored = _stored(workdir)
+    if stored is None:
         return []
-    old, new = to_json(read_config(workdir)), to_json(cfg)
+    old, new = to_json(stored), to_json(cfg)
     changed = sorted(set(_differences(old, new)))
     for path in changed:
         _check_length(workdir, path, old, new)
@@ -92,6 +94,18 @@ def check_config(cfg: ExperimentConfig, workdir: Path) -> list[str]:
         )
     shown = [path for path in changed if path != "workdir"]
     return [f"{path} is {_at(new, path)!r}, was {_at(old, path)!r}" for path in shown]
+
+
+def _stored(workdir: Path) -> ExperimentConfig | None:
+    """What a run goes on with: its own file, or what its newest checkpoint says of a lost one."""
+    if (workdir / CONFIG).exists():
+        return read_config(workdir)
+    steps = "checkpoints/*/meta/metadata"
+    found = [path for where in ("*", "*/phase*") for path in workdir.glob(f"{where}/{steps}")]
+    for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
+        with suppress(ValueError, KeyError, TypeError):
+            return config_from_json(json.loads(path.read_bytes())["config"], path)
+    return None
 
 
 def claim(cfg: ExperimentConfig, workdir: Path) -> None:
