@@ -489,7 +489,7 @@ class ExperienceLog:
         try:
             yield
         except (sa_exc.DBAPIError, sqlite3.Error) as err:
-            cause = err if isinstance(err, sqlite3.Error) else err.orig
+            cause = err if isinstance(err, sqlite3.Error) else err.orig or err
             try:
                 fix = sqlite_remedy(cause, Path(self.where))
             except LogBroken as broken:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -312,9 +313,9 @@ class Members:
             await server.update_from_disk(path, target.name, flush=mode != "in_place")
         except BaseException:
             with contextlib.suppress(PoolError):  # the first error says more
-                await asked(server.resume)
+                await _to_its_end(asked(server.resume))
             raise
-        await asked(server.resume)
+        await _to_its_end(asked(server.resume))
 
     async def _path(self, worker: Worker, target: Weights) -> str:
         """Directory of the weights on the worker's host; waits while its agent copies them."""
@@ -409,6 +410,17 @@ def _context(arguments: Fields) -> int:
     length = arguments.count("context_length") or arguments.count("max_req_input_len")
     limits = (length, arguments.count("max_total_num_tokens"))
     return min((n for n in limits if n), default=0)
+
+
+async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:
+    """Await `work` also when cancelled meanwhile: a pool that ends leaves no server paused."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        with contextlib.suppress(PoolError):
+            await task
+        raise
 
 
 def _reason(error: Exception) -> str:
