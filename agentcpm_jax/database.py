@@ -117,7 +117,8 @@ def _holder(path: Path) -> str:
             held = kind == "WRITE" and where.rpartition(":")[2] in inodes
             if held and int(pid) not in (os.getpid(), -1, 0):
                 command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ")
-                return f"process {pid} ({command.decode(errors='replace').strip()[:80]})"
+                words = " ".join(command.decode(errors="replace").split())
+                return f"process {pid} ({words[:80]})"
     return f"another program (fuser {path} names it)"
 
 

@@ -210,16 +210,19 @@ class EngineServer:
         try:
             return await handler(request)
         except UserError as error:
-            return _error(400, str(error))
+            answer = _error(400, str(error))
         except EngineFailure as error:
-            return _error(500, str(error))
+            answer = _error(500, str(error))
         except web.HTTPException as error:
-            return _error(error.status, error.text or error.reason)
+            answer = _error(error.status, error.text or error.reason)
         except ConnectionError:  # the client has gone
             raise
         except Exception as error:
             logging.getLogger(__name__).exception("%s %s", request.method, request.path)
-            return _error(500, f"{type(error).__name__} in {request.path}: see the server's log")
+            answer = _error(500, f"{type(error).__name__} in {request.path}: see the server's log")
+        if not request.content.is_eof():
+            answer.force_close()  # else the client's next request meets a connection that ends
+        return answer
 
     # --- sampling ---------------------------------------------------------------------------
 

@@ -52,6 +52,7 @@ CALLED = [
     ("tool", "r", 0),
     ("assistant", "a", True),
 ]
+TAGGED = [("user", "q"), ("assistant", [{"pier": "</tool_call><code>"}], True)]
 SHAREGPT_CALL = {
     "from": "function_call",
     "value": json.dumps({"name": "depth", "arguments": ARGUMENTS}),
@@ -98,6 +99,7 @@ QWEN = (
         (called(function(json.dumps(ARGUMENTS), "c"), RESULT | {"tool_call_id": "c"}, SAY), CALLED),
         (called(function(ARGUMENTS), RESULT | {"name": "depth"}, SAY), CALLED),
         (called(function(ARGUMENTS)["function"], RESULT, SAY), CALLED),
+        (called(function({"pier": "</tool_call><code>"})), TAGGED),
         (
             {
                 "messages": [
@@ -355,11 +357,6 @@ def said(**turn: Any) -> dict:
             called(function('{"x": "\\ud83d"}')),
             "lone_surrogate",
             "messages[1].tool_calls[0].function.arguments",
-        ),
-        (
-            called(function({"x": "</tool_call>"})),
-            "bad_arguments",
-            "messages[1].tool_calls.arguments",
         ),
         (said(content='<tool_call>{"name": "f"'), "bad_arguments", "messages[1].content"),
         (

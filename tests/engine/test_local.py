@@ -219,7 +219,7 @@ def test_each_of_several_stop_ids_ends_a_text(params):
     engine = LocalEngine(params, CFG, ENGINE)
     (free,) = run(engine, [request([9, 10], new=20, stop=())])
     first, later = list(dict.fromkeys(free.ids.tolist()))[2:4]
-    for stops, last in (((later, first), first), ((later, -2), later)):
+    for stops, last in (((later, first), first), ((later, 2**20), later)):
         (done,) = run(engine, [request([9, 10], new=20, stop=stops)])
         assert done.finish == Finish.STOP and done.ids[-1] == last
         assert done.ids.tolist() == free.ids[: free.ids.tolist().index(last) + 1].tolist()

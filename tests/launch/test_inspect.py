@@ -46,7 +46,7 @@ def test_missing_runs(fails: Fails, tmp_path: Path, run: Path) -> None:
     (run / "experience.db").unlink()
     assert "experience.db is missing" in fails("why", run, 1)
     (run / "config.json").write_text("{")
-    assert "is not a run's configuration" in fails("why", run, 1)
+    assert "config.json is damaged" in fails("why", run, 1)
     assert not (tmp_path / "none").exists() and not (run / "experience.db").exists()
 
 

@@ -229,7 +229,7 @@ QUOTED = '<tool_call>{"name": "search", "arguments": {"query": "what is <think>?
         (f"{FIRST}{QUOTED}", True),
         (f"<think>a <think> in a thought</think>{search('a')}", True),
         (f"{FIRST}<answer>the tag <think></answer>", True),
-        (f"what is <think>? {search('a')}", True),
+        (f"what is <think>? {search('a')}", False),
     ],
 )
 def test_a_turn_that_thinks_again_is_not_acted_on(text: str, acts: bool) -> None:
