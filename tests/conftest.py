@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 # Before jax, numpy or torch are imported: two xdist workers share two cores, and a fixed number of
-# threads fixes the order of sums.
+# threads fixes the order of sums. Most of the time goes to compiling what runs once, so that little
+# of it is optimised: a third of the time less, and 0.65 times as long in `make test`.
 os.environ.update(
     JAX_PLATFORMS="cpu",
     OMP_NUM_THREADS="1",
@@ -21,6 +22,7 @@ os.environ.update(
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+    + " --xla_backend_optimization_level=0"
 ).strip()
 
 import numpy as np
