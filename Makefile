@@ -77,7 +77,7 @@ test-faults: $(VENV)/.test
 
 N ?= 200
 test-kills: $(VENV)/.test
-	$(BIN)/python experiments/kill_points.py --n $(N)
+	$(BIN)/python experiments/kill_points.py --kills=$(N) --seed=1
 
 test-sglang: $(VENV)/.test $(SGLANG_VENV)/.ready
 	SGLANG_PYTHON=$(abspath $(SGLANG_VENV))/bin/python $(BIN)/python -m pytest -m sglang $(PYTEST_ARGS)
