@@ -170,7 +170,8 @@ class PooledLife:
         for role, pid in self._pids.items():
             ends[role] = children.wait(pid)
         self._pids = {}
-        if bad := {r: code for r, code in ends.items() if code and r != "trainer"}:
+        stopped = (0, 130)  # after or before it served
+        if bad := {r: n for r, n in ends.items() if n not in stopped and r != "trainer"}:
             raise RuntimeError(f"SIGTERM, and the exit codes are {bad}")
 
     def _start_missing(self) -> None:

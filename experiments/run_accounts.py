@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
+import sqlite3
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -48,9 +50,9 @@ class Held:
 
 def held(url: str) -> Held:
     """Reads a log; one that is not there yet holds nothing."""
-    if "://" not in url and not Path(url).exists():
-        return Held()
     found = Held()
+    if "://" not in url and not _has_issues(url):
+        return found
     with ExperienceLog.open(url) as log:
         for row in log.rows("shipped"):
             entry = [row[k] for k in ("ordinal", "issue_id", "sample", "segment")]
@@ -59,6 +61,15 @@ def held(url: str) -> Held:
             if row["verdict"] != "unknown" and row["stop"] not in UNKNOWN_STOPS:
                 found.samples[row["issue_id"], row["sample"]] = _sha(row["payload"])
     return found
+
+
+def _has_issues(path: str) -> bool:
+    """Whether a trainer has made a log: to open one that it is making would be to make it, too."""
+    try:
+        with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as conn:
+            return conn.execute("SELECT 1 FROM issue").fetchone() is not None
+    except sqlite3.OperationalError:
+        return False
 
 
 def verify(arguments: list[str]) -> int:
