@@ -135,6 +135,7 @@ def spawn(
         os.dup2(file, 2)
         os.setpgid(0, 0)
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with its parent
+        jax.config.update("jax_platforms", "cpu")  # forked several times, and small
         jax.config.update("jax_compilation_cache_dir", str(cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         for step in prepare:
