@@ -313,7 +313,8 @@ def broken_accounts(log: ExperienceLog, steps: int = STEPS) -> list[str]:
 def table(report: dict[str, Any]) -> str:
     """Markdown: kills and what was owed by kind and victim, the lives, and what broke."""
     lives = report["lives"]
-    lines = ["# kill -9", "", f"`{report['command']}`", "", *str(__doc__).split("\n\n")[2:4], ""]
+    what = "\n\n".join([*str(__doc__).split("\n\n")[2:4], ""])
+    lines = ["# kill -9", "", f"`{report['command']}`", "", what]
     lines += ["| life | victim | kills | where | steps held, lost | samples held, lost, repeated |"]
     lines += ["|---|---|---|---|---|---|"]
     by: defaultdict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)

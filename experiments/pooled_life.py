@@ -125,6 +125,8 @@ class PooledLife:
         flags = ["--config=configs/tiny.py:async", f"--workdir={workdir}", *children.SMALL]
         flags += [f"{pool}.urls={urls!r}", f"{pool}.agent_port={agent}"]
         flags += [f"{pool}.weights_dir={published}", f"{pool}.health_every=0.5"]
+        # However busy the machine is: what is killed breaks its connections at once.
+        flags += [f"{pool}.{name}_timeout=600.0" for name in ("start", "control", "update")]
         copies = [f"--source={published}", f"--directory={workdir.with_suffix('.copies')}"]
         self._commands: dict[str, tuple[Any, list[str], Callable[[Slot], None]]] = {
             "agent": (pool_agent.main, [*copies, f"--port={agent}"], watch_agent),
