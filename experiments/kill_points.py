@@ -96,7 +96,7 @@ VICTIMS = {
 AGAIN = "moment:after:1.00"  # where a random point was not reached
 ETA = 1  # of configs/tiny.py
 
-OWED = ("steps", "steps_lost", "samples", "samples_lost", "samples_repeated")
+OWED = ("steps", "steps_lost", "samples", "samples_lost", "samples_repeated", "samples_too_old")
 
 #: (kind, its trials: victim and point)
 Plan = list[tuple[str, list[tuple[str, str]]]]
@@ -242,7 +242,7 @@ def conclude(
     with ExperienceLog.open(life.log_url) as log:
         broken = broken_accounts(log)
     for each in kills:
-        owed = each.pop("held", run_accounts.Held()).owed(end)
+        owed = each.pop("held", run_accounts.Held()).owed(end, ETA)
         each |= owed
         if any(owed[name] for name in owed if name.endswith(("lost", "repeated"))):
             broken.append(f"R2: {each['victim']} killed at {each['point']}: {owed}")
@@ -315,8 +315,22 @@ def table(report: dict[str, Any]) -> str:
     lives = report["lives"]
     what = "\n\n".join([*str(__doc__).split("\n\n")[2:4], ""])
     lines = ["# kill -9", "", f"`{report['command']}`", "", what]
-    lines += ["| life | victim | kills | where | steps held, lost | samples held, lost, repeated |"]
-    lines += ["|---|---|---|---|---|---|"]
+    lines += [*victims_table(lives), "", *lives_table(lives), ""]
+    outcomes = Counter(k["outcome"] for life in lives for k in life["kills"])
+    lines.append(f"{outcomes['killed']} kills, {outcomes['finished']} points never reached, ")
+    lines[-1] += f"{sum(life['seconds'] for life in lives)} s on {report['cores']} cores."
+    broken = [what for life in lives for what in life["broken"]]
+    lines += ["", "Broken promises: " + ("; ".join(broken) or "none") + "."]
+    return "\n".join(lines) + "\n"
+
+
+def victims_table(lives: list[dict[str, Any]]) -> list[str]:
+    """A row per kind of life and victim: where it was killed, and what of the log came to an end.
+
+    `held` is what the log held at the kills; what is too old at a resume is rightly drawn anew.
+    """
+    head = ["life", "victim", "kills", "where", "s", "steps held", "lost", "samples held", "lost"]
+    rows = [[*head, "repeated", "too old"], ["---"] * 11]
     by: defaultdict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for life in lives:
         for each in life["kills"]:
@@ -325,31 +339,24 @@ def table(report: dict[str, Any]) -> str:
     for (kind, victim), kills in sorted(by.items()):
         where = Counter(k["phase"] or ":".join(k["point"].split(":")[:2]) for k in kills)
         said = ", ".join(f"{name} {n}" for name, n in sorted(where.items()))
-        sums = {name: sum(k.get(name, 0) for k in kills) for name in OWED}
-        steps = f"{sums['steps']}, {sums['steps_lost']}"
-        samples = f"{sums['samples']}, {sums['samples_lost']}, {sums['samples_repeated']}"
-        lines.append(f"| {kind} | {victim} | {len(kills)} | {said} | {steps} | {samples} |")
-    lines += [
-        "",
-        "| life | kind | kills | runs | tokens | nats from their version, from the next |",
-    ]
-    lines[-1] += " oldest | seconds |"
-    lines += ["|---|---|---|---|---|---|---|---|"]
+        seconds = round(sum(k["seconds"] for k in kills))
+        owed = [sum(k[name] for k in kills) for name in OWED]
+        rows.append([kind, victim, len(kills), said, seconds, *owed])
+    return ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+
+
+def lives_table(lives: list[dict[str, Any]]) -> list[str]:
+    """A row per life. Nats: the largest from the version named, the median from the next one."""
+    head = ["life", "kind", "kills", "runs", "tokens compared", "nats from their version"]
+    rows = [[*head, "from the next", "oldest sample", "s"], ["---"] * 9]
     for life in lives:
         checks = [c for c in life["checks"] if c]
         kills = sum(k["outcome"] == "killed" for k in life["kills"])
-        cells = [life["life"], life["kind"], kills, len(life["checks"])]
-        cells += [f"{sum(c['tokens'] for c in checks):,}"]
-        gap, other = (max((c[k] for c in checks), default=0.0) for k in ("gap", "other"))
-        cells += [f"{gap:.1e}, {other:.1e}", max((c["age"] for c in checks), default=0)]
-        lines.append("| " + " | ".join(map(str, [*cells, life["seconds"]])) + " |")
-    missed = sum(k["outcome"] != "killed" for life in lives for k in life["kills"])
-    seconds = sum(life["seconds"] for life in lives)
-    lines += ["", f"{sum(map(len, by.values()))} kills, {missed} points never reached, "]
-    lines[-1] += f"{seconds} s on {report['cores']} cores."
-    broken = [what for life in lives for what in life["broken"]]
-    lines += ["", "Broken promises: " + ("; ".join(broken) or "none") + "."]
-    return "\n".join(lines) + "\n"
+        gap, other, age = (max((c[k] for c in checks), default=0) for k in ("gap", "other", "age"))
+        tokens = f"{sum(c['tokens'] for c in checks):,}"
+        row = [life["life"], life["kind"], kills, len(life["checks"]), tokens]
+        rows.append([*row, f"{gap:.1e}", f"{other:.1e}", age, life["seconds"]])
+    return ["| " + " | ".join(map(str, row)) + " |" for row in rows]
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import sqlite3
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,22 +29,34 @@ from configs.tiny import CONTEXT
 GAP = 1e-4  # nats between two float32 computations of one log-probability
 
 
+class Sample(NamedTuple):
+    """A recorded sample: the SHA-256 of all of it, and the version of its oldest token."""
+
+    sha: str
+    oldest: int
+
+
 @dataclass(frozen=True)
 class Held:
     """What a log holds: the batches by step, and the samples that ended with a verdict."""
 
     steps: dict[int, list[Any]] = field(default_factory=dict)
-    samples: dict[tuple[int, int], str] = field(default_factory=dict)
+    samples: dict[tuple[int, int], Sample] = field(default_factory=dict)
 
-    def owed(self, end: Held) -> dict[str, int]:
-        """What of it the log at the `end` has lost, and what was sampled again."""
-        both = [key for key in self.samples if key in end.samples]
+    def owed(self, end: Held, eta: int) -> dict[str, int]:
+        """What of it the log at the `end` has lost, and what was sampled again without need.
+
+        A sample of a group in flight is drawn anew when it is older than `eta` versions by then.
+        """
+        both = [(old, end.samples[key]) for key, old in self.samples.items() if key in end.samples]
+        anew = [old.oldest >= new.oldest - eta for old, new in both if old.sha != new.sha]
         return {
             "steps": len(self.steps),
             "samples": len(self.samples),
             "steps_lost": sum(end.steps.get(n) != batch for n, batch in self.steps.items()),
             "samples_lost": len(self.samples) - len(both),
-            "samples_repeated": sum(self.samples[key] != end.samples[key] for key in both),
+            "samples_repeated": sum(anew),
+            "samples_too_old": len(anew) - sum(anew),
         }
 
 
@@ -59,7 +71,8 @@ def held(url: str) -> Held:
             found.steps.setdefault(row["step"], []).append([*entry, _sha(row["credit"])])
         for row in log.rows("trajectory"):
             if row["verdict"] != "unknown" and row["stop"] not in UNKNOWN_STOPS:
-                found.samples[row["issue_id"], row["sample"]] = _sha(row["payload"])
+                sample = Sample(_sha(row["payload"]), row["oldest_version"])
+                found.samples[row["issue_id"], row["sample"]] = sample
     return found
 
 
@@ -79,7 +92,7 @@ def verify(arguments: list[str]) -> int:
     broken = []
     if [row["step"] for row in rows] != list(range(1, int(steps) + 1)):
         broken.append(f"the metrics hold the steps {[row['step'] for row in rows]}")
-    if not all(math.isfinite(row.get(name, math.nan)) for row in rows for name in HEADLINE):
+    if any(row.get(name) is None for row in rows for name in HEADLINE):
         broken.append("a step has no loss")
     if any(row.get("pool/uncertain_tokens") for row in rows):
         broken.append("tokens whose version is uncertain")
