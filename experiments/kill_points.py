@@ -122,6 +122,8 @@ def main() -> int:
     listed = NAMED * args.named + SHARED * args.shared + POOLED * args.pooled
     lives = planned(listed, args.per_life) + drawn(args.kills, args.seed, args.per_life)
     only = [n for n, (kind, _) in enumerate(lives) if args.only in ("", kind, str(n))]
+    if not only:
+        parser.error("nothing to kill: give --kills, or a kind or number of its lives to --only")
     path, done = args.out / "kill_points.json", []
     asked = [a for a in sys.argv[1:] if not a.startswith(("--only", "--out"))]
     command = " ".join(["python", "experiments/kill_points.py", *asked])
