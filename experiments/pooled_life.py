@@ -51,7 +51,7 @@ PHASES = {
 NAMES = ["starting", *(phase for phases in PHASES.values() for phase in phases), "waiting"]
 ROLES = ("agent", "server-0", "server-1", "trainer")
 PAUSE = 1.0  # s, at most, until what was killed is started again
-PATIENCE = 120.0  # s for a phase to come; then the kill comes all the same
+PATIENCE = 600.0  # s for a phase to come; then the kill comes all the same
 
 
 class Slot:
@@ -141,12 +141,15 @@ class PooledLife:
         phase, _, seconds = spec.split(":")
         self._start_missing()
         moment, slot = phase == "moment", self._slots[role]
-        slot.arm("" if moment else phase, 0.0 if moment else float(seconds))
+        due = not moment  # a phase is one of the run, not of a trainer's start
         deadline = time.monotonic() + (float(seconds) if moment else PATIENCE)
         while role not in (gone := self._gone()):
             if "trainer" in gone:
                 slot.arm("")
                 return "finished"
+            if due and self._slots["trainer"].phase != "starting":
+                slot.arm(phase, float(seconds))
+                due = False
             if time.monotonic() > deadline:
                 children.send(self._pids[role], signal.SIGKILL)
             time.sleep(0.005)
