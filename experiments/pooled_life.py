@@ -218,8 +218,8 @@ def watch_trainer(workdir: Path, slot: Slot) -> None:
     watched = loop.watched
 
     @contextlib.contextmanager
-    def noting(*args: Any) -> Iterator[Callable[[int, str], None]]:
-        with watched(*args) as on_phase:
+    def noting(*args: Any, **named: Any) -> Iterator[Callable[[int, str], None]]:
+        with watched(*args, **named) as on_phase:
 
             def note(step: int, phase: str) -> None:
                 on_phase(step, phase)
@@ -235,26 +235,26 @@ def watch_server(slot: Slot) -> None:
     start, load, sample = EngineServer.start, ServedLocal.load, LocalEngine.sample
     pause, resume = Sessions.pause, Sessions.resume
 
-    async def starting(*args: Any) -> Any:
-        found = await start(*args)
+    async def starting(*args: Any, **named: Any) -> Any:
+        found = await start(*args, **named)
         slot.end("starting")
         return found
 
-    def loading(*args: Any) -> None:
+    def loading(*args: Any, **named: Any) -> None:
         with slot.during("loading"):
-            load(*args)
+            load(*args, **named)
 
-    async def sampling(*args: Any) -> Any:
+    async def sampling(*args: Any, **named: Any) -> Any:
         with slot.during("sampling"):
-            return await sample(*args)
+            return await sample(*args, **named)
 
-    async def pausing(*args: Any) -> None:
+    async def pausing(*args: Any, **named: Any) -> None:
         slot.begin("paused")
-        await pause(*args)
+        await pause(*args, **named)
 
-    def resuming(*args: Any) -> None:
+    def resuming(*args: Any, **named: Any) -> None:
         slot.end("paused")
-        resume(*args)
+        resume(*args, **named)
 
     EngineServer.start, ServedLocal.load, LocalEngine.sample = starting, loading, sampling
     Sessions.pause, Sessions.resume = pausing, resuming
@@ -264,14 +264,14 @@ def watch_agent(slot: Slot) -> None:
     """In the agent's memory: it starts, and copies weights."""
     opened, copy = pool_agent.open_agent, Mirror._copy
 
-    def opening(*args: Any) -> Any:
-        found = opened(*args)
+    def opening(*args: Any, **named: Any) -> Any:
+        found = opened(*args, **named)
         slot.end("starting")
         return found
 
-    def copying(*args: Any) -> Any:
+    def copying(*args: Any, **named: Any) -> Any:
         with slot.during("copying"):
-            return copy(*args)
+            return copy(*args, **named)
 
     pool_agent.open_agent, Mirror._copy = opening, copying
 
