@@ -2,7 +2,7 @@
 # make smoke        the same stages, shrunk to a minute
 # make test         the default tests             make lint   ruff and pyright
 # make test-browser the report in Chromium        make base   rebuilds the shipped tiny base model
-# make test-postgres the log on PostgreSQL        make test-faults  kill -9 at twelve points
+# make test-postgres the log on PostgreSQL        make test-faults  kill -9 at named points
 # make test-sglang  a real SGLang server          make test-kills N=200  the same, at random points
 # make test-runs    whole small runs and the README   make test-mesh  eight devices, two processes
 # make test-aot     the 4B steps for TPU slices       make aot-table  all of them, into a table
@@ -77,7 +77,7 @@ test-faults: $(VENV)/.test
 
 N ?= 200
 test-kills: $(VENV)/.test
-	$(BIN)/python experiments/kill_points.py --n $(N)
+	$(BIN)/python experiments/kill_points.py --kills=$(N) --seed=1
 
 test-sglang: $(VENV)/.test $(SGLANG_VENV)/.ready
 	SGLANG_PYTHON=$(abspath $(SGLANG_VENV))/bin/python $(BIN)/python -m pytest -m sglang $(PYTEST_ARGS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import os
@@ -11,6 +12,8 @@ import sys
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ import rollout_worker
 import sqlalchemy as sa
 import train as launch_train
 
+from agentcpm_jax import tree
 from agentcpm_jax.checkpoint import Checkpointer
 from agentcpm_jax.log.claims import Claims
 from agentcpm_jax.log.experience import ExperienceLog
@@ -51,10 +55,11 @@ LIMIT = 900  # seconds a child may take, on the busiest machine
 class Life:
     """One workdir. `kind`: lockstep | async on SQLite, shared on a PostgreSQL server of its own."""
 
+    phase = ""  # what a victim did is its point
+
     def __init__(self, kind: str, workdir: Path, cache: Path) -> None:
         self.kind, self.workdir, self._cache = kind, workdir, cache
         workdir.mkdir(parents=True)
-        self._witness = workdir.with_suffix(".witness")
         variant = "" if kind == "lockstep" else ":async"
         self._flags = [f"--config=configs/tiny.py{variant}", f"--workdir={workdir}", *SMALL]
         self.log_url, self._server, self._worker = str(workdir / "experience.db"), None, 0
@@ -72,12 +77,12 @@ class Life:
             self._worker = self._spawn(rollout_worker.main, spec if victim == "worker" else "", 0)
         if victim == "worker":
             trainer = self._spawn(launch_train.main, "", 0)
-            code = _wait(self._worker)
+            code = wait(self._worker)
             self._worker = 0
-            _signal(trainer, signal.SIGKILL)
-            _wait(trainer)
+            send(trainer, signal.SIGKILL)
+            wait(trainer)
         else:
-            code = _wait(self._spawn(launch_train.main, spec, server))
+            code = wait(self._spawn(launch_train.main, spec, server))
         if server and self._server is not None and not self._server.running():
             self._server.start()
             return "killed"
@@ -87,17 +92,8 @@ class Life:
         """Runs to the end without a kill; raises RuntimeError when it does not get there."""
         if (self.workdir / "rl" / "DONE").exists():
             return
-        code = _wait(self._spawn(launch_train.main, "", 0))
+        code = wait(self._spawn(launch_train.main, "", 0))
         self._finished(code)
-
-    def witnessed(self) -> dict[int, set[str]]:
-        """version -> SHA-256s of its weights, of every time they were computed."""
-        found: defaultdict[int, set[str]] = defaultdict(set)
-        for line in self._witness.read_text().splitlines():
-            with contextlib.suppress(ValueError):  # killed within the line
-                version, sha = json.loads(line)
-                found[version].add(sha)
-        return dict(found)
 
     def close(self) -> None:
         """Ends the worker and the server."""
@@ -113,33 +109,42 @@ class Life:
 
     def _end_worker(self) -> None:
         if self._worker:
-            _signal(self._worker, signal.SIGKILL)
-            _wait(self._worker)
+            send(self._worker, signal.SIGKILL)
+            wait(self._worker)
             self._worker = 0
 
     def _spawn(self, program: Any, spec: str, server: int) -> int:
         """Forks: the parent has imported everything and never touches a device."""
         while program is rollout_worker.main and not (self.workdir / "config.json").exists():
-            _wait(self._spawn(launch_train.main, "ship:before:1", 0))
-        if pid := os.fork():
-            return pid
-        try:
-            output = os.open(
-                self.workdir.with_suffix(".out"), os.O_WRONLY | os.O_CREAT | os.O_APPEND
-            )
-            os.dup2(output, 1)
-            os.dup2(output, 2)
-            os.setpgid(0, 0)
-            jax.config.update("jax_compilation_cache_dir", str(self._cache))
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-            witness(self._witness)
-            if spec:
-                crash(spec, server)
-            code = program(self._flags)
-        except BaseException as error:
-            print(repr(error), flush=True)
-            code = 70
-        os._exit(code)
+            wait(self._spawn(launch_train.main, "ship:before:1", 0))
+        arms = [partial(crash, spec, server)] if spec else []
+        output = self.workdir.with_suffix(".out")
+        watch = partial(witness, self.workdir)
+        return spawn(program, self._flags, output, self._cache, watch, *arms)
+
+
+def spawn(
+    program: Any, flags: list[str], output: Path, cache: Path, *prepare: Callable[[], None]
+) -> int:
+    """Forks: the parent has imported everything and never touches a device."""
+    if pid := os.fork():
+        return pid
+    try:
+        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        os.setpgid(0, 0)
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with its parent
+        jax.config.update("jax_platforms", "cpu")  # forked several times, and small
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        for step in prepare:
+            step()
+        code = program(flags)
+    except BaseException as error:
+        print(repr(error), flush=True)
+        code = 70
+    os._exit(code)
 
 
 def crash(spec: str, server: int = 0) -> None:
@@ -194,22 +199,36 @@ def crash(spec: str, server: int = 0) -> None:
     setattr(owner, attribute, armed)
 
 
-def witness(path: Path) -> None:
-    """Writes (version, SHA-256 of the parameters) whenever a version is about to be published."""
-    publish = Sampler.publish
+def witness(workdir: Path) -> None:
+    """Writes the SHA-256 of a version's parameters, and once themselves, before it is published."""
+    publish, kept = Sampler.publish, workdir.with_suffix(".versions")
+    kept.mkdir(exist_ok=True)
 
     def witnessed(sampler: Sampler, version: int, params: Any) -> None:
-        sha = hashlib.sha256()
+        sha, leaves = hashlib.sha256(), tree.flatten(jax.device_get(params))
         for leaf in jax.tree.leaves(jax.device_get(params)):
             sha.update(np.asarray(leaf).tobytes())
-        with path.open("a") as file:
+        work = kept / f".{version}.npz"
+        np.savez(work, **leaves)
+        work.replace(kept / f"{version}.npz")
+        with workdir.with_suffix(".witness").open("a") as file:
             file.write(json.dumps([version, sha.hexdigest()]) + "\n")
         publish(sampler, version, params)
 
     Sampler.publish = witnessed
 
 
-def _wait(pid: int) -> int:
+def witnessed(workdir: Path) -> dict[int, set[str]]:
+    """version -> SHA-256s of its weights, of every time they were computed."""
+    found: defaultdict[int, set[str]] = defaultdict(set)
+    for line in workdir.with_suffix(".witness").read_text().splitlines():
+        with contextlib.suppress(ValueError):  # killed within the line
+            version, sha = json.loads(line)
+            found[version].add(sha)
+    return dict(found)
+
+
+def wait(pid: int) -> int:
     """Exit code, negative for a signal; a child that hangs is killed and raises TimeoutError."""
     deadline = time.monotonic() + LIMIT
     while time.monotonic() < deadline:
@@ -217,11 +236,11 @@ def _wait(pid: int) -> int:
         if found:
             return os.waitstatus_to_exitcode(status)
         time.sleep(0.02)
-    _signal(pid, signal.SIGKILL)
+    send(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     raise TimeoutError(f"child {pid} did not end within {LIMIT} s")
 
 
-def _signal(pid: int, number: int) -> None:
+def send(pid: int, number: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)

@@ -134,7 +134,12 @@ class Members:
             self._read_urls_file()
             await asyncio.gather(*(self._join(w) for w in list(self.workers.values())))
             states = {w.state for w in self.workers.values()}
-            refused = [w.reason for w in self.workers.values() if w.state is State.REFUSED]
+            refused = [
+                w.reason
+                for w in self.workers.values()
+                # Where others took the weights, one that died was ended by something else.
+                if w.state is State.REFUSED and not (w.died and State.READY in states)
+            ]
             if refused:
                 raise UserError(refused[0])
             if State.READY in states:
@@ -261,7 +266,7 @@ class Members:
                     await self._probe(worker)
                 if self.target is target:  # else weights were published meanwhile
                     break
-            worker.refusals = 0
+            worker.refusals, worker.died = 0, False
             self._set(worker, State.READY, "")
         except PoolError as error:
             self._not_joined(worker, error)
@@ -277,7 +282,7 @@ class Members:
         elif error.kind is PoolErrorKind.DIED_LOADING and worker.version < 0:
             said = f"wrong model on {worker.url}? It ended while it loaded the run's first "
             said += "weights; serve the run's model, and read the server's log"
-            worker.refusals += 1  # it cannot say it twice
+            worker.refusals, worker.died = worker.refusals + 1, True  # it cannot say it twice
             self._refuse(worker, said)
         elif error.kind is PoolErrorKind.FORBIDDEN:
             names = f"{self.cfg.api_key_env} and {ADMIN_KEY_ENV}"

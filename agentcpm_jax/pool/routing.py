@@ -45,6 +45,7 @@ class Worker:
     doubt: Doubt | None = None
     refusals: int = 0  # in a row
     again: float = 0.0  # when a refused one is asked again (loop's clock)
+    died: bool = False  # as it loaded the run's first weights: refused without a word of its own
     in_flight: set[asyncio.Task[Any]] = field(default_factory=set)  # requests it has not answered
 
     @property

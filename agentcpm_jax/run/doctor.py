@@ -281,8 +281,8 @@ def _pool(
             ready = state == "ready"
             text = "took weights and version, log-probs are the trainer's" if ready else state
             yield Finding(f"{part}, {url}", ready, text, needed=False)
-        for url in pool.workers():
-            yield _find(f"clock of {url}", lambda url=url: asyncio.run(_clock(rl.pool, url)))
+            if ready:  # one that is down may come later, and shows its clock then
+                yield _find(f"clock of {url}", lambda url=url: asyncio.run(_clock(rl.pool, url)))
     except UserError as error:
         yield Finding(part, False, str(error))
     finally:

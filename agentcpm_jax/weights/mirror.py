@@ -129,6 +129,7 @@ class Mirror:
 
             self._fetch(place, f"{place.version(version)}/{file}", work / file, expected, count)
         write_atomically(work / MANIFEST, json.dumps(content))
+        _remove(target)  # without the marker: an agent was killed as it wrote or removed it
         os.rename(work, target)
         sync_directory(target.parent)
         (target / STABLE).touch()

@@ -24,6 +24,7 @@ from tests.doubles.toy_pool import (
     sample_all,
     toy_trainer,
     toy_weights,
+    wait_for,
 )
 
 # --- start-up -------------------------------------------------------------------------------
@@ -72,6 +73,17 @@ def test_a_server_that_dies_of_the_first_weights_is_the_wrong_model(servers, tmp
     with pytest.raises(UserError, match=r"wrong model on http.*ended while it loaded") as error:
         open_pool([servers.start(toy)], tmp_path)
     assert "\n" not in str(error.value) and not toy.sessions.paused
+
+
+def test_a_server_that_dies_of_the_first_weights_of_others_is_waited_for(servers, tmp_path):
+    """It was killed, and is started again: another one took these weights."""
+    toy = FaultServer()
+    toy.arm(Fault("death", "/update_weights_from_disk"))
+    urls = [servers.start(toy), servers.start(FaultServer())]
+    pool = open_pool(urls, tmp_path)
+    wait_for(lambda: set(pool.workers().values()) == {"ready"})
+    pool.close()
+    assert toy.sessions.version == "run-000000"
 
 
 def test_another_architecture_is_refused_before_it_is_given_weights(servers, tmp_path):

@@ -256,6 +256,7 @@ def test_a_pool_takes_weights_and_answers_as_the_trainer(servers, tmp_path: Path
     assert found[f"clock of {url}"].text == "clock within 1 s"
     absent = found["pool of rl, http://127.0.0.1:9"]
     assert not absent.ok and not absent.needed and "unreachable" in absent.text
+    assert not [f for f in found.values() if "127.0.0.1" in f.part and f.needed and not f.ok]
     assert front.sessions.version.startswith("doctor-tiny.")
     assert list(tmp_path.iterdir()) == []  # the weights are gone
 

@@ -1,4 +1,4 @@
-"""kill -9 of trainer, worker and database at named points; `make test-faults` runs these.
+"""kill -9 of every process of a run at named points; `make test-faults` runs these.
 
 The points, what is real in a trial and what is checked are described in experiments/kill_points.py.
 """
@@ -15,10 +15,11 @@ import pytest
 
 from agentcpm_jax.run.commandline import CHECKOUT
 
+LOST = ("steps_lost", "samples_lost", "samples_repeated")
 pytestmark = pytest.mark.faults
 
 
-@pytest.fixture(scope="module", params=["--named", "--shared"])
+@pytest.fixture(scope="module", params=["--named", "--shared", "--pooled"])
 def report(request: pytest.FixtureRequest, tmp_path_factory) -> dict[str, Any]:
     out: Path = tmp_path_factory.mktemp("kills")
     script = CHECKOUT / "experiments" / "kill_points.py"
@@ -29,9 +30,14 @@ def report(request: pytest.FixtureRequest, tmp_path_factory) -> dict[str, Any]:
 
 
 def test_every_point_was_reached(report: dict[str, Any]) -> None:
-    missed = [kill for kill in report["kills"] if kill["outcome"] != "killed"]
-    assert not missed and len(report["kills"]) >= 7
+    kills = [kill for life in report["lives"] for kill in life["kills"]]
+    assert not [kill for kill in kills if kill["outcome"] != "killed"]
+    assert {"--named": 12, "--shared": 7, "--pooled": 3}[report["command"].split()[-1]] == len(
+        kills
+    )
 
 
 def test_nothing_is_lost_doubled_or_different(report: dict[str, Any]) -> None:
-    assert report["broken"] == []
+    assert [what for life in report["lives"] for what in life["broken"]] == []
+    owed = [kill[name] for life in report["lives"] for kill in life["kills"] for name in LOST]
+    assert owed and not any(owed)

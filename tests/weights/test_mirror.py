@@ -84,6 +84,19 @@ def test_a_part_that_is_not_the_files_is_made_anew(store, tmp_path: Path, left: 
     assert done.done == done.total
 
 
+@pytest.mark.parametrize("left", ["model.safetensors", "manifest.json"])
+def test_a_copy_without_its_marker_is_made_anew(store, tmp_path: Path, left: str) -> None:
+    """An agent was killed between renaming a copy and marking it, or while it removed it."""
+    publish(store, 1)
+    torn = tmp_path / "host" / "run" / "weights" / "v000001"
+    torn.mkdir(parents=True)
+    (torn / left).write_bytes(WEIGHTS)
+    done = finish(mirror(store, tmp_path), 1)
+    assert (done.state, done.reason) == ("ready", "")
+    assert (Path(done.path) / "model.safetensors").read_bytes() == WEIGHTS
+    assert (Path(done.path) / "config.json").read_bytes() == b"{}"
+
+
 def test_broken_connections_are_tried_again(store: ObjectStore, tmp_path: Path) -> None:
     publish(store, 1)
     store.broken = 3
