@@ -135,7 +135,7 @@ class HostileServer(EngineServer):
         kind = self._choose(content)
         self._odd.write(json.dumps([kind, request.path]) + "\n")
         self._odd.flush()
-        return await self._answer(kind, request, body)
+        return await self._send_odd(kind, request, body)
 
     def _choose(self, content: bool) -> str:
         kinds = [*BODIES, *TRANSPORT] + 2 * [*CONTENT] if content else [*BODIES, *TRANSPORT]
@@ -147,7 +147,7 @@ class HostileServer(EngineServer):
         self._truth.write(json.dumps(line | {"versions": meta["weight_versions"]}) + "\n")
         self._truth.flush()
 
-    async def _answer(self, kind: str, request: web.Request, body: bytes) -> web.StreamResponse:
+    async def _send_odd(self, kind: str, request: web.Request, body: bytes) -> web.StreamResponse:
         rng = self._rng
         if kind == "cut":
             assert request.transport is not None

@@ -45,7 +45,6 @@ from agentcpm_jax.log.experience import ExperienceLog
 from agentcpm_jax.run.observe.metrics import read_metrics
 
 SHARE = 0.3
-STEPS = 24  # of a life
 STARTS = 6  # of a life, the one that is ended on the way included
 LIMIT = 3600  # s that a start may take, on the busiest machine
 FLAGS = (
@@ -53,7 +52,6 @@ FLAGS = (
     "--nodoctor",  # it checks the pool once; the start does it patiently
     "--config.episode.max_turns=3",
     "--config.stage.rl.stream.group_size=3",
-    f"--config.stage.rl.shape.steps={STEPS}",
     "--config.stage.rl.pool.health_every=1.0",
     "--config.stage.rl.pool.attempt_timeout=20.0",
     "--config.stage.rl.pool.control_timeout=20.0",
@@ -67,6 +65,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--n", type=int, default=1000, help="odd answers in all")
+    parser.add_argument("--steps", type=int, default=24, help="steps of a life")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory of hostile_pool.*")
     args = parser.parse_args()
@@ -78,7 +77,7 @@ def main() -> int:
         while sum(life["odd"] for life in lives) < args.n and not any(x["broken"] for x in lives):
             folder = Path(scratch) / f"life-{len(lives)}"
             folder.mkdir()
-            lives.append(live(folder, rng))
+            lives.append(live(folder, args.steps, rng))
             print(json.dumps({k: lives[-1][k] for k in ("odd", "ends", "broken")}), flush=True)
     kinds: Counter[str] = Counter()
     for life in lives:
@@ -93,7 +92,7 @@ def main() -> int:
     return int(any(life["broken"] for life in lives))
 
 
-def live(folder: Path, rng: random.Random) -> dict[str, Any]:
+def live(folder: Path, steps: int, rng: random.Random) -> dict[str, Any]:
     """One life: its odd answers by kind, how its starts ended, what broke."""
     server = spawn(
         folder / "server.out", hostile_answers.serve, SHARE, rng.randrange(2**31), folder
@@ -101,9 +100,9 @@ def live(folder: Path, rng: random.Random) -> dict[str, Any]:
     try:
         while not (folder / "url").exists():
             time.sleep(0.1)
-        flags = [*FLAGS, f"--workdir={folder / 'run'}"]
+        flags = [*FLAGS, f"--workdir={folder / 'run'}", f"--config.stage.rl.shape.steps={steps}"]
         flags += [f"--config.stage.rl.pool.urls=({(folder / 'url').read_text()!r},)"]
-        ends = run(folder, flags, rng)
+        ends = run(folder, flags, rng.randrange(1, steps - 1), rng)
         broken = [] if ends[-1] == "done" else [f"not done after {len(ends)} starts: {ends}"]
         broken += [end for end in ends if end.startswith("broken")]
     finally:
@@ -111,7 +110,7 @@ def live(folder: Path, rng: random.Random) -> dict[str, Any]:
         os.waitpid(server, 0)
     with ExperienceLog.open(folder / "run" / "experience.db") as log:
         tokens, untrue = compare(log, folder / "truth.jsonl")
-        broken += untrue + (broken_accounts(log, STEPS) if not broken else [])
+        broken += untrue + (broken_accounts(log, steps) if not broken else [])
     rows = read_metrics(folder / "run" / "rl" / "metrics.jsonl")
     if [row["step"] for row in rows] != list(range(1, len(rows) + 1)):
         broken.append("the curve has holes")
@@ -120,10 +119,10 @@ def live(folder: Path, rng: random.Random) -> dict[str, Any]:
     return found | {"ends": ends, "broken": broken}
 
 
-def run(folder: Path, flags: list[str], rng: random.Random) -> list[str]:
-    """Starts a trainer until its run is done; how each start ended."""
+def run(folder: Path, flags: list[str], due: int, rng: random.Random) -> list[str]:
+    """Starts a trainer, ends it once after `due` steps, until its run is done; how each ended."""
     ends: list[str] = []
-    workdir, due = folder / "run", rng.randrange(2, STEPS - 2)
+    workdir = folder / "run"
     how = rng.choice([signal.SIGTERM, signal.SIGKILL])
     while len(ends) < STARTS and (not ends or ends[-1] != "done"):
         output = folder / f"start-{len(ends)}.out"

@@ -19,12 +19,12 @@ pytestmark = pytest.mark.faults
 
 def test_a_hostile_pool_is_trained_on_truthfully(tmp_path: Path) -> None:
     script = CHECKOUT / "experiments" / "hostile_pool.py"
-    command = [sys.executable, str(script), "--n=1", f"--out={tmp_path}"]
+    command = [sys.executable, str(script), "--n=1", "--steps=4", f"--out={tmp_path}"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (tmp_path / "hostile_pool.json").exists(), done.stderr[-3000:]
     (life,) = json.loads((tmp_path / "hostile_pool.json").read_text())["lives"]
     assert life["broken"] == [] and life["ends"][-1] == "done"
-    assert life["odd"] > 50 and life["tokens"] > 500
+    assert life["odd"] > 30 and life["tokens"] > 250
 
 
 def test_the_committed_table_is_of_a_thousand_answers_and_none_was_believed() -> None:

@@ -7,7 +7,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from agentcpm_jax.evaluate import outage
 from agentcpm_jax.files import SHIPPED
 from agentcpm_jax.run.evaluation import _is_whole
 from agentcpm_jax.run.stages import run_experiment
-from agentcpm_jax.types import Task
+from agentcpm_jax.types import Task, UserError
 from configs.tiny import TEST_ENGINE, recipe
 
 #: A judge whose verdict depends on the task alone, and which can be away.
@@ -55,7 +55,7 @@ def test_a_stage_with_outages_and_edited_tasks(
     monkeypatch.syspath_prepend(str(tmp_path))
     judge = importlib.import_module("judge_away")
     cfg, workdir, lines = config(tmp_path), tmp_path / "run", list[str]()
-    start: Callable[[], Path] = lambda: run_experiment(cfg, workdir, announce=lines.append)  # noqa: E731
+    start = partial(run_experiment, cfg, workdir, announce=lines.append)
     shutil.copytree(SHIPPED["shipped:sft"], workdir / "sft" / "hf")
     done = {"stage": "sft", "kind": "sft", "seconds": 1.0}
     (workdir / "sft" / "DONE").write_text(json.dumps(done))
@@ -74,7 +74,9 @@ def test_a_stage_with_outages_and_edited_tasks(
     (tmp_path / "tasks.jsonl").write_text(rows("t5", "t3", "t2", "t1"))
     judge.asked.clear()
     judge.broken = "question t5 ?"
-    start()
+    with pytest.raises(UserError, match=r"tasks\.jsonl is not what it was"):
+        start()
+    start(accept_data=True)
     known = {question for question, _ in judge.asked} - {judge.broken}
     assert len(known) <= 1, "one that had a verdict bears witness; nothing else is asked again"
     assert list(scores(workdir)) == ["t5", "t3", "t2", "t1"]

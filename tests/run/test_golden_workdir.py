@@ -43,8 +43,11 @@ def same_machine(workdir: Path) -> bool:
 
 
 def assert_recomputed(workdir: Path, before: list[tuple]) -> None:
-    """Steps that stand in the log were computed again as they were."""
-    again = curve(workdir)
+    """Steps that stand in the log were computed again as they were.
+
+    The rewards beside them were those of whatever had ended meanwhile, and are now the batch's.
+    """
+    again = curve(workdir, COMPUTED)
     assert [row[0] for row in again] == [1, 2, 3, 4, 5, 6]
     if same_machine(workdir):
         assert again[: len(before)] == before
@@ -53,7 +56,7 @@ def assert_recomputed(workdir: Path, before: list[tuple]) -> None:
 
 def test_an_asynchronous_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     workdir = copied("async", tmp_path)
-    before = curve(workdir)
+    before = curve(workdir, COMPUTED)
     assert before[2][1] != 0 != before[2][2], f"step 3 must have a {COMPUTED[0]} to prove anything"
     variant, *flags = ASYNC
     finish(workdir, variant, *flags)
@@ -63,7 +66,7 @@ def test_an_asynchronous_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None
 
 def test_a_lockstep_run_goes_on_with_its_published_weights(tmp_path: Path) -> None:
     workdir = copied("lockstep", tmp_path)
-    before, published = curve(workdir), load_version(workdir / "rl", 5)
+    before, published = curve(workdir, COMPUTED), load_version(workdir / "rl", 5)
     variant, *flags = LOCKSTEP
     finish(workdir, variant, *flags)
     assert_recomputed(workdir, before)
